@@ -1,0 +1,86 @@
+"""The bridge: the engine's coroutines on a running asyncio loop."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any, TypeVar
+
+from .kernel import BaseDriver, Future, Task, Timer
+
+T = TypeVar("T")
+
+
+class AsyncioDriver(BaseDriver):
+    """Bound to one asyncio loop; every handle made with it is used from that loop only."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
+        super().__init__()
+        self.loop = loop or asyncio.get_running_loop()
+
+    def soon(self, callback: Callable[[], None]) -> None:
+        self.loop.call_soon(callback)
+
+    def later(self, seconds: float, callback: Callable[[], None]) -> Timer:
+        timer = Timer(callback)
+
+        def due() -> None:
+            if timer.callback is not None:
+                timer.callback()
+
+        self.loop.call_later(seconds, due)
+        return timer
+
+    def from_thread(self, callback: Callable[[], None]) -> None:
+        self.loop.call_soon_threadsafe(callback)
+
+    def readable(self, fd: int) -> Future[None]:
+        future: Future[None] = Future()
+
+        def ready() -> None:
+            self.loop.remove_reader(fd)
+            future.set()
+
+        self.loop.add_reader(fd, ready)
+        return future
+
+    def writable(self, fd: int) -> Future[None]:
+        future: Future[None] = Future()
+
+        def ready() -> None:
+            self.loop.remove_writer(fd)
+            future.set()
+
+        self.loop.add_writer(fd, ready)
+        return future
+
+    def forget(self, fd: int) -> None:
+        self.loop.remove_reader(fd)
+        self.loop.remove_writer(fd)
+
+    async def bridge(self, coro: Coroutine[Any, Any, T]) -> T:
+        """Await an engine coroutine from asyncio.
+
+        A cancellation of the asyncio task cancels the coroutine and waits until its issued I/O
+        has ended before it is raised.
+        """
+        task = Task(self, coro)
+        ended = asyncio.Event()
+        task.callbacks.append(lambda _: ended.set())
+        cancelled = False
+        while not task.done:
+            try:
+                await ended.wait()
+            except asyncio.CancelledError:
+                cancelled = True
+                task.cancel()
+        if cancelled:
+            raise asyncio.CancelledError
+        return await task_result(task)
+
+
+async def task_result(task: Task[T]) -> T:
+    """The result of a finished task."""
+    if task.error is not None:
+        raise task.error
+    return task.value  # type: ignore[return-value]

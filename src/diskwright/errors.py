@@ -1,0 +1,118 @@
+"""The error tree, drawn by what a caller can do about it.
+
+Every error carries its facts as attributes; the message is built from them.
+``exit_code`` is what a command-line tool returns, ``qmp_class`` what a monitor
+answers.  Failures of I/O itself stay plain :class:`OSError`, because callers
+decide on ``errno``; the classes here that are I/O failures inherit from both.
+"""
+
+from __future__ import annotations
+
+import errno as _errno
+
+
+class DiskError(Exception):
+    """Base of all errors that diskwright raises on purpose."""
+
+    exit_code = 1
+    qmp_class = "GenericError"
+
+
+class UsageError(DiskError):
+    """The caller asked for something that no image could answer (bad option, bad size)."""
+
+
+class ImageError(DiskError):
+    """The image is at fault.  Names the file, the field and the offset where known."""
+
+    def __init__(
+        self, detail: str, *, file: str = "", field: str = "", offset: int | None = None
+    ) -> None:
+        self.detail = detail
+        self.file = file
+        self.field = field
+        self.offset = offset
+        super().__init__(detail)
+
+    def __str__(self) -> str:
+        where = []
+        if self.field:
+            where.append(f"field '{self.field}'")
+        if self.offset is not None:
+            where.append(f"offset {self.offset:#x}")
+        text = f"{self.detail} ({', '.join(where)})" if where else self.detail
+        return f"{self.file}: {text}" if self.file else text
+
+
+class MalformedImage(ImageError):
+    """A structure of the image breaks its specification; nothing can be read through it."""
+
+
+class CorruptImage(ImageError):
+    """The image is marked corrupt, or its metadata contradict each other."""
+
+
+class UnsupportedFeature(ImageError):
+    """The image uses something that this version does not implement; ``feature`` names it."""
+
+    exit_code = 1
+
+    def __init__(self, feature: str, *, file: str = "", offset: int | None = None) -> None:
+        self.feature = feature
+        super().__init__(f"unsupported feature: {feature}", file=file, offset=offset)
+
+
+class NotSupported(DiskError):
+    """The operation does not exist for this format or protocol (exit 63 where a tool says so)."""
+
+    def __init__(self, detail: str, exit_code: int = 1) -> None:
+        self.exit_code = exit_code
+        super().__init__(detail)
+
+
+class Refused(DiskError):
+    """The open gate refused a reference that an image names.
+
+    ``reference`` is the name, ``rule`` the rule that refused it, ``switch`` what allows it.
+    """
+
+    def __init__(self, reference: str, rule: str, switch: str, *, file: str = "") -> None:
+        self.reference, self.rule, self.switch, self.file = reference, rule, switch, file
+        by = f"'{file}' names '{reference}'" if file else f"reference '{reference}'"
+        super().__init__(f"{by}, which is not opened: {rule}; {switch} allows it")
+
+
+class ImageInUse(DiskError):
+    """Another program holds a lock that conflicts; ``permission`` names which one."""
+
+    def __init__(self, file: str, permission: str, shared: bool = False) -> None:
+        self.file, self.permission = file, permission
+        share = "shared " if shared else ""
+        super().__init__(
+            f'Failed to get {share}"{permission}" lock\nIs another process using the image [{file}]?'
+        )
+
+
+class NoSpace(OSError, DiskError):
+    """No host space is left for an allocation (``ENOSPC``)."""
+
+    exit_code = 1
+    qmp_class = "GenericError"
+
+    def __init__(self, detail: str = "No space left on device") -> None:
+        OSError.__init__(self, _errno.ENOSPC, detail)
+
+
+class FlushFailed(OSError, DiskError):
+    """An earlier flush failed; what it covered may be lost, so every later flush fails too."""
+
+    exit_code = 1
+    qmp_class = "GenericError"
+
+    def __init__(self, cause: OSError) -> None:
+        self.cause = cause
+        OSError.__init__(self, cause.errno or _errno.EIO, f"an earlier flush failed: {cause}")
+
+
+class NodeClosed(DiskError):
+    """The node was closed (or its process forked) and takes no more requests."""
