@@ -1,0 +1,46 @@
+# `make demo` and `make test` set up all that they need; nothing else has to be run before them.
+PYTHON ?= $(shell tools/interpreters | head -n 1)
+VENV := .venv
+BIN := $(VENV)/bin
+# One worker a core: the tests share nothing but the machine.
+WORKERS ?= auto
+PYTEST_ARGS ?=
+
+.PHONY: demo test test-long bench lint types wheel peers clean
+.DEFAULT_GOAL := test
+
+demo: peers
+	PYTHONPATH=src $(PYTHON) demo/demo.py
+
+peers:
+	@PYTHON=$(PYTHON) tools/install-peers
+
+$(BIN)/.ready: pyproject.toml | peers
+	@test -n "$(PYTHON)" || { echo "no Python 3.11 to 3.14 was found" >&2; exit 1; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -e '.[dev]'
+	touch $@
+
+lint: $(BIN)/.ready
+	$(BIN)/ruff check .
+
+types: $(BIN)/.ready
+	$(BIN)/mypy
+	$(BIN)/mypy --platform win32
+	$(BIN)/mypy --platform darwin
+
+wheel: $(BIN)/.ready
+	tools/check-wheel
+
+# Pytest comes last, so that its closing lines close the run.
+test: peers lint types wheel
+	$(BIN)/python -m pytest -n $(WORKERS) --durations=15 $(PYTEST_ARGS)
+
+test-long: $(BIN)/.ready peers
+	$(BIN)/python -m pytest -n $(WORKERS) --long --timeout=3600 $(PYTEST_ARGS)
+
+bench: $(BIN)/.ready peers
+	PYTHONPATH=src $(BIN)/python bench/nbd.py
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

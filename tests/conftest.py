@@ -1,0 +1,101 @@
+"""What all tests share: the real programs that they compare with, and where the tree is."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Debian's package for each program.
+PACKAGES = {
+    "qemu-img": "qemu-utils",
+    "qemu-io": "qemu-utils",
+    "qemu-nbd": "qemu-utils",
+    "nbdinfo": "libnbd-bin",
+    "nbdcopy": "libnbd-bin",
+    "nbdkit": "nbdkit",
+    "fio": "fio",
+    "sfdisk": "fdisk",
+}
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--long", action="store_true", help="also run the soaks and wide sweeps")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--long"):
+        return
+    skip = pytest.mark.skip(reason="a soak: runs with --long")
+    for item in items:
+        if "long" in item.keywords:
+            item.add_marker(skip)
+
+
+def must_be_there() -> bool:
+    """True where a missing peer is a failure: in CI, and where we could have installed it."""
+    if os.environ.get("CI") == "true":
+        return True
+    return os.geteuid() == 0 and shutil.which("apt-get") is not None
+
+
+def missing(what: str, package: str) -> None:
+    text = f"{what} is not installed (Debian package {package}; `make peers` installs it)"
+    if must_be_there():
+        pytest.fail(text, pytrace=False)
+    pytest.skip(text)
+
+
+def find_peer(name: str) -> str:
+    """The path of a program of others.  Without it the test skips where it cannot be installed,
+    and fails elsewhere."""
+    path = shutil.which(name)
+    if path is None:
+        missing(name, PACKAGES.get(name, name))
+    assert path is not None
+    if name in ("qemu-img", "qemu-io", "qemu-nbd"):
+        line = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
+        words = line.split("version ", 1)
+        if len(words) < 2 or int(words[1].split(".")[0]) < 10:
+            missing(f"{name} 10 or later (found: {line.splitlines()[:1]})", "qemu-utils")
+    return path
+
+
+@pytest.fixture(scope="session")
+def peer() -> Callable[[str], str]:
+    """``peer("qemu-img")``: the path of a program that we did not write."""
+    found: dict[str, str] = {}
+
+    def get(name: str) -> str:
+        if name not in found:
+            found[name] = find_peer(name)
+        return found[name]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def libnbd_python() -> str:
+    """An interpreter that can import libnbd's binding (Debian builds it for its own Python)."""
+    for python in ("/usr/bin/python3", shutil.which("python3") or ""):
+        if python and Path(python).exists():
+            probe = subprocess.run([python, "-c", "import nbd; nbd.NBD"], capture_output=True)
+            if probe.returncode == 0:
+                return python
+    missing("libnbd's Python binding", "python3-libnbd")
+    raise AssertionError
+
+
+@pytest.fixture(scope="session")
+def fixtures_dir() -> Path:
+    """Images that other programs wrote; they lie beside the checkout and are not part of it."""
+    folder = ROOT.parent / "shared" / "fixtures"
+    if not folder.is_dir():
+        pytest.skip(f"no sample images at {folder}")
+    return folder
