@@ -1,0 +1,189 @@
+"""The engine of one node: a format, its slots, and all that must hold between them."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
+
+from ..contract import Format, NeedMeta, Table
+from ..errors import FlushFailed
+from ..extents import Extent
+from .epochs import Epochs
+from .kernel import BaseDriver, Future, Shared, wait_all
+from .leases import Leases
+from .node import Node
+from .procedure import Procedures
+from .read import Reader
+from .tables import Tables
+from .write import Writer
+from .writeback import Writeback
+
+T = TypeVar("T")
+
+Opener = Callable[[str, str, str | None], Awaitable[None]]
+
+
+class Engine:
+    """Moves all data of one format.
+
+    ``slots`` maps slot names to child nodes; the dict is the owner's and may change between
+    requests.  ``data_slots`` are those that a flush must flush (all but the backing file).
+    ``opener(slot, reference, format)`` opens what the image names; without one it is refused.
+    """
+
+    def __init__(
+        self,
+        driver: BaseDriver,
+        format: Format,
+        slots: dict[str, Node],
+        tables: Tables,
+        opener: Opener | None = None,
+    ) -> None:
+        self.driver = driver
+        self.format = format
+        self.slots = slots
+        self.tables = tables
+        self.view = tables.view()
+        format.tables = self.view
+        self.opener = opener
+        self.leases = Leases()
+        self.epochs = Epochs(self)
+        self.writeback = Writeback(self)
+        self.shared = Shared(driver)
+        self.reader = Reader(self)
+        self.writer = Writer(self)
+        self.procedures = Procedures(self)
+        self.gate: Future[None] | None = None
+        """Set while a whole-image procedure runs: new reads wait for it."""
+        self.failure: OSError | None = None
+        self.map_batch = getattr(format, "map_batch", None)
+        self.map_one = getattr(format, "map_one", None)
+        self._loading: dict[tuple[str, int], Future[None]] = {}
+
+    # -- failure
+    def fail(self, error: OSError) -> None:
+        """Remember the first failed flush; from now on every flush fails."""
+        if self.failure is None:
+            self.failure = error
+        self.epochs.changed.notify()
+
+    def check_failed(self) -> None:
+        """Raise FlushFailed if a flush has failed."""
+        if self.failure is not None:
+            raise FlushFailed(self.failure)
+
+    @property
+    def data_slots(self) -> list[str]:
+        """The slots whose nodes hold what this node wrote."""
+        return [name for name in self.slots if name != "backing"]
+
+    # -- tables
+    async def need(self, miss: NeedMeta, pins: list[Table]) -> None:
+        """Load the missing tables, all in one batch, and pin them for the asker.
+
+        A load runs in its own task: an asker that is cancelled leaves it to the others.
+        """
+        slot = miss.slot
+        wanted = list(miss.ranges)
+        while wanted:
+            fresh = [r for r in wanted if (slot, r[0]) not in self._loading]
+            if fresh:
+                task = self.driver.spawn(self._load(slot, fresh, miss.tag), name="load")
+                for offset, _ in fresh:
+                    self._loading[slot, offset] = task
+            waits = {id(f): f for r in wanted if (f := self._loading.get((slot, r[0])))}
+            await wait_all(list(waits.values()))
+            absent = []
+            for offset, length in wanted:
+                table = self.view.get(slot, offset)
+                if table is None:  # dropped between its load and our turn
+                    absent.append((offset, length))
+                else:
+                    table.pins += 1
+                    pins.append(table)
+            wanted = absent
+
+    async def _load(self, slot: str, ranges: list[tuple[int, int]], tag: str) -> None:
+        epoch = self.epochs.enter()
+        try:
+            child = self.slots[slot]
+            if child.wants_events:
+                for _ in ranges:
+                    pause = child.event(tag)
+                    if pause is not None:
+                        await pause
+            data = await child.read([r[0] for r in ranges], [r[1] for r in ranges])
+            for (offset, _), raw in zip(ranges, data, strict=True):
+                if self.view.get(slot, offset) is None:
+                    self.format.load(slot, offset, bytes(raw))
+        finally:
+            for offset, _ in ranges:
+                self._loading.pop((slot, offset), None)
+            self.epochs.leave(epoch)
+
+    def unpin(self, pins: list[Table]) -> None:
+        """Let the asker's tables go."""
+        for table in pins:
+            table.pins -= 1
+        pins.clear()
+        self.tables.trim()
+
+    async def ask(self, question: Callable[[], T | NeedMeta], pins: list[Table]) -> T:
+        """Repeat ``question`` until no table is missing.  They stay pinned until it succeeds."""
+        while True:
+            answer = question()
+            if not isinstance(answer, NeedMeta):
+                return answer
+            await self.need(answer, pins)
+
+    async def map_range(self, offset: int, length: int) -> list[Extent]:
+        """The extents of one range, in the caller's epoch."""
+        found: list[Extent] = []
+        pins: list[Table] = []
+        end = offset + length
+        try:
+            while offset < end:
+                extents, miss = self.format.map([(offset, end - offset)])
+                for extent in extents:
+                    found.append(extent)
+                    offset += extent.length
+                if offset < end and miss is not None:
+                    await self.need(miss, pins)
+        finally:
+            self.unpin(pins)
+        return found
+
+    async def extents(self, offset: int, length: int) -> list[Extent]:
+        """The extents of one range."""
+        while self.gate is not None:
+            await self.gate
+        epoch = self.epochs.enter()
+        try:
+            return await self.map_range(offset, length)
+        finally:
+            self.epochs.leave(epoch)
+
+    async def announce(self, slot: str, tag: str) -> None:
+        """Tell a child that listens what is about to be issued."""
+        pause = self.slots[slot].event(tag)
+        if pause is not None:
+            await pause
+
+    # -- end
+    async def close(self) -> None:
+        """Wait for shared work; flush until nothing is dirty; run the format's closing procedure.
+
+        Raises the sticky error if there is one.
+        """
+        await self.shared.drain()
+        self.check_failed()
+        await self.writeback.clean()
+        closing: Any = getattr(self.format, "close", None)
+        procedure = closing() if closing is not None else None
+        if procedure is not None:
+            await self.procedures.run(procedure, whole_image=True)
+
+
+def columns(ranges: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
+    """Offsets and lengths of ``ranges``."""
+    return [r[0] for r in ranges], [r[1] for r in ranges]

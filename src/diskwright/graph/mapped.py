@@ -1,0 +1,132 @@
+"""A node that is a format over slots: all of its data movement is the engine's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from ..contract import Format, Limits, Procedure
+from ..engine.engine import Engine, Opener
+from ..engine.kernel import BaseDriver
+from ..engine.tables import Tables
+from ..errors import NodeClosed, NotSupported
+from ..extents import Extent
+from .node import Buffer, Node
+
+
+class MappedNode(Node):
+    """Format + slots + engine.
+
+    ``children`` fill the slots; they are attached, not owned: whoever closes the graph closes
+    them.  ``opener`` opens what the image names (through the gate); see :class:`Engine`.
+    """
+
+    def __init__(
+        self,
+        driver: BaseDriver,
+        driver_name: str,
+        format: Format,
+        children: dict[str, Node],
+        tables: Tables | None = None,
+        name: str = "",
+        opener: Opener | None = None,
+    ) -> None:
+        super().__init__(driver, driver_name, name)
+        self.format = format
+        self._slots: dict[str, Node] = {}
+        self.engine = Engine(driver, format, self._slots, tables or Tables(), opener)
+        self.closed = False
+        for slot, child in children.items():
+            self.attach(slot, child)
+
+    # -- structure
+    def child_changed(self, slot: str) -> None:
+        edge = self.children.get(slot)
+        if edge is None:
+            self._slots.pop(slot, None)
+        else:
+            self._slots[slot] = edge.child
+        limits = Limits()
+        for name, child in self._slots.items():
+            if name != "backing":
+                limits = limits.merged(child.limits)
+        self.limits = limits
+        self.changed()
+
+    @property
+    def size(self) -> int:
+        return self.format.size
+
+    @size.setter
+    def size(self, value: int) -> None:
+        """Ignored at construction; the format knows its size."""
+
+    # -- requests
+    async def read(
+        self,
+        offsets: Sequence[int],
+        lengths: Sequence[int],
+        into: Sequence[memoryview] | None = None,
+    ) -> Sequence[Buffer]:
+        return await self.engine.reader.read(offsets, lengths, into)
+
+    async def write(
+        self, offsets: Sequence[int], buffers: Sequence[Buffer], flags: int = 0
+    ) -> None:
+        self._writable()
+        await self.engine.writer.write(offsets, buffers, flags)
+
+    async def zero(self, offsets: Sequence[int], lengths: Sequence[int], flags: int = 0) -> None:
+        self._writable()
+        await self.engine.writer.zero(offsets, lengths, flags)
+
+    async def discard(self, offsets: Sequence[int], lengths: Sequence[int]) -> None:
+        self._writable()
+        await self.engine.writer.discard(offsets, lengths)
+
+    async def flush(self) -> None:
+        if self.read_only or self.closed:
+            return
+        while self.engine.gate is not None:
+            await self.engine.gate
+        await self.engine.writeback.flush()
+
+    async def extents(self, offset: int, length: int) -> list[Extent]:
+        return await self.engine.extents(offset, length)
+
+    async def truncate(self, size: int, preallocation: str = "off", shrink: bool = True) -> None:
+        self._writable()
+        resize = getattr(self.format, "resize", None)
+        if resize is None:
+            raise NotSupported(f"{self.driver_name} images cannot be resized")
+        await self.run_procedure(resize(size, preallocation, shrink))
+        self.changed()
+
+    def _writable(self) -> None:
+        if self.closed:
+            raise NodeClosed(f"node '{self.name}' is closed")
+        if self.read_only:
+            raise PermissionError(1, "Operation not permitted: the node is read-only")
+
+    # -- procedures
+    async def run_procedure(
+        self,
+        procedure: Procedure,
+        whole_image: bool = True,
+        on_progress: Callable[[int, int], None] | None = None,
+    ) -> Any:
+        """Run a format's procedure; ``whole_image``: alone, with nothing dirty (rule 8)."""
+        self.engine.procedures.on_progress = on_progress
+        return await self.engine.procedures.run(procedure, whole_image)
+
+    async def close(self) -> None:
+        if self.closed:
+            return
+        try:
+            if not self.read_only:
+                await self.engine.close()
+            else:
+                await self.engine.shared.drain()
+        finally:
+            self.closed = True
+            self.engine.view.clear()
