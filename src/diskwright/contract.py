@@ -241,7 +241,7 @@ class Length(NamedTuple):
 
 
 class Truncate(NamedTuple):
-    """Set the length of the child in ``slot`` (``preallocation``: off, falloc or full for growth)."""
+    """Set the length of the child in ``slot``; ``preallocation`` of growth: off, falloc or full."""
 
     slot: str
     size: int
@@ -320,7 +320,7 @@ class Limits(NamedTuple):
     discard_alignment: int = 1
     max_discard: int = 0
 
-    def merged(self, other: "Limits") -> "Limits":
+    def merged(self, other: Limits) -> Limits:
         """The stricter of both in every field."""
 
         def least(a: int, b: int) -> int:

@@ -89,7 +89,8 @@ class ImageInUse(DiskError):
         self.file, self.permission = file, permission
         share = "shared " if shared else ""
         super().__init__(
-            f'Failed to get {share}"{permission}" lock\nIs another process using the image [{file}]?'
+            f'Failed to get {share}"{permission}" lock\n'
+            f"Is another process using the image [{file}]?"
         )
 
 

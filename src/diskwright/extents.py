@@ -12,43 +12,55 @@ from typing import Any, ClassVar, NamedTuple
 
 DATA, ZERO, HOLE, PACKED, INLINE, OPAQUE = range(6)
 
+# Each kind is a tuple type with the constant ``kind`` added: a class body of NamedTuple itself
+# takes fields only.
 
-class Data(NamedTuple):
+
+class _Data(NamedTuple):
+    slot: str
+    host: int
+    length: int
+    writable: bool = False
+    xform: tuple[Any, ...] = ()
+
+
+class Data(_Data):
     """``length`` bytes at ``host`` of the node in ``slot``.
 
     ``writable``: may be overwritten in place (not shared, and every `before` group is on disk).
     ``xform``: transforms, innermost first (encryption); empty for plain bytes.
     """
 
-    slot: str
-    host: int
-    length: int
-    writable: bool = False
-    xform: tuple[Any, ...] = ()
+    __slots__ = ()
     kind: ClassVar[int] = DATA
 
 
-class Zero(NamedTuple):
-    """Reads as zeroes.  ``explicit``: stored so (hides a backing file).
-    ``host`` >= 0: host bytes are reserved there."""
-
+class _Zero(NamedTuple):
     length: int
     explicit: bool = True
     host: int = -1
+
+
+class Zero(_Zero):
+    """Reads as zeroes.  ``explicit``: stored so (hides a backing file).
+    ``host`` >= 0: host bytes are reserved there."""
+
+    __slots__ = ()
     kind: ClassVar[int] = ZERO
 
 
-class Hole(NamedTuple):
+class _Hole(NamedTuple):
+    length: int
+
+
+class Hole(_Hole):
     """Not in this layer: ask the backing node, or zeroes without one."""
 
-    length: int
+    __slots__ = ()
     kind: ClassVar[int] = HOLE
 
 
-class Packed(NamedTuple):
-    """A compressed unit: ``host_length`` bytes at ``host`` unpack to ``unit`` bytes with ``codec``;
-    this extent is ``length`` bytes of them from ``skip``."""
-
+class _Packed(NamedTuple):
     slot: str
     host: int
     host_length: int
@@ -56,13 +68,24 @@ class Packed(NamedTuple):
     codec: Any
     length: int
     skip: int = 0
+
+
+class Packed(_Packed):
+    """A compressed unit: ``host_length`` bytes at ``host`` unpack to ``unit`` bytes with ``codec``;
+    this extent is ``length`` bytes of them from ``skip``."""
+
+    __slots__ = ()
     kind: ClassVar[int] = PACKED
 
 
-class Inline(NamedTuple):
+class _Inline(NamedTuple):
+    data: bytes
+
+
+class Inline(_Inline):
     """The bytes themselves (made-up disks, small tails)."""
 
-    data: bytes
+    __slots__ = ()
     kind: ClassVar[int] = INLINE
 
     @property
@@ -70,12 +93,16 @@ class Inline(NamedTuple):
         return len(self.data)
 
 
-class Opaque(NamedTuple):
-    """Only the node in ``slot`` knows: ask it at ``host``."""
-
+class _Opaque(NamedTuple):
     slot: str
     host: int
     length: int
+
+
+class Opaque(_Opaque):
+    """Only the node in ``slot`` knows: ask it at ``host``."""
+
+    __slots__ = ()
     kind: ClassVar[int] = OPAQUE
 
 
@@ -115,7 +142,7 @@ def merge(extents: list[Extent]) -> list[Extent]:
                     out[-1] = last._replace(length=last.length + e.length)
                     continue
             elif isinstance(e, Zero) and isinstance(last, Zero):
-                follows = last.host < 0 and e.host < 0 or (
+                follows = (last.host < 0 and e.host < 0) or (
                     last.host >= 0 and e.host == last.host + last.length
                 )
                 if last.explicit == e.explicit and follows:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
-from ..contract import Format, NeedMeta, Table
+from ..contract import FastMap, Format, NeedMeta, Table
 from ..errors import FlushFailed
 from ..extents import Extent
 from .epochs import Epochs
@@ -56,8 +56,9 @@ class Engine:
         self.gate: Future[None] | None = None
         """Set while a whole-image procedure runs: new reads wait for it."""
         self.failure: OSError | None = None
-        self.map_batch = getattr(format, "map_batch", None)
-        self.map_one = getattr(format, "map_one", None)
+        fast: FastMap = format  # type: ignore[assignment]  # None where it offers no shortcut
+        self.map_one = fast.map_one if hasattr(format, "map_one") else None
+        self.map_batch = fast.map_batch if hasattr(format, "map_batch") else _no_map
         self._loading: dict[tuple[str, int], Future[None]] = {}
 
     # -- failure
@@ -184,6 +185,6 @@ class Engine:
             await self.procedures.run(procedure, whole_image=True)
 
 
-def columns(ranges: Sequence[tuple[int, int]]) -> tuple[list[int], list[int]]:
-    """Offsets and lengths of ``ranges``."""
-    return [r[0] for r in ranges], [r[1] for r in ranges]
+def _no_map(offsets: Sequence[int], lengths: Sequence[int], write: bool) -> Sequence[int]:
+    """The shortcut of a format without one."""
+    return [-1] * len(offsets)

@@ -60,7 +60,7 @@ class Epochs:
             freed = self.engine.format.settle(token)
             if freed:
                 self.punching += 1
-                self.engine.driver.spawn(self._punch(freed), name="punch")
+                _ = self.engine.driver.spawn(self._punch(freed), name="punch")
         if settled:
             self.changed.notify()
 

@@ -28,7 +28,7 @@ class Lease:
         self.spans = spans
         self.exclusive = exclusive
         self.future: Future[None] | None = None
-        self._keys: frozenset[int] | None | bool = None
+        self._keys: frozenset[int] | bool | None = None
 
     def keys(self, shift: int) -> frozenset[int] | bool:
         """The granules that it touches; False when they are too many to list."""

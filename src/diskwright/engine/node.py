@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..contract import Limits
-from ..extents import Extent, Hole
+from ..extents import HOLE, ZERO, Data, Extent, Hole
 
 if TYPE_CHECKING:
     from .kernel import BaseDriver, Future
@@ -107,13 +107,31 @@ class Node:
         of its own slots; a leaf's ``Data`` has the slot ``""``)."""
         raise NotImplementedError
 
+    async def reads_zero(self, offset: int, length: int) -> bool:
+        """True when the maps of this node and those below say that the range reads as zeroes."""
+        for extent in await self.extents(offset, length):
+            if extent.kind == HOLE:
+                backing = self.child("backing")
+                if backing is not None and offset < backing.size:
+                    covered = min(extent.length, backing.size - offset)
+                    if not await backing.reads_zero(offset, covered):
+                        return False
+            elif isinstance(extent, Data) and extent.slot and not extent.xform:
+                below = self.child(extent.slot)
+                if below is None or not await below.reads_zero(extent.host, extent.length):
+                    return False
+            elif extent.kind != ZERO:
+                return False
+            offset += extent.length
+        return True
+
     async def truncate(self, size: int, preallocation: str = "off") -> None:
         """Change ``size``; new space reads as zeroes (bytes).  Preallocation: off, metadata,
         falloc, full."""
         raise NotImplementedError
 
     async def close(self) -> None:
-        """Flush, give up locks, end.  Raises if the last flush failed; it is closed all the same."""
+        """Flush, give up locks, end.  Raises if the last flush failed, but it is closed then too."""
 
     # -- events of the metadata machines
     def event(self, tag: str) -> Future[None] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from ..contract import (
@@ -115,9 +116,7 @@ class Procedures:
             child = engine.slots[request.slot]
             if child.wants_events:
                 await engine.announce(request.slot, request.tag)
-            data = await child.read(
-                [r[0] for r in request.ranges], [r[1] for r in request.ranges]
-            )
+            data = await child.read([r[0] for r in request.ranges], [r[1] for r in request.ranges])
             return [bytes(part) for part in data]
         if isinstance(request, Write):
             return await engine.writeback.issue(request.writes)
@@ -156,7 +155,5 @@ class Procedures:
 async def wait_out(task: Future[Any]) -> None:
     """Wait for ``task`` whatever it does, ignoring further cancellations."""
     while not task.done:
-        try:
+        with suppress(Exception, Cancelled):
             await task
-        except (Exception, Cancelled):
-            pass

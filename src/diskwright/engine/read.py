@@ -69,7 +69,9 @@ class Reader:
         engine = self.engine
         if engine.map_one is not None:
             if len(offsets) < 4:
-                hosts = [engine.map_one(o, n, False) for o, n in zip(offsets, lengths, strict=True)]
+                hosts: Sequence[int] = [
+                    engine.map_one(o, n, False) for o, n in zip(offsets, lengths, strict=True)
+                ]
             else:
                 hosts = engine.map_batch(offsets, lengths, False)
             if hosts and min(hosts) >= 0:

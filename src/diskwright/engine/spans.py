@@ -70,9 +70,7 @@ class Overlay:
             out.append(self._compose(guest, length, holes))
         return out, holes
 
-    def _compose(
-        self, guest: int, length: int, holes: list[tuple[int, memoryview]]
-    ) -> Buffer:
+    def _compose(self, guest: int, length: int, holes: list[tuple[int, memoryview]]) -> Buffer:
         end = guest + length
         first = bisect_left(self.starts, guest - self.longest)
         last = bisect_left(self.starts, end)

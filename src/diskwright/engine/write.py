@@ -93,7 +93,7 @@ class Writer:
             try:
                 if engine.map_one is not None:
                     if len(spans) < 4:
-                        hosts = [
+                        hosts: Sequence[int] = [
                             engine.map_one(o, n, True)
                             for o, n in zip(offsets, lengths, strict=True)
                         ]
@@ -125,9 +125,7 @@ class Writer:
                 if not (isinstance(extent, Data) and extent.writable):
                     return False
                 n = extent.length
-                steps.append(
-                    Step(OP_DATA, position, n, extent.slot, extent.host, extent.xform)
-                )
+                steps.append(Step(OP_DATA, position, n, extent.slot, extent.host, extent.xform))
                 sources.append(view[position - offset : position - offset + n])
                 position += n
         await self._put(steps, sources, "write_aio")
@@ -347,6 +345,4 @@ class Writer:
         if engine.failure is not None or engine.writeback.running():
             return
         if engine.view.dirty_weight() > engine.tables.budget // 2:
-            engine.writeback.kick()
-
-
+            _ = engine.writeback.kick()
