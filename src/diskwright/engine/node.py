@@ -56,6 +56,10 @@ class Node:
     parents: list[Edge]
     options: dict[str, Any]
     """The options that it was opened with (what ``json:`` would need)."""
+    graph: Any = None
+    """The bookkeeping that it belongs to (:class:`diskwright.graph.graph.Graph`), if any."""
+    probed = False
+    """True when its format was guessed for want of a signature, so it is raw."""
     wants_events = False
     """True when :meth:`event` must be called (blkdebug)."""
 
