@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+import errno
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from ..contract import FastMap, Format, NeedMeta, Table
@@ -72,6 +73,13 @@ class Engine:
         """Raise FlushFailed if a flush has failed."""
         if self.failure is not None:
             raise FlushFailed(self.failure)
+
+    def check_bounds(self, ranges: Iterable[tuple[int, int]]) -> None:
+        """Raise OSError(EIO) for a range that ends beyond the image."""
+        size = self.format.size
+        for offset, length in ranges:
+            if offset < 0 or offset + length > size:
+                raise OSError(errno.EIO, f"request beyond the end of the image, offset {offset}")
 
     @property
     def data_slots(self) -> list[str]:

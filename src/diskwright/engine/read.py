@@ -87,6 +87,7 @@ class Reader:
         lengths: Sequence[int],
         into: Sequence[memoryview] | None,
     ) -> Sequence[Buffer]:
+        self.engine.check_bounds(zip(offsets, lengths, strict=True))
         unit = self.engine.format.cipher_unit
         out: list[Buffer] = []
         views: Views = []

@@ -53,6 +53,8 @@ class View:
         self.owner = owner
         self.generation = 0
         self._dirty: dict[int, Table] = {}
+        self.dirty_weight = 0
+        """Bytes of dirty tables; an upper bound between freezes."""
         self._map = store._map
 
     def get(self, slot: str, offset: int) -> Table | None:
@@ -80,21 +82,20 @@ class View:
 
     def dirty(self) -> list[Table]:
         self._dirty = {key: table for key, table in self._dirty.items() if table.dirty}
+        self.dirty_weight = sum(table.size for table in self._dirty.values())
         return list(self._dirty.values())
 
     def mark(self, table: Table) -> None:
         table.dirty = True
-        self._dirty[id(table)] = table
+        if id(table) not in self._dirty:
+            self._dirty[id(table)] = table
+            self.dirty_weight += table.size
 
     def clear(self) -> None:
         for key in [key for key in self._map if key[0] == self.owner]:
             self.store.weight -= self._map.pop(key).size
         self._dirty.clear()
         self.generation += 1
-
-    def dirty_weight(self) -> int:
-        """Bytes of dirty tables (an upper bound between freezes)."""
-        return sum(table.size for table in self._dirty.values())
 
     def busy(self) -> bool:
         """True while a table of this format is dirty or in write-back."""

@@ -211,6 +211,8 @@ class Writer:
         if not ranges:
             return True
         engine = self.engine
+        engine.check_failed()  # what can never be flushed must not pile up
+        engine.check_bounds(ranges)
         unit = engine.format.unit
         spans = merge_spans([(align_down(o, unit), align_up(o + n, unit)) for o, n in ranges])
         lease = await engine.leases.take(spans, exclusive=True)
@@ -344,5 +346,5 @@ class Writer:
         engine = self.engine
         if engine.failure is not None or engine.writeback.running():
             return
-        if engine.view.dirty_weight() > engine.tables.budget // 2:
+        if engine.view.dirty_weight > engine.tables.budget // 2:
             _ = engine.writeback.kick()
