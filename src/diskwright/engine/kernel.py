@@ -7,13 +7,13 @@ The engine suspends only on :class:`Future`, so the same coroutines run on the p
 
 from __future__ import annotations
 
+import errno
 import heapq
-import os
-import selectors
 import threading
 from collections import deque
 from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from .futures import (
     BaseDriver,
@@ -27,6 +27,11 @@ from .futures import (
     gather,
     wait_all,
 )
+
+if TYPE_CHECKING:
+    import socket
+
+    from .poller import Poller
 
 __all__ = [
     "BaseDriver",
@@ -57,13 +62,13 @@ class Driver(BaseDriver):
         self._timers: list[tuple[float, int, Timer]] = []
         self._serial = 0
         self._from_threads: deque[Callable[[], None]] = deque()
-        self._selector: selectors.BaseSelector | None = None
-        self._wake_read = self._wake_write = -1
+        self._poller: Poller | None = None
+        self._wake: tuple[socket.socket, socket.socket] | None = None
+        self._wake_fd = -1
         self._asleep = False
         self._alarm = threading.Event()
         self._waiters: dict[int, list[Future[None] | None]] = {}
         self._masks: dict[int, int] = {}
-        self._pid = os.getpid()
 
     def soon(self, callback: Callable[[], None]) -> None:
         self._ready.append(callback)
@@ -77,31 +82,30 @@ class Driver(BaseDriver):
     def from_thread(self, callback: Callable[[], None]) -> None:
         self._from_threads.append(callback)
         if self._asleep:  # set before the sleeper looks at the queue a last time
-            if self._selector is not None:
-                try:
-                    os.write(self._wake_write, b"\0")
-                except BlockingIOError:
-                    pass
-            else:
-                self._alarm.set()
+            self._alarm.set()
+            if self._wake is not None:
+                with suppress(BlockingIOError):
+                    self._wake[1].send(b"\0")
 
     # -- descriptors: registered once and kept, so that waiting again costs no system call
     def _watch(self, fd: int, direction: int) -> Future[None]:
-        if self._selector is None:
-            self._selector = selectors.DefaultSelector()
-            self._wake_read, self._wake_write = _pipe()
-            self._selector.register(self._wake_read, selectors.EVENT_READ)
-        pair = self._waiters.setdefault(fd, [None, None])
+        if self._poller is None:
+            from .poller import Poller, wake_pair
+
+            self._poller = Poller()
+            self._wake = wake_pair()
+            self._wake_fd = self._wake[0].fileno()
+            self._poller.set(self._wake_fd, 1, 0)
+        pair = self._waiters.get(fd)
+        if pair is None:
+            pair = self._waiters[fd] = [None, None]
         future: Future[None] = Future()
         pair[direction] = future
-        want = self._masks.get(fd, 0)
-        bit = selectors.EVENT_WRITE if direction else selectors.EVENT_READ
-        if not want & bit:
-            if want:
-                self._selector.modify(fd, want | bit)
-            else:
-                self._selector.register(fd, bit)
-            self._masks[fd] = want | bit
+        have = self._masks.get(fd, 0)
+        bit = 1 << direction
+        if not have & bit:
+            self._poller.set(fd, have | bit, have)
+            self._masks[fd] = have | bit
         return future
 
     def readable(self, fd: int) -> Future[None]:
@@ -111,11 +115,12 @@ class Driver(BaseDriver):
         return self._watch(fd, 1)
 
     def forget(self, fd: int) -> None:
-        if self._masks.pop(fd, 0) and self._selector is not None:
-            self._selector.unregister(fd)
+        mask = self._masks.pop(fd, 0)
+        if mask and self._poller is not None:
+            self._poller.set(fd, 0, mask)
         for future in self._waiters.pop(fd, ()):
             if future is not None:
-                future.set(error=OSError(9, "descriptor closed"))
+                future.set(error=OSError(errno.EBADF, "descriptor closed"))
 
     def _poll(self, timeout: float | None) -> None:
         """Wait for descriptors, threads or the timeout."""
@@ -123,32 +128,31 @@ class Driver(BaseDriver):
         try:
             if self._from_threads:
                 timeout = 0
-            if self._selector is None:
+            if self._poller is None:
                 if timeout != 0:
                     self._alarm.wait(timeout)
                 self._alarm.clear()
                 return
-            for key, events in self._selector.select(timeout):
-                fd: int = key.fd
-                if fd == self._wake_read:
-                    os.read(fd, 4096)
+            for fd, events in self._poller.poll(timeout):
+                if fd == self._wake_fd:
+                    assert self._wake is not None
+                    self._wake[0].recv(4096)
                     continue
-                pair = self._waiters[fd]
-                keep = self._masks[fd]
-                for direction, bit in ((0, selectors.EVENT_READ), (1, selectors.EVENT_WRITE)):
-                    if events & bit:
+                pair = self._waiters.get(fd)
+                if pair is None:  # forgotten by a callback of this very round
+                    continue
+                unheard = 0
+                for direction in (0, 1):
+                    if events & (1 << direction):
                         future = pair[direction]
                         if future is not None:
                             pair[direction] = None
                             future.set()
                         else:  # nobody waits: stop hearing of it until somebody does
-                            keep &= ~bit
-                if keep != self._masks[fd]:
-                    self._masks[fd] = keep
-                    if keep:
-                        self._selector.modify(fd, keep)
-                    else:
-                        self._selector.unregister(fd)
+                            unheard |= 1 << direction
+                if unheard and (have := self._masks.get(fd, 0)) & unheard:
+                    self._poller.set(fd, have & ~unheard, have)
+                    self._masks[fd] = have & ~unheard
         finally:
             self._asleep = False
 
@@ -160,14 +164,11 @@ class Driver(BaseDriver):
         """
         task = Task(self, coro)
         interrupted: KeyboardInterrupt | None = None
-        while True:
+        while not task.done:
             try:
                 self._run_until(task)
-                break
             except KeyboardInterrupt as error:
                 interrupted = error
-                if task.done:
-                    break
                 task.cancel()
         if interrupted is not None:
             raise interrupted
@@ -176,43 +177,37 @@ class Driver(BaseDriver):
         return task.value  # type: ignore[return-value]
 
     def _run_until(self, task: Task[Any]) -> None:
-        ready, threads = self._ready, self._from_threads
+        ready, threads, timers = self._ready, self._from_threads, self._timers
         while not task.done:
             while threads:
                 ready.append(threads.popleft())
-            if self._timers and self._timers[0][0] <= self.now():
-                _, _, timer = heapq.heappop(self._timers)
+            if timers and timers[0][0] <= self.now():
+                _, _, timer = heapq.heappop(timers)
                 if timer.callback is not None:
                     ready.append(timer.callback)
             if ready:
                 for _ in range(len(ready)):
                     ready.popleft()()
-                if self._masks and not task.done:
+                if ready and self._masks:  # neither side may starve the other
                     self._poll(0)
                 continue
-            while self._timers and self._timers[0][2].callback is None:
-                heapq.heappop(self._timers)
+            while timers and timers[0][2].callback is None:
+                heapq.heappop(timers)
             timeout = None
-            if self._timers:
-                timeout = max(0.0, self._timers[0][0] - self.now())
-            elif (
-                not self._masks and not (self._pool is not None and self._pool.busy) and not threads
-            ):
+            if timers:
+                timeout = max(0.0, timers[0][0] - self.now())
+            elif not any(self._masks.values()) and not self._pool_busy() and not threads:
                 raise Deadlock("nothing left to wait for\n" + self.stuck())
             self._poll(timeout)
+
+    def _pool_busy(self) -> bool:
+        return self._pool is not None and self._pool.busy > 0
 
     def close(self) -> None:
         """End the pool and close the driver's own descriptors."""
         self.stop_pool()
-        if self._selector is not None:
-            self._selector.close()
-            os.close(self._wake_read)
-            os.close(self._wake_write)
-            self._selector = None
-
-
-def _pipe() -> tuple[int, int]:
-    read, write = os.pipe()
-    os.set_blocking(read, False)
-    os.set_blocking(write, False)
-    return read, write
+        if self._poller is not None and self._wake is not None:
+            self._poller.close()
+            for end in self._wake:
+                end.close()
+            self._poller = self._wake = None
