@@ -1,0 +1,96 @@
+"""Byte budgets: what clients may have in memory at a time, each and together."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from ..engine.kernel import BaseDriver, Cancelled, Future
+
+CLIENT_LIMIT = 64 << 20
+TOTAL_LIMIT = 512 << 20
+
+
+class Budget:
+    """At most ``limit`` bytes, granted in the order in which they were asked for.
+
+    ``reclaim`` are asked, when somebody must wait, to give back what they hold without need.
+    """
+
+    def __init__(self, driver: BaseDriver, limit: int, parent: Budget | None = None) -> None:
+        self.driver = driver
+        self.limit = limit
+        self.parent = parent
+        self.used = 0
+        self.peak = 0
+        self.reclaim: set[Callable[[], None]] = set()
+        self._waiters: deque[tuple[int, Future[None]]] = deque()
+
+    def take(self, count: int) -> bool:
+        """Take ``count`` bytes at once, or nothing.  A request above the whole limit is granted
+        alone."""
+        if self._waiters or (self.used and self.used + count > self.limit):
+            return False
+        if self.parent is not None and not self.parent.take(count):
+            return False
+        self.used += count
+        if self.used > self.peak:
+            self.peak = self.used
+        return True
+
+    async def acquire(self, count: int) -> None:
+        """Wait for ``count`` bytes."""
+        if self.parent is not None:
+            await self._wait(count)
+            try:
+                await self.parent.acquire(count)
+            except BaseException:
+                self._give(count)
+                raise
+        else:
+            await self._wait(count)
+
+    async def _wait(self, count: int) -> None:
+        if not self._waiters and not (self.used and self.used + count > self.limit):
+            self.used += count
+        else:
+            future: Future[None] = Future()
+            self._waiters.append((count, future))
+            for ask in list(self.reclaim):
+                ask()
+            try:
+                await future
+            except Cancelled:
+                if future.done:
+                    self._give(count)
+                else:
+                    self._waiters.remove((count, future))
+                    self._wake()
+                raise
+        if self.used > self.peak:
+            self.peak = self.used
+
+    def release(self, count: int) -> None:
+        """Give ``count`` bytes back."""
+        self._give(count)
+        if self.parent is not None:
+            self.parent.release(count)
+
+    def _give(self, count: int) -> None:
+        self.used -= count
+        if self._waiters:
+            self._wake()
+
+    def _wake(self) -> None:
+        while self._waiters:
+            count, future = self._waiters[0]
+            if self.used and self.used + count > self.limit:
+                return
+            self._waiters.popleft()
+            self.used += count
+            future.set()
+
+    @property
+    def contended(self) -> bool:
+        """Somebody waits."""
+        return bool(self._waiters) or (self.parent is not None and self.parent.contended)

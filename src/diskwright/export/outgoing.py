@@ -1,0 +1,192 @@
+"""What is on its way to one socket: buffers and pieces of files, in order, without joining them."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from ..engine.kernel import BaseDriver, Future
+
+Buffer = bytes | bytearray | memoryview
+
+VECTORS = 1024  # IOV_MAX: more buffers in one sendmsg are refused
+
+
+class FilePiece(NamedTuple):
+    """``length`` bytes at ``offset`` of the open file ``fd``."""
+
+    fd: int
+    offset: int
+    length: int
+
+
+class _Sent(NamedTuple):
+    """Called when everything before it has left."""
+
+    callback: Callable[[], None]
+
+
+Item = Buffer | FilePiece | _Sent
+
+
+class Outgoing:
+    """Sends at once what the socket takes and the rest when it can be written again.
+
+    ``broken`` is set when the peer is gone: everything queued is dropped (its callbacks run).
+    """
+
+    def __init__(self, driver: BaseDriver, sock: socket.socket) -> None:
+        self.driver = driver
+        self.sock = sock
+        self.fd = sock.fileno()
+        self.broken: Exception | None = None
+        self._queue: deque[Item] = deque()
+        self._drainer: Future[None] | None = None
+
+    def send(
+        self, buffers: Sequence[Buffer], total: int, sent: Callable[[], None] | None = None
+    ) -> None:
+        """Send ``buffers`` of ``total`` bytes; ``sent`` is called when they are not needed."""
+        if not self._queue and self.broken is None:
+            try:
+                done = self.sock.sendmsg(buffers if len(buffers) <= VECTORS else buffers[:VECTORS])
+            except (BlockingIOError, InterruptedError):
+                done = 0
+            except OSError as error:
+                self._break(error)
+                done = 0
+            if done == total:
+                if sent is not None:
+                    sent()
+                return
+        else:
+            done = 0
+        if self.broken is not None:
+            if sent is not None:
+                sent()
+            return
+        for buffer in buffers:
+            size = len(buffer)
+            if done >= size:
+                done -= size
+            elif done:
+                self._queue.append(memoryview(buffer)[done:])
+                done = 0
+            else:
+                self._queue.append(buffer)
+        if sent is not None:
+            self._queue.append(_Sent(sent))
+        self._start()
+
+    def send_file(
+        self,
+        header: Buffer,
+        pieces: Sequence[FilePiece],
+        sent: Callable[[], None] | None = None,
+    ) -> None:
+        """Send ``header`` and then the pieces from the page cache, without copying them here."""
+        if self.broken is not None:
+            if sent is not None:
+                sent()
+            return
+        idle = not self._queue
+        self._queue.append(header)
+        self._queue.extend(pieces)
+        if sent is not None:
+            self._queue.append(_Sent(sent))
+        if idle:
+            try:
+                self._push()
+            except (BlockingIOError, InterruptedError):
+                pass
+            except OSError as error:
+                self._break(error)
+        self._start()
+
+    async def drained(self) -> None:
+        """Until everything was sent or the peer is gone."""
+        while self._drainer is not None:
+            await self._drainer
+
+    def abandon(self) -> None:
+        """Drop what is queued; the peer does not read."""
+        if self._queue:
+            self._break(TimeoutError("the client does not read its replies"))
+            try:
+                self.sock.shutdown(socket.SHUT_RDWR)  # also wakes whoever waits for it
+            except OSError:
+                pass
+
+    def _start(self) -> None:
+        if self._queue and self._drainer is None:
+            drainer = self.driver.spawn(self._drain(), name="nbd-send")
+            self._drainer = drainer
+
+    async def _drain(self) -> None:
+        try:
+            while self._queue:
+                await self.driver.writable(self.fd)
+                try:
+                    self._push()
+                except (BlockingIOError, InterruptedError):
+                    pass
+        except OSError as error:
+            self._break(error)
+        finally:
+            self._drainer = None
+
+    def _push(self) -> None:
+        """Send until the queue is empty or the socket full (then BlockingIOError or nothing)."""
+        queue = self._queue
+        while queue:
+            head = queue[0]
+            if isinstance(head, _Sent):
+                queue.popleft()
+                head.callback()
+            elif isinstance(head, FilePiece):
+                done = os.sendfile(self.fd, head.fd, head.offset, head.length)
+                if not done:  # the file ends before the range that the reply promised
+                    raise OSError("the file became shorter while it was sent")
+                if done < head.length:
+                    queue[0] = FilePiece(head.fd, head.offset + done, head.length - done)
+                else:
+                    queue.popleft()
+            elif not self._push_buffers():
+                return
+
+    def _push_buffers(self) -> bool:
+        """One sendmsg of the buffers at the front; False when the socket took only a part."""
+        queue = self._queue
+        buffers: list[Buffer] = []
+        more = 0
+        for item in queue:
+            if isinstance(item, FilePiece):
+                more = socket.MSG_MORE if hasattr(socket, "MSG_MORE") else 0
+                break
+            if not isinstance(item, _Sent):
+                buffers.append(item)
+                if len(buffers) == VECTORS:
+                    break
+        done = self.sock.sendmsg(buffers, (), more)
+        for _ in buffers:
+            head = queue.popleft()
+            while isinstance(head, _Sent):
+                head.callback()
+                head = queue.popleft()
+            assert not isinstance(head, FilePiece)
+            size = len(head)
+            if done < size:
+                queue.appendleft(memoryview(head)[done:])
+                return False
+            done -= size
+        return True
+
+    def _break(self, error: Exception) -> None:
+        self.broken = error
+        queue, self._queue = self._queue, deque()
+        for item in queue:
+            if isinstance(item, _Sent):
+                item.callback()

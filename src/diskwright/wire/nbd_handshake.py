@@ -1,0 +1,251 @@
+"""The server's half of the NBD handshake (fixed newstyle): bytes in, bytes out.
+
+It holds no buffer of its own: :meth:`Handshake.parse` consumes whole messages from the
+machine's buffer and leaves a part of one where it is.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from . import nbd_const as c
+
+_GREETING = struct.Struct(">QQH")
+_CLIENT_FLAGS = struct.Struct(">I")
+_OPTION = struct.Struct(">QII")
+_REPLY = struct.Struct(">QIII")
+_U16 = struct.Struct(">H")
+_U32 = struct.Struct(">I")
+
+OPTION_LIMIT = 16 << 10
+"""Longest option data in bytes that is looked at; longer ones are skipped and refused."""
+OPTIONS_LIMIT = 512
+"""Options of one client before it is dropped: no handshake needs more than a dozen."""
+
+
+class Export(NamedTuple):
+    """What a client may choose.  ``size`` in bytes; ``name`` as it is spoken on the wire."""
+
+    name: bytes
+    size: int
+    read_only: bool = False
+    description: bytes = b""
+    min_block: int = 1
+    """Smallest request that need not be rewritten as a larger one, in bytes."""
+    preferred_block: int = 4096
+    multi_conn: bool = True
+    rotational: bool = False
+    trim: bool = True
+
+    def flags(self, structured: bool) -> int:
+        """Transmission flags; DF exists only beside structured replies."""
+        flags = c.HAS_FLAGS | c.SEND_FLUSH | c.SEND_FUA | c.SEND_CACHE
+        if self.read_only:
+            flags |= c.READ_ONLY
+        else:
+            flags |= c.SEND_WRITE_ZEROES
+            if self.trim:
+                flags |= c.SEND_TRIM
+        if self.rotational:
+            flags |= c.ROTATIONAL
+        if self.multi_conn:
+            flags |= c.CAN_MULTI_CONN
+        if structured:
+            flags |= c.SEND_DF
+        return flags
+
+
+class _Invalid(Exception):
+    """Option data that breaks its own lengths."""
+
+
+class Handshake:
+    """One client's option haggling.
+
+    ``out`` collects what must be sent.  ``export`` is set when transmission begins;
+    ``closed`` says why the connection must be dropped (after ``out`` was sent).
+    """
+
+    def __init__(self, exports: Sequence[Export]) -> None:
+        self.exports = {e.name: e for e in exports}
+        self.out: list[bytes] = [
+            _GREETING.pack(c.INIT_MAGIC, c.OPTION_MAGIC, c.FLAG_FIXED_NEWSTYLE | c.FLAG_NO_ZEROES)
+        ]
+        self.export: Export | None = None
+        self.structured = False
+        self.allocation = False
+        """``base:allocation`` was selected for the export that was chosen."""
+        self.closed = ""
+        self.shutting_down = False
+        self._flags: int | None = None
+        self._options = 0
+        self._skip = 0
+        self._context_export: bytes | None = None
+
+    def parse(self, buffer: memoryview, start: int, end: int) -> int:
+        """Consume whole messages of ``buffer[start:end]``; returns where the rest begins."""
+        while not self.closed and self.export is None:
+            if self._skip:
+                skipped = min(self._skip, end - start)
+                self._skip -= skipped
+                start += skipped
+                if self._skip:
+                    break
+            if self._flags is None:
+                if end - start < 4:
+                    break
+                self._flags = _CLIENT_FLAGS.unpack_from(buffer, start)[0]
+                start += 4
+                if self._flags & ~(c.FLAG_FIXED_NEWSTYLE | c.FLAG_NO_ZEROES):
+                    self.closed = "unknown client flags"
+                continue
+            if end - start < _OPTION.size:
+                break
+            magic, option, length = _OPTION.unpack_from(buffer, start)
+            if magic != c.OPTION_MAGIC:
+                self.closed = "bad option magic"
+                break
+            if length <= OPTION_LIMIT and end - start < _OPTION.size + length:
+                break
+            start += _OPTION.size
+            self._options += 1
+            if self._options > OPTIONS_LIMIT:
+                self.closed = "too many options"
+                break
+            if length > OPTION_LIMIT:
+                if option == c.OPT_EXPORT_NAME:
+                    self.closed = "export name too long"
+                else:
+                    self._reply(option, c.REP_ERR_TOO_BIG)
+                    self._skip = length
+                continue
+            self._option(option, bytes(buffer[start : start + length]))
+            start += length
+        return start
+
+    def _reply(self, option: int, kind: int, data: bytes = b"") -> None:
+        self.out.append(_REPLY.pack(c.OPTION_REPLY_MAGIC, option, kind, len(data)) + data)
+
+    def _option(self, option: int, data: bytes) -> None:
+        if option == c.OPT_EXPORT_NAME:
+            self._export_name(data)
+        elif option == c.OPT_ABORT:
+            self._reply(option, c.REP_ACK)
+            self.closed = "aborted by the client"
+        elif self.shutting_down:
+            self._reply(option, c.REP_ERR_SHUTDOWN)
+        elif option == c.OPT_LIST:
+            if data:
+                self._reply(option, c.REP_ERR_INVALID)
+                return
+            for export in self.exports.values():
+                name = _U32.pack(len(export.name)) + export.name
+                self._reply(option, c.REP_SERVER, name + export.description)
+            self._reply(option, c.REP_ACK)
+        elif option == c.OPT_STRUCTURED_REPLY:
+            if data:
+                self._reply(option, c.REP_ERR_INVALID)
+                return
+            self.structured = True
+            self._reply(option, c.REP_ACK)
+        elif option in (c.OPT_INFO, c.OPT_GO):
+            self._info(option, data)
+        elif option in (c.OPT_LIST_META_CONTEXT, c.OPT_SET_META_CONTEXT):
+            self._meta_context(option, data)
+        else:
+            self._reply(option, c.REP_ERR_UNSUP)
+
+    def _export_name(self, name: bytes) -> None:
+        export = self.exports.get(name)
+        if export is None or self.shutting_down:
+            self.closed = "no such export"  # this option has no way to say so
+            return
+        data = struct.pack(">QH", export.size, export.flags(self.structured))
+        if not (self._flags or 0) & c.FLAG_NO_ZEROES:
+            data += bytes(124)
+        self.out.append(data)
+        self._choose(export)
+
+    def _choose(self, export: Export) -> None:
+        self.allocation = self.allocation and self._context_export == export.name
+        self.export = export
+
+    def _info(self, option: int, data: bytes) -> None:
+        try:
+            name, at = _string(data, 0)
+            if len(data) < at + 2:
+                raise _Invalid
+            count = _U16.unpack_from(data, at)[0]
+            if len(data) != at + 2 + 2 * count:
+                raise _Invalid
+            wanted = set(struct.unpack_from(f">{count}H", data, at + 2))
+        except _Invalid:
+            self._reply(option, c.REP_ERR_INVALID)
+            return
+        export = self.exports.get(name)
+        if export is None:
+            self._reply(option, c.REP_ERR_UNKNOWN)
+            return
+        if c.INFO_NAME in wanted:
+            self._reply(option, c.REP_INFO, _U16.pack(c.INFO_NAME) + export.name)
+        if c.INFO_DESCRIPTION in wanted and export.description:
+            described = _U16.pack(c.INFO_DESCRIPTION) + export.description
+            self._reply(option, c.REP_INFO, described)
+        if c.INFO_BLOCK_SIZE in wanted:
+            sizes = (c.INFO_BLOCK_SIZE, export.min_block, export.preferred_block, c.MAX_PAYLOAD)
+            self._reply(option, c.REP_INFO, struct.pack(">HIII", *sizes))
+        self._reply(
+            option,
+            c.REP_INFO,
+            struct.pack(">HQH", c.INFO_EXPORT, export.size, export.flags(self.structured)),
+        )
+        self._reply(option, c.REP_ACK)
+        if option == c.OPT_GO:
+            self._choose(export)
+
+    def _meta_context(self, option: int, data: bytes) -> None:
+        setting = option == c.OPT_SET_META_CONTEXT
+        if setting:  # even a failed one replaces what was selected before
+            self.allocation, self._context_export = False, None
+        try:
+            if not self.structured:
+                raise _Invalid
+            name, at = _string(data, 0)
+            if len(data) < at + 4:
+                raise _Invalid
+            count = _U32.unpack_from(data, at)[0]
+            at += 4
+            queries = []
+            for _ in range(count):  # ends with the data: every query takes at least 4 bytes of it
+                query, at = _string(data, at)
+                queries.append(query)
+            if at != len(data):
+                raise _Invalid
+        except _Invalid:
+            self._reply(option, c.REP_ERR_INVALID)
+            return
+        if name not in self.exports:
+            self._reply(option, c.REP_ERR_UNKNOWN)
+            return
+        found = c.BASE_ALLOCATION in queries
+        if not setting:
+            found = found or not queries or b"base:" in queries
+        if found:
+            context = c.BASE_ALLOCATION_ID if setting else 0
+            self._reply(option, c.REP_META_CONTEXT, _U32.pack(context) + c.BASE_ALLOCATION)
+        if setting:
+            self.allocation, self._context_export = found, name
+        self._reply(option, c.REP_ACK)
+
+
+def _string(data: bytes, at: int) -> tuple[bytes, int]:
+    """A string behind its 32-bit length, and where it ends."""
+    if len(data) < at + 4:
+        raise _Invalid
+    length = _U32.unpack_from(data, at)[0]
+    at += 4
+    if length > c.MAX_STRING or len(data) < at + length:
+        raise _Invalid
+    return data[at : at + length], at + length
