@@ -1,0 +1,59 @@
+"""Closing disks, and wording why one could not be opened."""
+
+from __future__ import annotations
+
+import os
+
+from .graph import Graph
+from .node import Node
+
+
+async def close_disk(node: Node) -> None:
+    """Close a disk from its top downwards; what another disk of the graph uses stays open.
+
+    Every node is closed, whatever happens; then the first error is raised.
+    """
+    first = await _close(node)
+    if first is not None:
+        raise first
+
+
+async def discard_disk(node: Node) -> None:
+    """Close after a failure that is about to be raised: errors of the closing add nothing."""
+    await _close(node)
+
+
+async def _close(top: Node) -> BaseException | None:
+    first: BaseException | None = None
+    graph: Graph | None = top.graph
+    if graph is not None:
+        graph.roots.pop(top, None)
+    closing = [top]
+    while closing:
+        node = closing.pop()
+        if node.parents or (graph is not None and node in graph.roots):
+            continue
+        try:
+            await node.close()
+        except Exception as error:
+            first = first or error
+        for slot in list(node.children):
+            child = node.detach(slot)
+            if child is not None:
+                closing.append(child)
+        if graph is not None:
+            graph.remove(node)
+    return first
+
+
+def explain(error: BaseException, *, top: str = "") -> str:
+    """One line that says what could not be opened and why, as the tools word it."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        text = f"Could not open '{os.fsdecode(error.filename)}': {error.strerror}"
+    elif isinstance(error, OSError) and error.strerror:
+        text = error.strerror
+    else:
+        text = str(error)
+    for note in getattr(error, "__notes__", ()):
+        text = f"{note}: {text}"
+    return f"Could not open '{top}': {text}" if top else text

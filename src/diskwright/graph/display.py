@@ -1,0 +1,89 @@
+"""Names for people and for overlays: the shortest text that describes an open node."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from ..errors import UsageError
+from .graph import leaf_of, primary
+from .names import directory_of, protocol_of
+from .node import Node
+
+# Options that change how a disk is handled, never what it holds: a name need not tell them.
+# Drivers that are not listed tell all of theirs.
+_WEAK: dict[str, frozenset[str] | None] = {
+    "qcow2": None,  # None: all of them are weak
+    "file": None,
+    "host_device": None,
+    "null-co": frozenset({"latency-ns"}),
+    "null-aio": frozenset({"latency-ns"}),
+}
+_COMMON = frozenset({"driver", "force-share", "node-name", "filename"})
+
+
+def strong_options(node: Node) -> dict[str, Any]:
+    """The options of ``node`` that a name must tell (children not counted)."""
+    weak = _WEAK.get(node.driver_name, frozenset())
+    if weak is None:
+        return {}
+    left = {key: value for key, value in node.options.items() if key not in _COMMON | weak}
+    return {key: value for key, value in left.items() if key not in node.children}
+
+
+def plain_name(node: Node) -> str | None:
+    """The file name that opens the same disk (given the same format); None if there is none."""
+    strong = strong_options(node)
+    if "filename" in node.options and not node.children:
+        name = str(node.options["filename"])
+        return f"./{name}" if protocol_of(name) and node.driver_name == "file" else name
+    if node.driver_name in ("null-co", "null-aio"):
+        return None if strong else f"{node.driver_name}://"
+    if node.driver_name == "blkdebug":
+        config = strong.pop("config", "")
+        image = node.child("image")
+        below = plain_name(image) if image is not None and not strong else None
+        return None if below is None else f"blkdebug:{config}:{below}"
+    file = node.child("file")
+    if file is None or strong or "backing" in node.options:
+        return None
+    # A format directly over a protocol is what a file name means; more layers it cannot tell.
+    return plain_name(file) if "file" not in file.children else None
+
+
+def description(node: Node) -> dict[str, Any]:
+    """The options that open the same disk."""
+    if node.driver_name == "file" and not node.children:
+        return {"driver": "file", "filename": plain_name(node)}
+    found = {**strong_options(node), "driver": node.driver_name}
+    if "filename" in node.options:
+        found["filename"] = node.options["filename"]
+    for slot, edge in node.children.items():
+        if slot != "backing" or "backing" in node.options:
+            found[slot] = description(edge.child)
+    if "backing" in node.options and "backing" not in node.children:
+        found["backing"] = None
+    return found
+
+
+def display_name(node: Node) -> str:
+    """The plain name where it suffices, a ``json:`` name otherwise."""
+    plain = plain_name(node)
+    if plain is not None:
+        return plain
+    return "json:" + json.dumps(description(node), ensure_ascii=False)
+
+
+def base_of(node: Node) -> str:
+    """What relative names in the image ``node`` are relative to: its own file's name.
+
+    Raises UsageError where there is no directory.
+    """
+    below = primary(node)
+    leaf = leaf_of(node) if below is not None else node
+    if "filename" not in leaf.options:
+        raise UsageError(f"Cannot generate a base directory for {leaf.driver_name} nodes")
+    name = str(leaf.options["filename"])
+    if leaf.driver_name in ("file", "host_device"):
+        return name if "/" in name else f"./{name}" if protocol_of(name) else name
+    return directory_of(name)

@@ -1,0 +1,294 @@
+"""How a description becomes a graph of nodes: protocols first, formats on top, then what the
+images name."""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+from ..errors import DiskError, ImageError, UsageError
+from . import names, registry
+from .closing import discard_disk
+from .display import base_of, display_name
+from .gate import Gate
+from .graph import Graph
+from .guard import GuardedNode
+from .mapped import MappedNode
+from .names import Options
+from .node import Node
+from .options import CHILD_SLOTS, Mode, checked, take_common
+from .probe import PROBE_BYTES
+
+_Chain = tuple[str, ...]
+
+_UNSAID = object()
+
+
+class _Named(NamedTuple):
+    """Something that the image in ``node`` names; ``given`` is what the caller said instead."""
+
+    node: Node
+    slot: str
+    reference: str
+    format: str | None
+    given: Any
+    mode: Mode
+    chain: _Chain
+
+
+class Opening:
+    """One call of :func:`open_disk`: what all its nodes have in common."""
+
+    def __init__(self, graph: Graph, gate: Gate, backing: bool) -> None:
+        self.graph = graph
+        self.gate = gate
+        self.backing = backing
+        self.pending: list[_Named] = []
+        """What images named.  Opened one after the other, not each from within the one above: a
+        chain may be longer than the interpreter's stack is deep."""
+
+    async def finish(self) -> None:
+        """Open everything that the images opened so far name, and what that names."""
+        while self.pending:
+            await self._open_named(self.pending.pop())
+
+    async def disk(
+        self, options: Options, plain: bool, format: str | None, mode: Mode, chain: _Chain
+    ) -> Node:
+        """The disk that ``options`` describe; for a ``plain`` file name with a format on top."""
+        if plain:
+            layered = format is None or registry.kind(format) != "protocol"
+            options = {"file": options} if layered else dict(options)
+        else:
+            options = dict(options)
+        if format is not None:
+            options["driver"] = format
+        return await self.node(options, mode, chain)
+
+    async def node(self, options: Options, mode: Mode, chain: _Chain) -> Node:
+        """The node that ``options`` describe, with all its children."""
+        options = dict(options)
+        mode, name = take_common(options, mode)
+        if name:
+            self.graph.check_name(name)
+        driver_name = options.pop("driver", None)
+        if driver_name is None:
+            if "file" not in options:
+                raise UsageError("Must specify either driver or file")
+            return await self._probed(options, mode, name, chain)
+        found = registry.driver(str(driver_name))
+        if found.kind == "format":
+            if "file" not in options:
+                raise UsageError('A block device must be specified for "file"')
+            below = await self.child(options.pop("file"), mode, chain)
+            return await self._format(found.name, options, below, mode, name, chain, False)
+        return await self._leaf(found.name, options, mode, name, chain)
+
+    async def child(self, reference: Any, mode: Mode, chain: _Chain) -> Node:
+        """The node in a slot: described by a dict, or the name of one that is open already."""
+        if isinstance(reference, str):
+            return self.graph.find(reference)
+        if not isinstance(reference, dict):
+            raise UsageError("A child is described by an object or by a node's name")
+        options = dict(reference)
+        if "driver" not in options and isinstance(options.get("filename"), str):
+            options = {**options, **names.from_filename(options["filename"])}
+        mode = mode._replace(detect_zeroes="off", writethrough=False)
+        return await self.node(options, mode, chain)
+
+    async def _probed(self, options: Options, mode: Mode, name: str, chain: _Chain) -> Node:
+        below = await self.child(options.pop("file"), mode, chain)
+        try:
+            guess = registry.probe(await _head(below), below.size)
+            registry.driver(guess)
+        except BaseException as error:
+            _say_file(error, below)
+            await self._give_up(below)
+            raise
+        return await self._format(guess, options, below, mode, name, chain, guess == "raw")
+
+    # -- protocols and filters
+    async def _leaf(
+        self, driver_name: str, options: Options, mode: Mode, name: str, chain: _Chain
+    ) -> Node:
+        found = registry.driver(driver_name)
+        assert found.open is not None
+        given = {"driver": driver_name, **checked(found, options)}
+        inherited = {
+            "read-only": not mode.writable,
+            "force-share": mode.force_share,
+            "cache.direct": mode.direct,
+            "cache.no-flush": mode.no_flush,
+            "discard": mode.discard,
+        }
+        opened: list[Node] = []
+
+        async def open_child(reference: Any) -> Node:
+            node = await self.child(reference, mode, chain)
+            opened.append(node)
+            return node
+
+        try:
+            if found.kind == "protocol":
+                node: Node = await found.open(self.graph.driver, {**given, **inherited})
+            else:
+                node = await found.open(self.graph.driver, {**given, **inherited}, open_child)
+        except BaseException as error:
+            for child in opened:
+                await self._give_up(child)
+            if isinstance(error, OSError) and error.filename is None and "filename" in given:
+                error.filename = given["filename"]
+            raise
+        node.options = given
+        if mode.force_share:
+            node.options["force-share"] = True
+        if not mode.writable:
+            node.read_only = True
+        self.graph.add(node, name)
+        return node
+
+    # -- formats
+    async def _format(
+        self,
+        driver_name: str,
+        options: Options,
+        below: Node,
+        mode: Mode,
+        name: str,
+        chain: _Chain,
+        probed: bool,
+    ) -> Node:
+        node: MappedNode | None = None
+        children: dict[str, Node] = {"file": below}
+        backing: Any = options.pop("backing", _UNSAID)
+        try:
+            if mode.writable and below.read_only:
+                mode = mode._replace(writable=False)
+            found = registry.driver(driver_name)
+            assert found.open is not None
+            for slot in CHILD_SLOTS:
+                if isinstance(options.get(slot), dict | str):
+                    children[slot] = await self.child(options.pop(slot), mode, chain)
+            inherited = mode._replace(writethrough=False, detect_zeroes="off")
+            given = checked(found, options)
+            format, procedure = found.open({**given, "read-only": not mode.writable})
+            guarded = probed or mode.writethrough or mode.detect_zeroes != "off"
+            kind = GuardedNode if guarded else MappedNode
+
+            asked: list[str] = []
+
+            async def opener(slot: str, reference: str, inner: str | None) -> None:
+                assert node is not None
+                asked.append(slot)
+                self.pending.append(_Named(node, slot, reference, inner, backing, inherited, chain))
+
+            node = kind(
+                self.graph.driver,
+                driver_name,
+                format,
+                children,
+                self.graph.tables,
+                opener=opener,
+            )
+            node.options = {"driver": driver_name, **given}
+            if mode.force_share:
+                node.options["force-share"] = True
+            node.read_only = not mode.writable
+            node.probed = probed
+            if isinstance(node, GuardedNode):
+                node.writethrough = mode.writethrough
+                node.detect_zeroes = mode.detect_zeroes
+            self.graph.add(node, name)
+            # The locks are held before the first byte is looked at.
+            self.graph.refresh(node)
+            await node.run_procedure(procedure, whole_image=False)
+            node.engine.opener = None
+            reference = getattr(format, "backing_file", None) or ""
+            if "backing" not in asked and (reference or isinstance(backing, dict | str)):
+                inner = getattr(format, "backing_format", None)
+                await opener("backing", reference, inner)
+            node.changed()
+        except BaseException as error:
+            _say_file(error, below)
+            if node is not None:
+                await discard_disk(node)
+            for child in children.values():
+                await self._give_up(child)
+            raise
+        return node
+
+    async def _open_named(self, wanted: _Named) -> None:
+        """Put into a slot what the image names, unless the caller gave or forbade it."""
+        node, slot, given, mode = wanted.node, wanted.slot, wanted.given, wanted.mode
+        if slot == "backing":
+            mode = mode._replace(writable=False)
+            if given is None or (given is _UNSAID and not self.backing):
+                return
+            if isinstance(given, str):
+                node.attach(slot, self.graph.find(given))
+                return
+            if isinstance(given, dict):
+                if "driver" not in given and wanted.format:
+                    given = {"driver": wanted.format, **given}
+                node.attach(slot, await self.node(given, mode, wanted.chain))
+                return
+        elif node.child(slot) is not None:
+            return
+        by = display_name(node)
+        role = "backing file" if slot == "backing" else slot.replace("-", " ")
+        resolved = wanted.reference
+        if not names.protocol_of(resolved) and not resolved.startswith("/"):
+            resolved = names.resolve(base_of(node), resolved)
+        admitted = self.gate.admit(wanted.reference, by, resolved=resolved, role=role)
+        chain = (*wanted.chain, _file_identity(by))
+        if len(chain) > self.gate.max_depth:
+            raise ImageError(
+                f"The chain of backing files is longer than {self.gate.max_depth}", file=by
+            )
+        try:
+            parsed, plain = names.parse(admitted)
+            if _identity_of(parsed) in chain:
+                raise ImageError(
+                    f"{role.capitalize()} '{admitted}' creates an infinite loop", file=by
+                )
+            below = await self.disk(parsed, plain, wanted.format, mode, chain)
+        except (OSError, DiskError) as error:
+            error.add_note(f"Could not open {role}")
+            raise
+        node.attach(slot, below)
+
+    async def _give_up(self, node: Node) -> None:
+        """Close a child whose parent could not be opened, unless others use it."""
+        if not node.parents and node not in self.graph.roots and node.graph is not None:
+            await discard_disk(node)
+
+
+async def _head(node: Node) -> bytes:
+    length = min(PROBE_BYTES, node.size)
+    if not length:
+        return b""
+    (head,) = await node.read([0], [length])
+    return bytes(head)
+
+
+def _say_file(error: BaseException, node: Node) -> None:
+    """Say which file an error is about, where it does not know."""
+    if isinstance(error, ImageError) and not error.file:
+        error.file = display_name(node)
+    elif isinstance(error, OSError) and error.filename is None and error.errno is not None:
+        error.filename = display_name(node)
+
+
+def _identity_of(options: Options) -> str:
+    """What makes a layer of a chain the same as another: its file."""
+    if options.get("driver") == "file" and "filename" in options:
+        return _file_identity(str(options["filename"]))
+    return repr(sorted(names.flatten(options).items(), key=lambda item: item[0]))
+
+
+def _file_identity(name: str) -> str:
+    try:
+        found = os.stat(name)
+    except (OSError, ValueError):
+        return name
+    return f"{found.st_dev}:{found.st_ino}"

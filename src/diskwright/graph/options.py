@@ -1,0 +1,159 @@
+"""Options of drivers: checked against their declaration, and those that every node has."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+from ..declare import Driver, Option
+from ..errors import UsageError
+from .names import Options, flatten
+
+CACHE_MODES = {
+    # mode: (direct, no-flush, writethrough)
+    "writeback": (False, False, False),
+    "none": (True, False, False),
+    "off": (True, False, False),
+    "directsync": (True, False, True),
+    "writethrough": (False, False, True),
+    "unsafe": (False, True, False),
+}
+
+CHILD_SLOTS = ("file", "backing", "data-file")
+"""Options of a format that stand for other nodes."""
+
+_SUFFIXES = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
+_TRUE = (True, "on", "yes", "true", "y")
+_FALSE = (False, "off", "no", "false", "n")
+
+
+class Mode(NamedTuple):
+    """How a node is opened; children inherit it."""
+
+    writable: bool = False
+    direct: bool = False
+    no_flush: bool = False
+    discard: str = "ignore"
+    force_share: bool = False
+    detect_zeroes: str = "off"
+    writethrough: bool = False
+
+
+def mode_of(cache: str, **named: Any) -> Mode:
+    """The mode for a cache mode's name (:data:`CACHE_MODES`)."""
+    if cache not in CACHE_MODES:
+        raise UsageError(f"Invalid cache option: {cache}")
+    direct, no_flush, writethrough = CACHE_MODES[cache]
+    return Mode(direct=direct, no_flush=no_flush, writethrough=writethrough, **named)
+
+
+def take_common(options: Options, mode: Mode) -> tuple[Mode, str]:
+    """Take the options that every node has out of ``options``.
+
+    Returns the node's mode (``mode`` where nothing is said) and its name, empty when not given.
+    """
+    name = options.pop("node-name", "")
+    cache = options.pop("cache", None) or {}
+    if not isinstance(cache, dict) or cache.keys() - {"direct", "no-flush", "writeback"}:
+        raise UsageError("'cache' takes 'direct', 'no-flush' and 'writeback'")
+    if "direct" in cache:
+        mode = mode._replace(direct=boolean("cache.direct", cache["direct"]))
+    if "no-flush" in cache:
+        mode = mode._replace(no_flush=boolean("cache.no-flush", cache["no-flush"]))
+    if "writeback" in cache:
+        mode = mode._replace(writethrough=not boolean("cache.writeback", cache["writeback"]))
+    # Whether a read-only image may become writable later is decided by `reopen`.
+    boolean("auto-read-only", options.pop("auto-read-only", False))
+    if boolean("read-only", options.pop("read-only", False)):
+        mode = mode._replace(writable=False)
+    if "force-share" in options:
+        mode = mode._replace(force_share=boolean("force-share", options.pop("force-share")))
+    if "discard" in options:
+        mode = mode._replace(discard=discard_mode(options.pop("discard")))
+    if "detect-zeroes" in options:
+        mode = mode._replace(detect_zeroes=str(options.pop("detect-zeroes")))
+    if mode.detect_zeroes not in ("off", "on", "unmap"):
+        raise UsageError(f"Invalid parameter '{mode.detect_zeroes}'")
+    if mode.detect_zeroes == "unmap" and mode.discard != "unmap":
+        raise UsageError(
+            "setting detect-zeroes to unmap is not allowed without setting discard operation to "
+            "unmap"
+        )
+    return mode, str(name)
+
+
+def discard_mode(value: Any) -> str:
+    """``unmap`` or ``ignore``, from the words that qemu takes."""
+    words = {"unmap": "unmap", "on": "unmap", "ignore": "ignore", "off": "ignore"}
+    if value not in words:
+        raise UsageError("Invalid discard option")
+    return words[value]
+
+
+def boolean(name: str, value: Any) -> bool:
+    """An on/off option."""
+    if (value in _TRUE and not isinstance(value, int | float)) or value is True:
+        return True
+    if (value in _FALSE and not isinstance(value, int | float)) or value is False:
+        return False
+    raise UsageError(f"Parameter '{name}' expects 'on' or 'off'")
+
+
+def size(name: str, value: Any) -> int:
+    """A size in bytes: a number, or text with a suffix of 1024's powers (k, M, G, T, P, E)."""
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return value
+    match = re.fullmatch(r"(0x[0-9a-f]+|[0-9]+(?:\.[0-9]+)?)([bkmgtpe]?)", str(value).lower())
+    if match is not None:
+        digits, suffix = match.groups()
+        scale = 1 << _SUFFIXES[suffix]
+        found = (
+            int(float(digits) * scale)
+            if "." in digits
+            else int(digits, 16 if digits.startswith("0x") else 10) * scale
+        )
+        if found < 1 << 64:
+            return found
+    raise UsageError(f"Parameter '{name}' expects a non-negative number below 2^64")
+
+
+def checked(driver: Driver, options: Mapping[str, Any]) -> Options:
+    """``options`` converted to the types that ``driver`` declares.
+
+    Raises UsageError for an option that it does not have.  A declared option that holds a dict or
+    a list is passed on as it is.
+    """
+    declared = {option.name: option for option in driver.options}
+    out: Options = {}
+    for key, value in options.items():
+        if key in declared:
+            plain = not isinstance(value, dict | list)
+            out[key] = convert(declared[key], value) if plain else value
+            continue
+        inner = flatten({key: value})
+        for name, part in inner.items():
+            if name not in declared:
+                word = "format" if driver.kind == "format" else "protocol"
+                verb = "does not" if driver.kind == "format" else "doesn't"
+                raise UsageError(f"Block {word} '{driver.name}' {verb} support the option '{name}'")
+            out[name] = convert(declared[name], part)
+    return out
+
+
+def convert(option: Option, value: Any) -> Any:
+    """One value in the type that its declaration gives."""
+    if option.type == "bool":
+        return boolean(option.name, value)
+    if option.type == "size":
+        return size(option.name, value)
+    if option.type == "int":
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        try:
+            return int(str(value), 0)
+        except ValueError:
+            raise UsageError(f"Parameter '{option.name}' expects a number") from None
+    if option.choices and value not in option.choices:
+        raise UsageError(f"Invalid parameter '{value}' for '{option.name}'")
+    return value
