@@ -172,7 +172,7 @@ class NbdServer:
                     taken = self._take_reads(batch, start, min(left // REQUEST_SIZE, _RUN))
                     if taken:
                         start += taken * REQUEST_SIZE
-                            continue
+                        continue
                     mixed = self._mixed = True
                 if 0 < length <= c.MAX_PAYLOAD and offset + length <= self._size:
                     batch.add_reads((cookie,), (offset,), (length,))
@@ -192,7 +192,7 @@ class NbdServer:
                         taken = self._take_writes(batch, start, length, min(left // stride, _RUN))
                         if taken:
                             start += taken * stride
-                                    continue
+                            continue
                         mixed = self._mixed = True
                     payload = view[start + REQUEST_SIZE : start + stride]
                     batch.add_writes(self.buffer, (cookie,), (offset,), (payload,))
