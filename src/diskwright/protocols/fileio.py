@@ -1,0 +1,276 @@
+"""Moving bytes to and from an open file or block device, and making them durable.
+
+Reads that the page cache can answer, and small buffered writes while they are quick, run at once
+on the thread that asks; everything else goes to the pool.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Awaitable, Callable, Sequence
+from itertools import islice, repeat
+from operator import add, eq
+from time import perf_counter
+from typing import Any, TypeVar
+
+from ..contract import FUA
+from ..engine.kernel import BaseDriver, Condition, Future
+from ..errors import FlushFailed
+from .base import Buffer, Leaf, clear
+from .bounce import Bounce
+from .os_portable import Device, Portable, Writable
+from .space import HoleMap, Space
+from .transfer import Guard, fill, fill_all, put, put_all
+
+T = TypeVar("T")
+
+
+class FileIO(Leaf):
+    """Reads, writes and flushes of one descriptor."""
+
+    inline_read = 2 << 20
+    """Most bytes of a batch that is read on the asking thread."""
+    inline_write = 256 << 10
+    """Most bytes of a batch that is written on it."""
+
+    def __init__(
+        self, driver: BaseDriver, filename: str, table: Portable, fd: int, device: Device
+    ) -> None:
+        super().__init__(driver, "file" if device.kind == "file" else "host_device", filename)
+        self.filename = filename
+        self.table = table
+        self.device = device
+        self.size = device.size
+        self.guard = Guard()
+        self._fd = fd
+        self._fast_read = table.fast_read
+        self._fast_write = table.fast_write
+        self._cached_only = table.cached_only
+        self._bounce: Bounce | None = None  # set when the page cache is gone around
+        self._write_through = self._no_flush = False
+        self._space = Space(table, fd, device)
+        self._holes = HoleMap()
+        self._written = self._synced = 0  # generations of changes
+        self._sync: Future[None] | None = None
+        self._new = False  # its name is not known to be durable
+        self._overshot = False  # aligned writes went beyond `size`
+        self._flush_error: OSError | None = None
+        self._jobs = 0
+        self._idle = Condition()
+
+    # -- the pool
+    async def _job(self, function: Callable[..., T], *arguments: Any) -> T:
+        self._jobs += 1
+        try:
+            return await self.driver.call(function, *arguments)
+        finally:
+            self._jobs -= 1
+            if not self._jobs:
+                self._idle.notify()
+
+    # -- reading
+    async def read(
+        self,
+        offsets: Sequence[int],
+        lengths: Sequence[int],
+        into: Sequence[memoryview] | None = None,
+        tag: str = "read_aio",
+    ) -> Sequence[Buffer]:
+        if self.closed:
+            self.check_open()
+        if self._bounce is not None:
+            return await self._counted(self._bounce.read(offsets, lengths, into))
+        views: Sequence[Writable] = list(map(bytearray, lengths)) if into is None else into
+        total = sum(lengths)
+        fast = self._fast_read
+        if fast is None or total > self.inline_read:
+            await self._job(fill_all, self.table, self._fd, list(zip(offsets, views, strict=True)))
+            return views
+        counts: list[int] = []
+        try:
+            counts.extend(
+                map(fast, repeat(self._fd), zip(views), offsets, repeat(self._cached_only))
+            )
+        except BlockingIOError:
+            pass  # the medium must be waited for
+        except OSError as error:
+            if error.errno != errno.ENOTSUP or not self._cached_only:
+                raise
+            # The file system cannot tell what is cached.
+            if self.table.memory_backed(self._fd):
+                self._cached_only = 0
+            else:
+                self._fast_read = None
+            return await self.read(offsets, lengths, into, tag)
+        if sum(counts) != total:
+            await self._read_rest(offsets, views, counts)
+        return views
+
+    async def _read_rest(
+        self, offsets: Sequence[int], views: Sequence[Writable], counts: list[int]
+    ) -> None:
+        """What came short: the end of the file, or not cached."""
+        counts += [0] * (len(views) - len(counts))
+        short = [
+            (offset + count, memoryview(view)[count:])
+            for offset, view, count in zip(offsets, views, counts, strict=True)
+            if count != len(view)
+        ]
+        table, fd = self.table, self._fd
+        for _ in range(3):
+            short = self._read_cached(short)
+            if not short:
+                return
+            # The kernel brings all of them in at a time, while one job (one system call) waits
+            # for the one that was asked for last.
+            if len(short) > 1:
+                for offset, view in short:
+                    table.read_ahead(fd, offset, len(view))
+            await self._job(fill, table, fd, *short.pop())
+        if short := self._read_cached(short):
+            await self._job(fill_all, table, fd, short)
+
+    def _read_cached(self, requests: list[tuple[int, memoryview]]) -> list[tuple[int, memoryview]]:
+        """Read what is cached or beyond the end; what is left."""
+        fast, fd, flag = self._fast_read, self._fd, self._cached_only
+        assert fast is not None
+        left = []
+        for offset, view in requests:
+            try:
+                while len(view):
+                    count = fast(fd, (view,), offset, flag)
+                    if not count:
+                        clear(view, 0, len(view))
+                        break
+                    offset += count
+                    view = view[count:]
+            except BlockingIOError:
+                left.append((offset, view))
+        return left
+
+    async def _counted(self, work: Awaitable[T]) -> T:
+        """Work that starts jobs of its own: close waits for it."""
+        self._jobs += 1
+        try:
+            return await work
+        finally:
+            self._jobs -= 1
+            if not self._jobs:
+                self._idle.notify()
+
+    # -- writing
+    def _check_writable(self) -> None:
+        self.check_open()
+        if self.read_only:
+            raise OSError(errno.EACCES, "the node is read-only", self.filename)
+
+    async def write(
+        self,
+        offsets: Sequence[int],
+        buffers: Sequence[Buffer],
+        flags: int = 0,
+        tag: str = "write_aio",
+    ) -> None:
+        if self.closed or self.read_only:
+            self._check_writable()
+        lengths = list(map(len, buffers))
+        ends = list(map(add, offsets, lengths))
+        total = sum(lengths)
+        if not total:
+            return
+        fast = self._fast_write
+        fd = self._fd
+        self._holes.forget()
+        try:
+            if self._bounce is not None:
+                await self._write_direct(offsets, buffers, max(ends))
+            elif (
+                fast is not None
+                and total <= self.inline_write
+                and (began := perf_counter()) >= self.guard.until
+            ):
+                if any(map(eq, ends, islice(offsets, 1, None))):
+                    put_all(self.table, fd, offsets, buffers)
+                else:
+                    counts = list(map(fast, repeat(fd), buffers, offsets))
+                    if sum(counts) != total:
+                        for offset, buffer, count in zip(offsets, buffers, counts, strict=True):
+                            put(self.table, fd, offset, buffer, count)
+                now = perf_counter()
+                if now - began > self.guard.patience:
+                    self.guard.slow(now, now - began)
+            else:
+                await self._job(put_all, self.table, fd, offsets, buffers)
+        except BaseException:
+            self._changed_to(self._length())
+            raise
+        self._changed_to(max(ends))
+        if flags & FUA or self._write_through:
+            await self.flush()
+
+    def _changed_to(self, end: int) -> None:
+        """Something was written, up to ``end``."""
+        self._written += 1
+        self._holes.forget()
+        if end > self.size and self.device.kind == "file":
+            self.size = end
+
+    def _length(self) -> int:
+        """The length of the file now (bytes)."""
+        if self._fd < 0 or self._overshot:
+            return self.size
+        return self.table.device(self._fd).size
+
+    async def _write_direct(
+        self, offsets: Sequence[int], buffers: Sequence[Buffer], end: int
+    ) -> None:
+        bounce = self._bounce
+        assert bounce is not None
+        if end > self.size and end % bounce.alignment and self.device.kind == "file":
+            self._overshot = True
+        await self._counted(bounce.write(offsets, buffers))
+
+    # -- durability
+    async def flush(self) -> None:
+        self.check_open()
+        await self._flush()
+
+    async def _flush(self) -> None:
+        wanted = self._written
+        while True:
+            if self._flush_error is not None:
+                raise FlushFailed(self._flush_error)
+            if self._no_flush or self._synced >= wanted:
+                return
+            if self._sync is None:
+                self._start_sync()
+            assert self._sync is not None
+            # Whoever came while it ran needs the next one: it may not cover what they wrote.
+            await self._sync
+
+    def _start_sync(self) -> None:
+        covers = self._written
+        self._jobs += 1
+        call: Future[None] = self.driver.call(self._sync_file, self._fd, self._new)
+
+        def ended(future: Future[None]) -> None:
+            self._sync = None
+            self._jobs -= 1
+            if isinstance(future.error, OSError):
+                self._flush_error = future.error
+            elif future.error is None:
+                self._synced = covers
+                self._new = False
+            if not self._jobs:
+                self._idle.notify()
+
+        call.callbacks.append(ended)
+        self._sync = call
+
+    def _sync_file(self, fd: int, new: bool) -> None:
+        if not new:
+            self.table.sync_data(fd)
+            return
+        self.table.sync(fd)
+        self.table.sync_directory(os.path.dirname(os.path.realpath(self.filename)))

@@ -1,0 +1,411 @@
+"""An open file or block device: what is open, for whom and how, and its space.  The bytes are
+moved by :mod:`.fileio`."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import sys
+from _weakrefset import WeakSet
+from collections.abc import Collection, Sequence
+
+from ..contract import FUA, MAY_UNMAP, NO_FALLBACK, Limits
+from ..engine.kernel import BaseDriver
+from ..errors import NotSupported, UsageError
+from ..extents import Data, Extent, Zero
+from .base import PERMISSIONS
+from .bounce import Bounce
+from .direct import DirectIO, probe_alignment
+from .fileio import FileIO
+from .locks import ImageLocks
+from .os_portable import Device, Portable
+from .os_portable import table as system_table
+from .space import Space, find_runs, merged
+
+CACHE_MODES = {  # direct, write-through, no flush
+    "writeback": (False, False, False),
+    "none": (True, False, False),
+    "off": (True, False, False),
+    "directsync": (True, True, False),
+    "writethrough": (False, True, False),
+    "unsafe": (False, False, True),
+}
+_EVERYTHING = frozenset(PERMISSIONS)
+_QUIET = frozenset({"consistent-read", "write-unchanged"})
+_ZERO_STEP = 1 << 20
+_COPY_STEP = 64 << 20
+
+
+class FileNode(FileIO):
+    """An open file or block device; made by :meth:`open`.  ``size`` is its length when it was
+    opened, and grows with what is written through this node."""
+
+    def __init__(
+        self, driver: BaseDriver, filename: str, table: Portable, fd: int, device: Device
+    ) -> None:
+        super().__init__(driver, filename, table, fd, device)
+        self.cache = "writeback"
+        self.force_share = False
+        self.unmap = True
+        # Locks stay on the first descriptor: those of a second one would conflict with them.
+        self._lock_fd = fd
+        self._claim_fd = -1  # holds the exclusive claim on a device
+        self.locks = ImageLocks(table, fd, filename)
+        _live.add(self)
+
+    def __del__(self) -> None:
+        if not self.closed:
+            self._close_descriptors()
+
+    @classmethod
+    async def open(
+        cls,
+        driver: BaseDriver,
+        filename: str,
+        *,
+        writable: bool = False,
+        cache: str = "writeback",
+        force_share: bool = False,
+        create: bool = False,
+        locking: str = "auto",
+        discard: str = "unmap",
+        perms: Collection[str] | None = None,
+        shared: Collection[str] | None = None,
+        auto_read_only: bool = False,
+    ) -> FileNode:
+        """Open ``filename`` (not UTF-8: surrogate escapes).
+
+        ``create`` makes it, or empties it once it is locked.  ``perms`` and ``shared`` are what
+        the node's users need and what they let other programs do; by default a writer shares
+        with readers only and a reader refuses writers.  ``force_share`` (read-only) shares
+        everything.  ``locking``: auto, on (fail where there are no locks), off.  ``discard``:
+        unmap or ignore.  Raises OSError, UsageError and ImageInUse.
+        """
+        if cache not in CACHE_MODES:
+            raise UsageError(f"Invalid cache option: {cache}")
+        writable = writable or create
+        if force_share and writable:
+            raise UsageError("force-share=on can only be used with read-only images")
+        table = system_table()
+        fd, writable = _open_descriptor(
+            table, filename, writable, cache, create=create, auto_read_only=auto_read_only
+        )
+        try:
+            device = table.device(fd)
+            if writable and device.read_only:
+                raise OSError(errno.EROFS, os.strerror(errno.EROFS), filename)
+            node = cls(driver, filename, table, fd, device)
+        except BaseException:
+            os.close(fd)
+            raise
+        try:
+            node.force_share = force_share
+            node.unmap = discard in ("unmap", "on")
+            node.read_only = not writable
+            if writable and device.kind == "device":
+                node._claim_fd = fd
+            node.locks.required = locking == "on"
+            node.locks.works = locking != "off" and node.locks.works
+            if create:
+                node.set_permissions({"write", "resize"}, _EVERYTHING - {"resize"})
+                if device.kind == "file":
+                    table.truncate(fd, 0)
+                    node.size = 0
+                    node.device = node._space.device = table.device(fd)
+                node._new = True
+                node._written += 1
+            else:
+                if perms is None:
+                    perms = {"consistent-read", "write", "resize"} if writable else {PERMISSIONS[0]}
+                if force_share:
+                    shared = _EVERYTHING
+                node.set_permissions(perms, _QUIET if shared is None else shared)
+            await node._use_cache(cache)
+        except BaseException:
+            node.closed = True
+            node._close_descriptors()
+            raise
+        return node
+
+    async def _use_cache(self, cache: str) -> None:
+        direct, self._write_through, self._no_flush = CACHE_MODES[cache]
+        self.cache = cache
+        if direct and self.table.direct_flag:
+            fd, table = self._fd, self.table
+            alignment = await self._job(probe_alignment, table, fd, self.size)
+            if self.device.kind == "device":
+                alignment = max(alignment, self.device.sector)
+            mover = DirectIO(self.driver, table, fd, alignment)
+            self._bounce = Bounce(alignment, mover.read, mover.write)
+            self.limits = Limits(alignment=alignment)
+        else:
+            if direct:
+                self.table.set_direct(self._fd)
+            self._bounce = None
+            self.limits = Limits()
+
+    # -- zeroes and discards
+    async def zero(self, offsets: Sequence[int], lengths: Sequence[int], flags: int = 0) -> None:
+        self._check_writable()
+        spans = merged(offsets, lengths)
+        if not spans:
+            return
+        self._holes.forget()
+        bounce = self._bounce
+        lease = await bounce.lock(offsets, lengths) if bounce is not None else None
+        end = spans[-1][1]
+        try:
+            unmap = bool(flags & MAY_UNMAP) and self.unmap
+            left, edges = await self._job(self._space.zero, spans, unmap)
+        except BaseException:
+            self._changed_to(min(end, self._length()))
+            raise
+        finally:
+            if bounce is not None and lease is not None:
+                bounce.leases.drop(lease)
+        self._changed_to(end)
+        if left and flags & NO_FALLBACK:
+            raise OSError(errno.ENOTSUP, "zeroes can only be written here", self.filename)
+        for start, stop in left + edges:
+            block = bytes(min(stop - start, _ZERO_STEP))
+            for at in range(start, stop, _ZERO_STEP):
+                await self.write([at], [block[: stop - at]])
+        if flags & FUA or self._write_through:
+            await self.flush()
+
+    async def discard(self, offsets: Sequence[int], lengths: Sequence[int]) -> None:
+        self._check_writable()
+        spans = merged(offsets, lengths)
+        if not self.unmap or not spans:
+            return
+        self._holes.forget()
+        bounce = self._bounce
+        lease = await bounce.lock(offsets, lengths) if bounce is not None else None
+        try:
+            await self._job(self._space.discard, spans)
+        finally:
+            self._changed_to(0)
+            if bounce is not None and lease is not None:
+                bounce.leases.drop(lease)
+        if self._write_through:
+            await self.flush()
+
+    # -- what is where
+    async def extents(self, offset: int, length: int) -> list[Extent]:
+        self.check_open()
+        end = offset + length
+        inside = min(end, self.size)
+        found: list[Extent] = []
+        at = offset
+        while at < inside:
+            if "data_from" in self._space.missing:
+                run = (at, inside, True)
+            else:
+                known = self._holes.at(at)
+                run = known or await self._look(at, inside)
+            stop = min(run[1], inside)
+            if run[2]:
+                found.append(Data("", at, stop - at, not self.read_only))
+            else:
+                found.append(Zero(stop - at, explicit=False))
+            at = stop
+        if at < end:
+            found.append(Zero(end - at, explicit=False))
+        return found
+
+    async def _look(self, at: int, stop: int) -> tuple[int, int, bool]:
+        """Ask the file system for the run at ``at``, and for what follows it."""
+        changes = self._holes.changes
+        try:
+            runs = await self._job(find_runs, self.table, self._fd, at, stop, self.size)
+        except OSError as error:
+            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+                raise
+            self._space.missing.add("data_from")
+            return at, stop, True
+        if not self.force_share:
+            self._holes.add(runs, changes)
+        return runs[0]
+
+    async def truncate(self, size: int, preallocation: str = "off") -> None:
+        self._check_writable()
+        self._holes.forget()
+        try:
+            await self._job(self._space.resize, size, preallocation)
+        finally:
+            self._written += 1
+            self._overshot = False
+            self.size = self._length()
+            self._holes.forget()
+            self.changed()
+
+    def refresh(self) -> int:
+        """Look at the length again (another program may have changed it) and tell the parents."""
+        self.check_open()
+        size = self._length()
+        if size != self.size:
+            self.size = size
+            self._holes.forget()
+            self.changed()
+        return size
+
+    def disk_size(self) -> int | None:
+        """Bytes that the file system has allocated for it, where it tells."""
+        self.check_open()
+        blocks: int | None = getattr(os.fstat(self._fd), "st_blocks", None)
+        return None if blocks is None else blocks * 512
+
+    # -- ways around the loop
+    async def copy_range(
+        self, source: FileNode, source_offset: int, offset: int, length: int
+    ) -> int:
+        """Copy from ``source`` without moving the bytes through this process (a reflink where
+        the file system has them).  Bytes copied, which may be fewer; 0: it cannot be done, or
+        ``source`` ends there."""
+        self._check_writable()
+        source.check_open()
+        if self._bounce is not None or source._bounce is not None:
+            return 0
+        length = min(length, source.size - source_offset, _COPY_STEP)
+        if length <= 0:
+            return 0
+        self._holes.forget()
+        copied = 0
+        try:
+            copied = await source._counted(
+                self._job(self._space.copy, source._fd, source_offset, offset, length)
+            )
+        finally:
+            self._changed_to(offset + copied if copied else 0)
+        if copied and self._write_through:
+            await self.flush()
+        return copied
+
+    def fileno(self) -> int:
+        """The descriptor, as long as the node is open."""
+        self.check_open()
+        return self._fd
+
+    def sendable(self, offset: int, length: int) -> tuple[int, int, int] | None:
+        """What ``sendfile`` can take: (descriptor, offset, bytes available), or None."""
+        self.check_open()
+        available = min(length, self.size - offset)
+        if self._bounce is not None or available <= 0:
+            return None
+        return self._fd, offset, available
+
+    # -- opening, closing and in between
+    def set_permissions(self, perms: Collection[str], shared: Collection[str]) -> None:
+        """What the users of this node need, and what they let other programs do.  Raises
+        :class:`~diskwright.errors.ImageInUse` and changes nothing then."""
+        self.locks.set(perms, _EVERYTHING if self.force_share else shared)
+
+    async def reopen(self, *, writable: bool | None = None, cache: str | None = None) -> None:
+        """Flush, and open the same file again; forgets that a flush failed.  Permissions are
+        changed by :meth:`set_permissions`.  Raises OSError, and then stays as it was."""
+        self.check_open()
+        writable = not self.read_only if writable is None else writable
+        cache = self.cache if cache is None else cache
+        if cache not in CACHE_MODES:
+            raise UsageError(f"Invalid cache option: {cache}")
+        if self._flush_error is None:
+            await self._flush()
+        old = self._fd
+        flags = _flags(self.table, writable, cache)
+        claim = writable and self.device.kind == "device" and self._claim_fd < 0
+        fd = self.table.again(
+            old, self.filename, flags | (self.table.exclusive_flag if claim else 0)
+        )
+        while self._jobs:
+            await self._idle.wait()
+        self._fd = fd
+        if claim:
+            self._claim_fd = fd
+        self._space = Space(self.table, fd, self.device)
+        self._fast_read, self._cached_only = self.table.fast_read, self.table.cached_only
+        self.read_only = not writable
+        self._flush_error = None
+        if old not in (self._lock_fd, self._claim_fd):
+            os.close(old)
+        await self._use_cache(cache)
+        self.changed()
+
+    async def close(self) -> None:
+        if self.closed:
+            return
+        self.closed = True
+        try:
+            while self._jobs:
+                await self._idle.wait()
+            if self._overshot:
+                await self._job(self.table.truncate, self._fd, self.size)
+            await self._flush()
+        finally:
+            self._close_descriptors()
+
+    def _close_descriptors(self) -> None:
+        """Their locks end with them."""
+        for fd in {self._fd, self._lock_fd, self._claim_fd} - {-1}:
+            os.close(fd)
+        self._fd = self._lock_fd = self._claim_fd = -1
+        _live.discard(self)
+
+
+_live: WeakSet[FileNode] = WeakSet()
+
+
+def _forked() -> None:
+    """In a forked child: close its copies, so that they do not keep the locks alive."""
+    for node in list(_live):
+        node.closed = True
+        node._close_descriptors()
+
+
+if sys.platform != "win32":
+    os.register_at_fork(after_in_child=_forked)
+
+
+def _flags(table: Portable, writable: bool, cache: str) -> int:
+    direct = CACHE_MODES[cache][0]
+    if direct and not table.direct_flag and type(table).set_direct is Portable.set_direct:
+        raise NotSupported(f"cache mode '{cache}' is not available on this system")
+    return (os.O_RDWR if writable else os.O_RDONLY) | (table.direct_flag if direct else 0)
+
+
+def _open_descriptor(
+    table: Portable,
+    filename: str,
+    writable: bool,
+    cache: str,
+    *,
+    create: bool,
+    auto_read_only: bool,
+) -> tuple[int, bool]:
+    """(descriptor, writable)"""
+    flags = _flags(table, writable, cache)
+    try:
+        mode = os.stat(filename).st_mode
+    except FileNotFoundError:
+        if not create:
+            raise
+        flags |= os.O_CREAT
+    else:
+        if stat.S_ISBLK(mode):
+            if writable:
+                flags |= table.exclusive_flag
+        elif not stat.S_ISREG(mode):
+            raise UsageError(f"'file' driver requires '{filename}' to be a regular file")
+    try:
+        return table.open(filename, flags, 0o644), writable
+    except OSError as error:
+        if error.errno == errno.EBUSY:
+            why = table.who_uses(filename)
+            raise OSError(errno.EBUSY, f"Device or resource busy: {why}", filename) from error
+        if error.errno == errno.EINVAL and CACHE_MODES[cache][0]:
+            raise OSError(
+                errno.EINVAL, "The file system does not support O_DIRECT", filename
+            ) from error
+        if writable and auto_read_only and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
+            return table.open(filename, _flags(table, False, cache)), False
+        raise
