@@ -89,9 +89,12 @@ class FileIO(Leaf):
             return views
         counts: list[int] = []
         try:
-            counts.extend(
-                map(fast, repeat(self._fd), zip(views), offsets, repeat(self._cached_only))
-            )
+            if len(offsets) == 1:
+                counts.append(fast(self._fd, views, offsets[0], self._cached_only))
+            else:
+                counts.extend(
+                    map(fast, repeat(self._fd), zip(views), offsets, repeat(self._cached_only))
+                )
         except BlockingIOError:
             pass  # the medium must be waited for
         except OSError as error:
@@ -174,38 +177,45 @@ class FileIO(Leaf):
     ) -> None:
         if self.closed or self.read_only:
             self._check_writable()
-        lengths = list(map(len, buffers))
-        ends = list(map(add, offsets, lengths))
-        total = sum(lengths)
+        ends: list[int] | None = None
+        if len(offsets) == 1:
+            total = len(buffers[0])
+            end = offsets[0] + total
+        else:
+            lengths = list(map(len, buffers))
+            ends = list(map(add, offsets, lengths))
+            total, end = sum(lengths), max(ends, default=0)
         if not total:
             return
-        fast = self._fast_write
-        fd = self._fd
-        self._holes.forget()
+        fast, fd = self._fast_write, self._fd
         try:
             if self._bounce is not None:
-                await self._write_direct(offsets, buffers, max(ends))
+                await self._write_direct(self._bounce, offsets, buffers, end)
             elif (
-                fast is not None
-                and total <= self.inline_write
-                and (began := perf_counter()) >= self.guard.until
+                fast is None
+                or total > self.inline_write
+                or (began := perf_counter()) < self.guard.until
             ):
-                if any(map(eq, ends, islice(offsets, 1, None))):
+                await self._job(put_all, self.table, fd, offsets, buffers)
+            else:
+                if ends is None:
+                    count = fast(fd, buffers[0], offsets[0])
+                    if count != total:
+                        put(self.table, fd, offsets[0], buffers[0], count)
+                elif any(map(eq, ends, islice(offsets, 1, None))):
                     put_all(self.table, fd, offsets, buffers)
                 else:
                     counts = list(map(fast, repeat(fd), buffers, offsets))
                     if sum(counts) != total:
                         for offset, buffer, count in zip(offsets, buffers, counts, strict=True):
                             put(self.table, fd, offset, buffer, count)
-                now = perf_counter()
-                if now - began > self.guard.patience:
-                    self.guard.slow(now, now - began)
-            else:
-                await self._job(put_all, self.table, fd, offsets, buffers)
+                ended = perf_counter()
+                if ended - began > self.guard.patience:
+                    self.guard.slow(ended, ended - began)
         except BaseException:
             self._changed_to(self._length())
             raise
-        self._changed_to(max(ends))
+        self._changed_to(end)
         if flags & FUA or self._write_through:
             await self.flush()
 
@@ -223,10 +233,8 @@ class FileIO(Leaf):
         return self.table.device(self._fd).size
 
     async def _write_direct(
-        self, offsets: Sequence[int], buffers: Sequence[Buffer], end: int
+        self, bounce: Bounce, offsets: Sequence[int], buffers: Sequence[Buffer], end: int
     ) -> None:
-        bounce = self._bounce
-        assert bounce is not None
         if end > self.size and end % bounce.alignment and self.device.kind == "file":
             self._overshot = True
         await self._counted(bounce.write(offsets, buffers))

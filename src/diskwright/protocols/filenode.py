@@ -151,7 +151,6 @@ class FileNode(FileIO):
         spans = merged(offsets, lengths)
         if not spans:
             return
-        self._holes.forget()
         bounce = self._bounce
         lease = await bounce.lock(offsets, lengths) if bounce is not None else None
         end = spans[-1][1]
@@ -179,7 +178,6 @@ class FileNode(FileIO):
         spans = merged(offsets, lengths)
         if not self.unmap or not spans:
             return
-        self._holes.forget()
         bounce = self._bounce
         lease = await bounce.lock(offsets, lengths) if bounce is not None else None
         try:
@@ -230,7 +228,6 @@ class FileNode(FileIO):
 
     async def truncate(self, size: int, preallocation: str = "off") -> None:
         self._check_writable()
-        self._holes.forget()
         try:
             await self._job(self._space.resize, size, preallocation)
         finally:
@@ -270,7 +267,6 @@ class FileNode(FileIO):
         length = min(length, source.size - source_offset, _COPY_STEP)
         if length <= 0:
             return 0
-        self._holes.forget()
         copied = 0
         try:
             copied = await source._counted(
