@@ -1,0 +1,86 @@
+"""qcow2, versions 2 and 3 (specification: QEMU's docs/interop/qcow2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from ...contract import Procedure
+from ...declare import Driver, Option
+
+if TYPE_CHECKING:
+    from .format import Qcow2
+
+
+def open_format(options: Mapping[str, Any]) -> tuple[Qcow2, Procedure]:
+    """A format and the procedure that fills it in; see :func:`.opening.open_image`."""
+    from .format import Qcow2
+    from .opening import open_image
+
+    image = Qcow2(options)
+    return image, open_image(image)
+
+
+def create(options: Mapping[str, Any]) -> Procedure:
+    """The procedure that writes a new image; see :func:`.create.create_image`."""
+    from .create import create_image
+
+    return create_image(options)
+
+
+def check(format: Qcow2) -> Procedure:
+    """See :meth:`.format.Qcow2.check`."""
+    return format.check()
+
+
+def resize(
+    format: Qcow2, size: int, preallocation: str = "off", shrink: bool = False
+) -> Procedure:
+    """See :meth:`.format.Qcow2.resize`."""
+    return format.resize(size, preallocation, shrink)
+
+
+def make_empty(format: Qcow2) -> Procedure:
+    """See :meth:`.format.Qcow2.make_empty`."""
+    return format.make_empty()
+
+
+def change_backing(format: Qcow2, name: str | None, fmt: str | None) -> Procedure:
+    """See :meth:`.format.Qcow2.change_backing`."""
+    return format.change_backing(name, fmt)
+
+
+DRIVER = Driver(
+    name="qcow2",
+    kind="format",
+    options=(
+        Option("backing", "str", "Backing file to use instead of the one in the header"),
+    ),
+    create_options=(
+        Option("backing_file", "str", "File name of a base image"),
+        Option("backing_fmt", "str", "Image format of the base image"),
+        Option("cluster_size", "size", "qcow2 cluster size", 65536),
+        Option("compat", "str", "Compatibility level (v2 [0.10] or v3 [1.1])", "1.1"),
+        Option(
+            "compression_type",
+            "str",
+            "Compression method used for image cluster compression",
+            "zlib",
+        ),
+        Option("lazy_refcounts", "bool", "Postpone refcount updates", False),
+        Option(
+            "preallocation",
+            "enum",
+            "Preallocation mode (allowed values: off, metadata, falloc, full)",
+            "off",
+            ("off", "metadata", "falloc", "full"),
+        ),
+        Option("refcount_bits", "int", "Width of a reference count entry in bits", 16),
+        Option("size", "size", "Virtual disk size"),
+    ),
+    open=open_format,
+    create=create,
+    capabilities=frozenset(
+        {"backing", "change_backing", "check", "discard", "make_empty", "resize", "zero"}
+    ),
+)

@@ -1,0 +1,188 @@
+"""What all parts of the qcow2 machine share: geometry, the tables that stay in memory, and the
+record of what of them is dirty."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+from ...contract import Table, TableStore
+from ...errors import CorruptImage, UnsupportedFeature
+from ...ondisk import zeros
+from . import header as hd
+from .header import Header
+from .refblock import RefBlock
+from .runs import RunSet
+
+COPIED = 1 << 63
+PACKED = 1 << 62
+ZERO_FLAG = 1
+OFFSET = (1 << 56) - (1 << 9)  # bits 9-55 of an L1, L2 or refcount table entry
+REFTABLE_OFFSET_MASK = (1 << 64) - (1 << 9)
+
+SLOT = "file"
+L2_LOAD, REFBLOCK_LOAD = "l2_load", "refblock_load"
+_PART = 4096
+
+
+class Core:
+    """State of one open image.
+
+    ``l1`` and ``reftable`` are bounded by the header checks (32 MiB, 8 MiB) and stay in memory;
+    L2 tables (``array('Q')``) and refcount blocks live in ``tables``.  Of a dirty table only the
+    changed parts of 4 KiB are written; entries are 8 bytes aligned, so a torn sector tears none.
+    """
+
+    name: ClassVar[str] = "qcow2"
+    cipher_unit = 1
+    tables: TableStore
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        self.options = options
+        self.writable = bool(options.get("writable", not options.get("read-only", False)))
+        self.size = 0
+        self.unit = 1 << 16
+        self.has_backing = False
+        """False: unallocated clusters read as zeroes (no backing file, or it is switched off)."""
+        self.refuse_io: str | None = None
+        """The feature that keeps guest data from being read or written; None when nothing does."""
+        self.refuse_write: str | None = None
+        """The same for writing alone."""
+        self.use_header(Header())
+        self.l1: array[int] = zeros(64, 0)
+        self.reftable: array[int] = zeros(64, 0)
+        self.ready = False
+        """No autoclear bit is left to be dropped, so data may be written in place."""
+        self.announced = False
+        """Every `before` group is durable: the map may change."""
+        self._parts: dict[int, set[int]] = {}
+        self._l1_parts: set[int] = set()
+        self._reftable_parts: set[int] = set()
+        self._new_l2: set[int] = set()
+        self._asked_blocks: set[int] = set()
+        self._short: dict[int, array[int]] = {}
+        self._generation = -1
+        self.free = RunSet()
+        self.clean = RunSet()
+        self.quarantine = RunSet()
+        self.reserved = RunSet()
+        self.cursor = 0
+        self.fresh = 0
+
+    def use_header(self, h: Header) -> None:
+        """Take the geometry from a checked header."""
+        self.header = h
+        self.size = h.size
+        self.cluster_bits = bits = h.cluster_bits
+        self.unit = self.cluster_size = 1 << bits
+        self.l2_bits = bits - 3
+        self.l2_mask = (1 << self.l2_bits) - 1
+        self.l1_shift = bits + self.l2_bits
+        order = h.refcount_order if h.version > 2 else 4
+        self.refcount_bits = 1 << order
+        self.block_shift = bits + 3 - order
+        self.per_block = 1 << self.block_shift
+        self.part_bits = min(_PART, self.cluster_size).bit_length() - 1
+        self.lazy = h.version > 2 and bool(h.compatible & hd.LAZY_REFCOUNTS)
+
+    @property
+    def max_clusters(self) -> int:
+        """Host clusters that an entry of 56 bits, and the caller's limit, can address."""
+        limit = hd.MAX_OFFSET >> self.cluster_bits
+        most = self.options.get("max_file_size")
+        return limit if most is None else min(limit, int(most) >> self.cluster_bits)
+
+    # -- what this version does not do
+    def check_read(self) -> None:
+        """Raise UnsupportedFeature by name when guest data cannot be read."""
+        if self.refuse_io is not None:
+            raise UnsupportedFeature(self.refuse_io)
+
+    def check_write(self) -> None:
+        """Raise UnsupportedFeature by name when guest data cannot be written."""
+        self.check_read()
+        if self.refuse_write is not None:
+            raise UnsupportedFeature(self.refuse_write)
+        if not self.writable:
+            raise PermissionError(1, "Operation not permitted: the image was opened read-only")
+
+    def packed(self, guest: int) -> UnsupportedFeature:
+        """The refusal of a compressed cluster."""
+        return UnsupportedFeature("compressed clusters", offset=guest)
+
+    # -- tables
+    def l2_offset(self, l1_index: int) -> int:
+        """Where the L2 table of an L1 entry is; 0 without one.  Raises CorruptImage."""
+        offset = self.l1[l1_index] & OFFSET
+        if offset & (self.cluster_size - 1):
+            raise CorruptImage(
+                f"L2 table offset {offset:#x} unaligned (L1 index: {l1_index:#x})",
+                field="L1 entry",
+                offset=self.header.l1_offset + 8 * l1_index,
+            )
+        return offset
+
+    def l2_table(self, offset: int) -> Table | None:
+        """The decoded L2 table at ``offset``, None when it is not in memory."""
+        table = self.tables.get(SLOT, offset)
+        if table is not None and type(table.data) is not array:
+            raise CorruptImage("L2 table overlaps a refcount block", offset=offset)
+        return table
+
+    def block_offset(self, index: int) -> int:
+        """Where a refcount block is; 0 without one.  Raises CorruptImage."""
+        if index >= len(self.reftable):
+            return 0
+        offset = self.reftable[index] & REFTABLE_OFFSET_MASK
+        if offset & (self.cluster_size - 1) or offset >= hd.MAX_OFFSET:
+            raise CorruptImage(
+                f"Refblock offset {offset:#x} unaligned (reftable index: {index:#x})",
+                field="refcount table entry",
+                offset=self.header.reftable_offset + 8 * index,
+            )
+        return offset
+
+    def block_table(self, offset: int) -> Table | None:
+        """The refcount block at ``offset``; None (and remembered as asked) when not in memory."""
+        table = self.tables.get(SLOT, offset)
+        if table is None:
+            self._asked_blocks.add(offset)
+        elif type(table.data) is array:
+            raise CorruptImage("Refcount block overlaps an L2 table", offset=offset)
+        return table
+
+    # -- dirty parts
+    def touch_l2(self, table: Table, start: int, stop: int) -> None:
+        """Entries [start, stop) of an L2 table changed."""
+        self._touch(table, start << 3, stop << 3)
+
+    def touch_block(self, table: Table, start: int, stop: int) -> None:
+        """Counts [start, stop) of a refcount block changed."""
+        bits = self.refcount_bits
+        self._touch(table, start * bits >> 3, (stop * bits + 7) >> 3)
+
+    def _touch(self, table: Table, start: int, stop: int) -> None:
+        shift = self.part_bits
+        parts = self._parts.get(table.offset)
+        if parts is None:
+            parts = self._parts[table.offset] = set()
+        parts.update(range(start >> shift, ((stop - 1) >> shift) + 1))
+        if not table.dirty:
+            self.tables.mark(table)
+
+    def set_l1(self, l1_index: int, entry: int) -> None:
+        """Change an L1 entry."""
+        self.l1[l1_index] = entry
+        self._l1_parts.add(l1_index >> (self.part_bits - 3))
+        self._short.pop(l1_index, None)
+
+    def set_reftable(self, index: int, offset: int) -> None:
+        """Change an entry of the refcount table."""
+        self.reftable[index] = offset
+        self._reftable_parts.add(index >> (self.part_bits - 3))
+
+    def block(self, table: Table) -> RefBlock:
+        """The counts in a table."""
+        data: RefBlock = table.data
+        return data

@@ -1,0 +1,241 @@
+"""Writing a new qcow2 image."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ...contract import Barrier, Length, MetaWrite, Procedure, Progress, Truncate, Write
+from ...errors import DiskError, UnsupportedFeature, UsageError
+from ...ondisk import big_endian_bytes, zeros
+from ...units import align_up, is_power_of_two
+from . import header as hd
+from .core import COPIED, SLOT
+from .refblock import empty
+
+PREALLOCATIONS = ("off", "metadata", "falloc", "full")
+# Below this cluster size the table of feature names would crowd the header cluster.
+_FEATURE_TABLE_CLUSTER = 8192
+_CHUNK = 1 << 20
+# Options of later versions: the value that asks for nothing.
+_NOT_YET = {
+    "data_file": (None, "external data file"),
+    "data_file_raw": (False, "external data file"),
+    "extended_l2": (False, "extended L2 entries"),
+    "encryption": (False, "encryption"),
+    "encrypt.format": (None, "encryption"),
+    "encrypt": (None, "encryption"),
+}
+
+
+def new_header(options: Mapping[str, Any]) -> hd.Header:
+    """Check the create options and make a header of them; places are still to be set.
+
+    Raises UsageError with the words that scripts know from qemu-img.
+    """
+    h = hd.Header()
+    size = options.get("size")
+    if size is None or size < 0:
+        raise UsageError("Image size must be specified")
+    h.size = align_up(int(size), 512)
+    compat = str(options.get("compat") or "1.1")
+    versions = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
+    if compat not in versions:
+        raise UsageError(f"Parameter 'version' does not accept value '{compat}'")
+    h.version = versions[compat]
+    cluster_size = int(options.get("cluster_size", 65536) or 0)
+    if not is_power_of_two(cluster_size) or not 512 <= cluster_size <= 2 << 20:
+        raise UsageError("Cluster size must be a power of two between 512 and 2048k")
+    h.cluster_bits = cluster_size.bit_length() - 1
+    _check_features(h, options)
+    h.l1_size = hd.l1_entries(h.size, h.cluster_bits)
+    if h.l1_size * 8 > hd.MAX_L1_BYTES:
+        raise UsageError(
+            "The image size is too large for file format 'qcow2' (try using a larger cluster size)"
+        )
+    if h.version == 2:
+        h.tail = b""
+    _add_extensions(h, options)
+    return h
+
+
+def _check_features(h: hd.Header, options: Mapping[str, Any]) -> None:
+    for name, (nothing, feature) in _NOT_YET.items():
+        if options.get(name, nothing) not in (nothing, False, None):
+            raise UnsupportedFeature(feature)
+    refcount_bits = int(options.get("refcount_bits", 16))
+    if not is_power_of_two(refcount_bits) or refcount_bits > 64:
+        raise UsageError("Refcount width must be a power of two and may not exceed 64 bits")
+    h.refcount_order = refcount_bits.bit_length() - 1
+    later = " (use version=v3 or greater)"
+    if h.version == 2 and refcount_bits != 16:
+        raise UsageError(
+            "Different refcount widths than 16 bits require compatibility level 1.1 or above"
+            + later
+        )
+    if options.get("lazy_refcounts"):
+        if h.version == 2:
+            raise UsageError(
+                "Lazy refcounts only supported with compatibility level 1.1 and above" + later
+            )
+        h.compatible |= hd.LAZY_REFCOUNTS
+    compression = options.get("compression_type") or "zlib"
+    if compression not in ("zlib", "zstd"):
+        raise UsageError(f"Parameter 'compression-type' does not accept value '{compression}'")
+    if compression == "zstd":
+        if h.version == 2:
+            raise UsageError(
+                "Non-zlib compression type is only supported with compatibility level 1.1 and "
+                "above" + later
+            )
+        h.incompatible |= hd.COMPRESSION
+        h.tail = b"\1" + h.tail[1:]
+    preallocation = options.get("preallocation") or "off"
+    if preallocation not in PREALLOCATIONS:
+        raise UsageError(f"Parameter 'preallocation' does not accept value '{preallocation}'")
+    if options.get("backing_file") and preallocation != "off":
+        raise UsageError(
+            "Backing file and preallocation can only be used at the same time if extended_l2 is on"
+        )
+
+
+def _add_extensions(h: hd.Header, options: Mapping[str, Any]) -> None:
+    name = options.get("backing_file")
+    fmt = options.get("backing_fmt")
+    if name:
+        set_backing(h, name, fmt)
+    if h.version > 2 and h.cluster_bits >= _FEATURE_TABLE_CLUSTER.bit_length() - 1:
+        h.set_extension(hd.EXT_FEATURE_NAMES, hd.feature_table())
+
+
+def set_backing(h: hd.Header, name: str | None, fmt: str | None) -> None:
+    """Put a backing file's name and format into the header (None: none).
+
+    Raises UsageError when the name is longer than 1023 bytes.
+    """
+    encoded = os.fsencode(name) if name else None
+    if encoded is not None and len(encoded) > hd.MAX_BACKING_NAME:
+        raise UsageError("Backing file name too long")
+    h.backing_file = encoded
+    wanted = fmt.encode() if fmt and encoded is not None else None
+    if wanted is not None and h.extension(hd.EXT_BACKING_FORMAT) is None:
+        h.extensions.insert(0, (hd.EXT_BACKING_FORMAT, wanted))
+    else:
+        h.set_extension(hd.EXT_BACKING_FORMAT, wanted)
+
+
+class Layout:
+    """Where the structures of a new image are, in clusters.
+
+    Header, refcount table, refcount blocks, L1, and for preallocated metadata the L2 tables and
+    the data; without gaps.
+    """
+
+    def __init__(self, h: hd.Header, preallocated: bool) -> None:
+        bits = h.cluster_bits
+        size = 1 << bits
+        order = h.refcount_order if h.version > 2 else 4
+        per_block = size * 8 >> order
+        self.l1_clusters = -(-h.l1_size * 8 >> bits)
+        self.l2_tables = h.l1_size if preallocated else 0
+        self.data_clusters = -(-h.size >> bits) if preallocated else 0
+        fixed = 1 + self.l1_clusters + self.l2_tables + self.data_clusters
+        blocks = table = 1
+        while True:
+            total = fixed + blocks + table
+            wanted_blocks = -(-total // per_block)
+            wanted_table = -(-wanted_blocks * 8 >> bits)
+            if (wanted_blocks, wanted_table) == (blocks, table):
+                break
+            blocks, table = max(blocks, wanted_blocks), max(table, wanted_table)
+        if table * size > hd.MAX_REFTABLE_BYTES and table > 1:
+            raise UsageError("The refcount table of this image would be too large "
+                             "(try using a larger cluster size)")
+        self.total = total
+        self.per_block = per_block
+        self.refcount_bits = 1 << order
+        self.reftable_clusters, self.blocks = table, blocks
+        self.reftable = 1
+        self.first_block = 1 + table
+        self.l1 = self.first_block + blocks
+        self.l2 = self.l1 + self.l1_clusters
+        self.data = self.l2 + self.l2_tables
+
+
+def create_image(options: Mapping[str, Any]) -> Procedure:
+    """Write an image of ``size`` bytes (rounded up to 512) into slot ``file``.
+
+    The header comes last, so that an interrupted create leaves nothing that looks like an image.
+    What the slot held before is cut off where it can be.
+    """
+    h = new_header(options)
+    preallocation = options.get("preallocation") or "off"
+    layout = Layout(h, preallocation != "off")
+    bits = h.cluster_bits
+    h.reftable_offset = layout.reftable << bits
+    h.reftable_clusters = layout.reftable_clusters
+    h.l1_offset = layout.l1 << bits if h.l1_size else 0
+    header = h.encode()
+    old = yield Length(SLOT)
+    if old:
+        try:
+            yield Truncate(SLOT, 0)
+        except (OSError, DiskError):
+            pass  # a device keeps its length; whatever is read later gets written
+    if preallocation in ("falloc", "full"):
+        yield Truncate(SLOT, layout.total << bits, preallocation)
+    done = 0
+    for batch in _batches(_tables(h, layout)):
+        yield Write(batch)
+        done += sum(len(write.data) for write in batch)
+        yield Progress(done, max(done, layout.data << bits))
+    if preallocation == "metadata":
+        length = yield Length(SLOT)
+        if length < layout.total << bits:
+            yield Truncate(SLOT, layout.total << bits)
+    yield Barrier()
+    # A device may hold an old name or extension behind a shorter header.
+    room = min(1 << bits, align_up(len(header), 4096))
+    yield Write([MetaWrite(SLOT, 0, header.ljust(room, b"\0"))])
+    yield Barrier()
+
+
+def _batches(writes: Iterator[MetaWrite]) -> Iterator[list[MetaWrite]]:
+    batch: list[MetaWrite] = []
+    weight = 0
+    for write in writes:
+        batch.append(write)
+        weight += len(write.data)
+        if weight >= _CHUNK:
+            yield batch
+            batch, weight = [], 0
+    if batch:
+        yield batch
+
+
+def _tables(h: hd.Header, layout: Layout) -> Iterator[MetaWrite]:
+    """All structures but the header."""
+    bits = h.cluster_bits
+    size = 1 << bits
+    reftable = zeros(64, layout.reftable_clusters * size // 8)
+    for i in range(layout.blocks):
+        at = (layout.first_block + i) << bits
+        reftable[i] = at
+        block = empty(layout.refcount_bits, size)
+        block.fill(0, min(layout.per_block, layout.total - i * layout.per_block), 1)
+        yield MetaWrite(SLOT, at, block.encode(0, size))
+    yield MetaWrite(SLOT, h.reftable_offset, big_endian_bytes(reftable))
+    l1 = zeros(64, h.l1_size)
+    entries = size // 8
+    for i in range(layout.l2_tables):
+        at = (layout.l2 + i) << bits
+        l1[i] = at | COPIED
+        first = layout.data + i * entries
+        table = zeros(64, entries)
+        for j in range(min(entries, layout.data_clusters - i * entries)):
+            table[j] = (first + j) << bits | COPIED
+        yield MetaWrite(SLOT, at, big_endian_bytes(table))
+    for start in range(0, h.l1_size, _CHUNK // 8):
+        data = big_endian_bytes(l1, start, min(h.l1_size, start + _CHUNK // 8))
+        yield MetaWrite(SLOT, h.l1_offset + 8 * start, data)

@@ -1,0 +1,104 @@
+"""The qcow2 machine: all of its parts, and what it tells about an image."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from ...contract import Procedure
+from . import header as hd
+from .writeback import Writeback
+
+
+class Qcow2(Writeback):
+    """One open qcow2 image (the `Format` of the contract).
+
+    ``backing_file`` and ``backing_format`` are what the header says, None without.
+    """
+
+    @property
+    def backing_file(self) -> str | None:
+        """The name in the header; bytes that are not UTF-8 survive as surrogates."""
+        name = self.header.backing_file
+        return None if name is None else os.fsdecode(name)
+
+    @property
+    def backing_format(self) -> str | None:
+        """The backing format extension."""
+        name = self.header.extension(hd.EXT_BACKING_FORMAT)
+        return None if name is None else name.decode("utf-8", "replace")
+
+    @property
+    def data_file(self) -> str | None:
+        """The name of the external data file, where one is used and named."""
+        name = self.header.extension(hd.EXT_DATA_FILE)
+        if name is None or not self.header.incompatible & hd.DATA_FILE:
+            return None
+        return os.fsdecode(name)
+
+    @property
+    def dirty(self) -> bool:
+        """The dirty bit on disk."""
+        return bool(self.header.incompatible & hd.DIRTY)
+
+    @property
+    def corrupt(self) -> bool:
+        """The corrupt bit on disk."""
+        return bool(self.header.incompatible & hd.CORRUPT)
+
+    @property
+    def encrypted(self) -> bool:
+        """True when guest data are encrypted."""
+        return self.header.crypt_method != 0
+
+    def info(self) -> dict[str, Any]:
+        """The format-specific data, keyed as ``qemu-img info --output=json`` has them."""
+        h = self.header
+        compression = "zstd" if h.compression_type == 1 else "zlib"
+        if h.version == 2:
+            out: dict[str, Any] = {
+                "compat": "0.10",
+                "compression-type": compression,
+                "refcount-bits": self.refcount_bits,
+            }
+        else:
+            out = {
+                "compat": "1.1",
+                "compression-type": compression,
+                "lazy-refcounts": self.lazy,
+                "refcount-bits": self.refcount_bits,
+                "corrupt": self.corrupt,
+                "extended-l2": bool(h.incompatible & hd.EXTENDED_L2),
+            }
+            if h.incompatible & hd.DATA_FILE:
+                if self.data_file is not None:
+                    out["data-file"] = self.data_file
+                out["data-file-raw"] = bool(h.autoclear & hd.RAW_DATA_FILE)
+        if self.encrypted:
+            out["encrypt"] = {"format": "aes" if h.crypt_method == 1 else "luks"}
+        return out
+
+    # -- whole-image procedures, each imported when it is asked for
+    def check(self) -> Procedure:
+        """Compare the reference counts with the references; returns a CheckResult."""
+        from .check import check
+
+        return check(self)
+
+    def resize(self, size: int, preallocation: str = "off", shrink: bool = False) -> Procedure:
+        """Change the virtual size to ``size`` bytes; a smaller one only with ``shrink``."""
+        from .resize import resize
+
+        return resize(self, size, preallocation, shrink)
+
+    def make_empty(self) -> Procedure:
+        """Drop all guest data, so that the backing file shows through everywhere."""
+        from .rewrite import make_empty
+
+        return make_empty(self)
+
+    def change_backing(self, name: str | None, fmt: str | None) -> Procedure:
+        """Write another backing file name and format (None: none) into the header."""
+        from .rewrite import change_backing
+
+        return change_backing(self, name, fmt)

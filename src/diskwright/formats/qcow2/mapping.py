@@ -1,0 +1,214 @@
+"""Where guest bytes are: the L1/L2 lookup and its column shortcuts (qcow2 specification, "Cluster
+mapping")."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+
+from ...contract import NeedMeta, Range
+from ...errors import CorruptImage
+from ...extents import Data, Extent, Hole, Zero
+from ...ondisk import big_endian_array
+from .core import COPIED, L2_LOAD, OFFSET, PACKED, SLOT, ZERO_FLAG, Core
+from .header import MAX_OFFSET
+from .refblock import decode
+
+# Tables asked for at once; a wider window asks again.
+_MOST_MISSES = 64
+
+
+class Mapping(Core):
+    """`map`, `load` and the shortcuts."""
+
+    def load(self, slot: str, offset: int, data: bytes) -> None:
+        """Decode a table that was asked for."""
+        if offset in self._asked_blocks:
+            self._asked_blocks.discard(offset)
+            block = decode(self.refcount_bits, data)
+            self.tables.put(slot, offset, block, self.cluster_size)
+        else:
+            self.tables.put(slot, offset, big_endian_array(64, data), self.cluster_size)
+
+    # -- shortcuts
+    def _shortcut(self, l1_index: int) -> array[int] | None:
+        """The L2 table for the shortcuts; None when it is absent or not in memory.
+
+        The dict of tables is dropped at every eviction, which also keeps the tables in use from
+        looking unused.
+        """
+        if self._generation != self.tables.generation:
+            self._generation = self.tables.generation
+            self._short.clear()
+        found = self._short.get(l1_index)
+        if found is None and l1_index < len(self.l1):
+            offset = self.l1[l1_index] & OFFSET
+            if offset:
+                table = self.tables.get(SLOT, offset)
+                if table is not None and type(table.data) is array:
+                    found = self._short[l1_index] = table.data
+        return found
+
+    def map_batch(
+        self, offsets: Sequence[int], lengths: Sequence[int], write: bool
+    ) -> Sequence[int]:
+        """Host offsets of plain data; -1 where `map` must be asked."""
+        if self.refuse_io is not None or (write and not self.ready):
+            return [-1] * len(offsets)
+        if self._generation != self.tables.generation:
+            self._generation = self.tables.generation
+            self._short.clear()
+        short = self._short
+        bits, l1_shift, l2_mask = self.cluster_bits, self.l1_shift, self.l2_mask
+        size = self.cluster_size
+        mask = size - 1
+        out: list[int] = []
+        append = out.append
+        for offset, length in zip(offsets, lengths, strict=True):
+            table = short.get(offset >> l1_shift)
+            if table is None:
+                table = self._shortcut(offset >> l1_shift)
+                if table is None:
+                    append(-1)
+                    continue
+            # A standard cluster of our own is its host offset and COPIED alone.
+            entry = table[offset >> bits & l2_mask] ^ COPIED
+            inside = offset & mask
+            if 0 < entry < MAX_OFFSET and not entry & mask and inside + length <= size:
+                append(entry + inside)
+            else:
+                append(self.map_one(offset, length, write))
+        return out
+
+    def map_one(self, offset: int, length: int, write: bool) -> int:
+        """Host offset of one request whose bytes are contiguous plain data; otherwise -1."""
+        if self.refuse_io is not None or (write and not self.ready):
+            return -1
+        table = None
+        if self._generation == self.tables.generation:
+            table = self._short.get(offset >> self.l1_shift)
+        if table is None:
+            table = self._shortcut(offset >> self.l1_shift)
+            if table is None:
+                return -1
+        size = self.cluster_size
+        mask = size - 1
+        inside = offset & mask
+        entry = table[offset >> self.cluster_bits & self.l2_mask] ^ COPIED
+        if not 0 < entry < MAX_OFFSET or entry & mask:
+            entry ^= COPIED
+            if write or not 0 < entry < MAX_OFFSET or entry & mask:
+                return -1
+        host = entry + inside
+        length -= size - inside
+        if length > 0:
+            return self._contiguous(offset - inside, entry, length, host, write)
+        return host
+
+    def _contiguous(self, guest: int, entry: int, left: int, host: int, write: bool) -> int:
+        """``host`` if the clusters behind ``guest`` (at ``entry``) continue it for ``left``."""
+        size = self.cluster_size
+        while left > 0:
+            guest += size
+            entry += size
+            table = self._shortcut(guest >> self.l1_shift)
+            if table is None:
+                return -1
+            found = table[guest >> self.cluster_bits & self.l2_mask]
+            if found != entry | COPIED and (write or found != entry):
+                return -1
+            left -= size
+        return host
+
+    # -- the general map
+    def map(self, ranges: Sequence[Range]) -> tuple[list[Extent], NeedMeta | None]:
+        """Extents of ``ranges``, up to the first L2 table that is not in memory.
+
+        Raises UnsupportedFeature at a compressed cluster, CorruptImage at an entry that breaks
+        the specification; a range before it is answered first.
+        """
+        self.check_read()
+        out: list[Extent] = []
+        for position, (offset, length) in enumerate(ranges):
+            end = offset + length
+            while offset < end:
+                l1_index = offset >> self.l1_shift
+                stop = min(end, (l1_index + 1) << self.l1_shift)
+                table_offset = self.l2_offset(l1_index) if l1_index < len(self.l1) else 0
+                if not table_offset:
+                    out.append(Hole(stop - offset))
+                    offset = stop
+                    continue
+                table = self.l2_table(table_offset)
+                if table is None:
+                    rest = [(offset, end - offset), *ranges[position + 1 :]]
+                    return out, self._misses(rest)
+                while offset < stop:
+                    try:
+                        extent = self._extent(table.data, table_offset, offset, stop)
+                    except Exception:
+                        if out:
+                            return out, None
+                        raise
+                    out.append(extent)
+                    offset += extent.length
+        return out, None
+
+    def _misses(self, ranges: Sequence[Range]) -> NeedMeta:
+        """The missing L2 tables of ``ranges``."""
+        found: dict[int, None] = {}
+        for offset, length in ranges:
+            last = min((offset + length - 1) >> self.l1_shift, len(self.l1) - 1)
+            for l1_index in range(offset >> self.l1_shift, last + 1):
+                table_offset = self.l1[l1_index] & OFFSET
+                aligned = table_offset and not table_offset & (self.cluster_size - 1)
+                if aligned and self.tables.get(SLOT, table_offset) is None:
+                    found[table_offset] = None
+                if len(found) == _MOST_MISSES:
+                    break
+        return NeedMeta(SLOT, [(offset, self.cluster_size) for offset in found], L2_LOAD)
+
+    def _extent(self, table: array[int], table_offset: int, guest: int, stop: int) -> Extent:
+        """The longest extent from ``guest``, not beyond ``stop`` or the table."""
+        size = self.cluster_size
+        index = guest >> self.cluster_bits & self.l2_mask
+        limit = index + ((stop - 1) >> self.cluster_bits) - (guest >> self.cluster_bits) + 1
+        entry = table[index]
+        if entry & PACKED:
+            raise self.packed(guest)
+        host = self.host_of(entry, table_offset, index)
+        nth = index + 1
+        if host:
+            expected = entry + size
+            while nth < limit and table[nth] == expected:
+                expected += size
+                nth += 1
+        else:
+            while nth < limit and table[nth] == entry:
+                nth += 1
+        inside = guest & (size - 1)
+        length = min(stop - guest, (nth - index) * size - inside)
+        if entry & ZERO_FLAG:
+            return Zero(length, True, host + inside if host else -1)
+        if host:
+            return Data(SLOT, host + inside, length, bool(entry & COPIED) and self.ready)
+        return Hole(length)
+
+    def host_of(self, entry: int, table_offset: int, index: int) -> int:
+        """Host offset of a standard L2 entry, 0 without one.  Raises CorruptImage."""
+        host = entry & OFFSET
+        if host & (self.cluster_size - 1):
+            raise CorruptImage(
+                f"Cluster allocation offset {host:#x} unaligned "
+                f"(L2 offset: {table_offset:#x}, L2 index: {index:#x})",
+                field="L2 entry",
+                offset=table_offset + 8 * index,
+            )
+        if entry & ZERO_FLAG and self.header.version < 3:
+            raise CorruptImage(
+                "Zero cluster found in an image of version 2 "
+                f"(L2 offset: {table_offset:#x}, L2 index: {index:#x})",
+                field="L2 entry",
+                offset=table_offset + 8 * index,
+            )
+        return host

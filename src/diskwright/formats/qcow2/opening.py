@@ -1,0 +1,103 @@
+"""The open procedure of qcow2 images."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ...contract import Length, Open, Procedure, Read
+from ...errors import MalformedImage
+from ...ondisk import big_endian_array
+from . import header as hd
+from .core import SLOT
+
+if TYPE_CHECKING:
+    from .format import Qcow2
+
+_NO_END = 1 << 62
+
+
+def open_image(image: Qcow2) -> Procedure:
+    """Read and check the header, L1 and refcount table; open the backing file that it names.
+
+    Options: ``backing`` None switches the backing file off, any other value says that the caller
+    fills the slot; ``check`` allows images that are marked corrupt or dirty to be opened writable
+    as they are; ``zero_beyond_end`` False says that space beyond the end of the file may hold
+    anything.  An image that is dirty gets its refcounts rebuilt when it is opened writable.
+    Returns ``image``.
+    """
+    length = yield Length(SLOT)
+    h = yield from read_header()
+    checking = bool(image.options.get("check"))
+    if not checking:
+        hd.check_corrupt(h, image.writable)
+    image.use_header(h)
+    image.refuse_io, image.refuse_write = refusals(h)
+    bits = h.cluster_bits
+    zero_beyond_end = image.options.get("zero_beyond_end", True)
+    image.fresh = -(-length >> bits) if zero_beyond_end else _NO_END
+    if image.refuse_io is None or checking:
+        yield from _read_tables(image)
+    yield from _open_backing(image)
+    if image.writable and image.refuse_io is None and not checking:
+        if h.incompatible & hd.DIRTY:
+            from .rebuild import rebuild
+
+            yield from rebuild(image)
+        image.ready = image.features_in_use()[1] == h.autoclear
+        image.announced = image.features_in_use() == (h.incompatible, h.autoclear)
+    return image
+
+
+def read_header() -> Procedure:
+    """Read and bound the header cluster; returns the Header."""
+    (head,) = yield Read(SLOT, [(0, 512)])
+    h = hd.parse_fields(head)
+    # What follows the fixed fields ends with the backing file name, where there is one.
+    end = h.backing_offset + h.backing_length if h.backing_offset else 1 << h.cluster_bits
+    if end > len(head):
+        (head,) = yield Read(SLOT, [(0, max(end, h.length))])
+    hd.parse_tail(h, head)
+    return h
+
+
+def refusals(h: hd.Header) -> tuple[str | None, str | None]:
+    """The features that keep guest data from being read, and from being written."""
+    read = write = None
+    if h.crypt_method:
+        read = "encryption"
+    elif h.incompatible & hd.EXTENDED_L2:
+        read = "extended L2 entries"
+    elif h.incompatible & hd.DATA_FILE:
+        read = "external data file"
+    if h.nb_snapshots:
+        write = "internal snapshots"
+    elif h.autoclear & hd.BITMAPS:
+        write = "persistent dirty bitmaps"
+    return read, write
+
+
+def _read_tables(image: Qcow2) -> Procedure:
+    h = image.header
+    if image.writable:
+        for what, offset, count in (
+            ("l1_table_offset", h.l1_offset, h.l1_size),
+            ("refcount_table_offset", h.reftable_offset, 1),
+        ):
+            if not offset and count:
+                raise MalformedImage(f"{what} is the header's place", field=what, offset=0)
+    (raw,) = yield Read(SLOT, [(h.l1_offset, h.l1_size * 8)], "l1_load")
+    image.l1 = big_endian_array(64, raw)
+    (raw,) = yield Read(
+        SLOT, [(h.reftable_offset, h.reftable_clusters << h.cluster_bits)], "reftable_load"
+    )
+    image.reftable = big_endian_array(64, raw)
+    image.reserve_structures()
+
+
+def _open_backing(image: Qcow2) -> Procedure:
+    name = image.backing_file
+    if "backing" in image.options:
+        image.has_backing = image.options["backing"] is not None
+    elif name:
+        image.has_backing = True
+        yield Open("backing", name, image.backing_format)
