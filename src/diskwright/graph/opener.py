@@ -28,6 +28,7 @@ async def open_disk(
     force_share: bool = False,
     gate: Gate | None = None,
     backing: bool = True,
+    check: bool = False,
     discard: str = "unmap",
     detect_zeroes: str = "off",
     shared: frozenset[str] = ALL,
@@ -41,7 +42,7 @@ async def open_disk(
     passes ``gate`` (by default one that admits nothing).  Without ``format`` (and without
     ``driver`` among the options) the image is probed; the node's ``probed`` says that this ended
     in the guess ``raw``.  ``options`` win over what the reference says.  ``backing=False`` leaves
-    backing files out.  ``shared`` is what others may do to the disk meanwhile (perms), ``resize``
+    backing files out, ``check`` also opens images that are marked corrupt or dirty, as they are.  ``shared`` is what others may do to the disk meanwhile (perms), ``resize``
     asks for the right to change its size.  Use :func:`close_disk` on the result.
 
     Raises OSError (with the file's name), DiskError and its kinds; :func:`explain` words them.
@@ -54,7 +55,7 @@ async def open_disk(
         discard=discard_mode(discard),
         detect_zeroes=detect_zeroes,
     )
-    opening = Opening(graph, gate or Gate(), backing)
+    opening = Opening(graph, gate or Gate(), backing, check)
     parsed, plain = names.parse(reference)
     if options:
         parsed, plain = _override(parsed, plain, options)
@@ -76,4 +77,20 @@ def _override(parsed: Options, plain: bool, options: Mapping[str, Any]) -> tuple
     return names.merged({"file": parsed} if plain else parsed, options), False
 
 
-__all__ = ["close_disk", "discard_disk", "explain", "open_disk"]
+async def create_image(
+    driver: BaseDriver,
+    filename: str,
+    fmt: str,
+    size: int | None,
+    options: Mapping[str, Any] | None = None,
+    *,
+    gate: Gate | None = None,
+    check_backing: bool = True,
+) -> int:
+    """Make an image; see :func:`diskwright.graph.create.create_image` (imported when needed)."""
+    from .create import create_image as make
+
+    return await make(driver, filename, fmt, size, options, gate=gate, check_backing=check_backing)
+
+
+__all__ = ["close_disk", "create_image", "discard_disk", "explain", "open_disk"]

@@ -11,12 +11,13 @@ from . import names, registry
 from .closing import discard_disk
 from .display import base_of, display_name
 from .gate import Gate
-from .graph import Graph
+from .graph import Graph, leaf_of
 from .guard import GuardedNode
 from .mapped import MappedNode
 from .names import Options
 from .node import Node
 from .options import CHILD_SLOTS, Mode, checked, take_common
+from .perms import ALL
 from .probe import PROBE_BYTES
 
 _Chain = tuple[str, ...]
@@ -39,10 +40,11 @@ class _Named(NamedTuple):
 class Opening:
     """One call of :func:`open_disk`: what all its nodes have in common."""
 
-    def __init__(self, graph: Graph, gate: Gate, backing: bool) -> None:
+    def __init__(self, graph: Graph, gate: Gate, backing: bool, check: bool) -> None:
         self.graph = graph
         self.gate = gate
         self.backing = backing
+        self.check = check
         self.pending: list[_Named] = []
         """What images named.  Opened one after the other, not each from within the one above: a
         chain may be longer than the interpreter's stack is deep."""
@@ -120,6 +122,9 @@ class Opening:
             "cache.direct": mode.direct,
             "cache.no-flush": mode.no_flush,
             "discard": mode.discard,
+            # Locks are taken once it is known what its users need.
+            "perms": frozenset(),
+            "shared": ALL,
         }
         opened: list[Node] = []
 
@@ -171,7 +176,12 @@ class Opening:
                     children[slot] = await self.child(options.pop(slot), mode, chain)
             inherited = mode._replace(writethrough=False, detect_zeroes="off")
             given = checked(found, options)
-            format, procedure = found.open({**given, "read-only": not mode.writable})
+            told = {"read-only": not mode.writable, "check": self.check}
+            if leaf_of(below).driver_name == "host_device":
+                told["zero_beyond_end"] = False  # a device holds whatever it held before
+            if not self.backing:
+                told["backing"] = None
+            format, procedure = found.open({**given, **told})
             guarded = probed or mode.writethrough or mode.detect_zeroes != "off"
             kind = GuardedNode if guarded else MappedNode
 

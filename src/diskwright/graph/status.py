@@ -1,0 +1,251 @@
+"""What the ranges of a disk are, told through the whole graph: formats, backing files, protocols.
+
+The answers are those of ``qemu-img map`` (measured with 10.0): which layer holds a range, whether
+it reads as zeroes, and where its bytes are in that layer's file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import NamedTuple
+
+from ..extents import DATA, HOLE, INLINE, OPAQUE, PACKED, Data, Extent, Opaque, Zero
+from .graph import leaf_of, primary
+from .node import Node
+from .registry import kind
+
+WINDOW_UNITS = 16384
+"""Allocation units that are asked of a format at once: bounds the work of one call."""
+
+MAX_WINDOW = 1 << 40
+
+
+class Status(NamedTuple):
+    """``length`` bytes from ``start`` of the disk.
+
+    ``depth``: which layer of the backing chain says so (0 is the disk itself; where no layer
+    holds the range, the deepest that is long enough).  ``present``: that layer holds it (also as
+    zeroes).  ``zero``: it reads as zeroes.  ``data``: bytes are stored for it.  ``offset``: where
+    they are in ``node``'s bytes; -1 where there is no such place.
+    """
+
+    start: int
+    length: int
+    depth: int
+    present: bool
+    zero: bool
+    data: bool
+    compressed: bool = False
+    offset: int = -1
+    node: Node | None = None
+
+    def follows(self, last: Status) -> bool:
+        """True when this continues ``last``: same in all respects, and next to it."""
+        return (
+            last.start + last.length == self.start
+            and last[2:7] == self[2:7]
+            and last.node is self.node
+            and (self.offset == last.offset + last.length if self.offset >= 0 else last.offset < 0)
+        )
+
+    def part(self, start: int, end: int) -> Status:
+        """What of this lies in ``start`` ... ``end``."""
+        first, last = max(self.start, start), min(self.start + self.length, end)
+        offset = self.offset + (first - self.start) if self.offset >= 0 else -1
+        return self._replace(start=first, length=last - first, offset=offset)
+
+
+def joined(parts: list[Status]) -> list[Status]:
+    """``parts`` with neighbours that continue each other made one."""
+    out: list[Status] = []
+    for part in parts:
+        if out and part.follows(out[-1]):
+            out[-1] = out[-1]._replace(length=out[-1].length + part.length)
+        else:
+            out.append(part)
+    return out
+
+
+async def block_status(
+    node: Node, offset: int, length: int, *, base: Node | None = None
+) -> list[Status]:
+    """The status of a range from ``offset`` (bytes), at least its beginning.
+
+    The answer covers a prefix of the range (more than nothing): ask again behind it.  Layers from
+    ``base`` downwards are left out; what only they hold is neither present, zero nor data.
+    Neighbours are merged.
+    """
+    length = min(length, node.size - offset)
+    if length <= 0:
+        return []
+    found: list[Status] = []
+    layer: Node | None = node
+    depth = 0
+    # Ranges of this layer that are still to be told, in order.
+    asked = [(offset, min(length, _window(node)))]
+    stop = asked[0][0] + asked[0][1]
+    while asked and layer is not None:
+        below = layer.child("backing")
+        last = below is None or below is base
+        # The lower layer's units may be smaller: its bound cuts the answer short.
+        stop = min(stop, asked[0][0] + _window(layer))
+        left: list[tuple[int, int]] = []
+        for start, count in asked:
+            count = min(count, stop - start)
+            if count <= 0:
+                break
+            end = start
+            for part in await _layer(layer, start, count, depth):
+                end += part.length
+                if part.present or part.data or part.zero or below is base is not None:
+                    found.append(part)
+                    continue
+                inside = 0 if below is None else max(0, min(part.length, below.size - part.start))
+                if inside:
+                    left.append((part.start, inside))
+                if inside < part.length:
+                    tail = part.part(part.start + inside, part.start + part.length)
+                    found.append(tail._replace(zero=True))
+            if end < start + count:
+                stop = end
+        asked, layer = left, None if last else below
+        depth += 1
+    found = [part.part(offset, stop) for part in found if part.start < stop]
+    found.sort(key=lambda part: part.start)
+    return joined(found)
+
+
+async def all_status(
+    node: Node, offset: int = 0, length: int | None = None, *, base: Node | None = None
+) -> AsyncIterator[Status]:
+    """The whole range, merged over the bounds of single answers."""
+    end = node.size if length is None else min(node.size, offset + length)
+    last: Status | None = None
+    while offset < end:
+        for part in await block_status(node, offset, end - offset, base=base):
+            if last is not None and part.follows(last):
+                last = last._replace(length=last.length + part.length)
+            else:
+                if last is not None:
+                    yield last
+                last = part
+            offset = part.start + part.length
+    if last is not None:
+        yield last
+
+
+async def allocated_above(
+    node: Node, base: Node | None, offset: int, length: int
+) -> list[tuple[int, int, bool]]:
+    """``(start, length, allocated)`` for a prefix of a range: whether any layer from ``node`` down
+    to, not including, ``base`` holds it (as data or as zeroes).  Neighbours are merged."""
+    out: list[tuple[int, int, bool]] = []
+    for part in await block_status(node, offset, length, base=base):
+        if out and out[-1][2] == part.present:
+            out[-1] = (out[-1][0], out[-1][1] + part.length, part.present)
+        else:
+            out.append((part.start, part.length, part.present))
+    return out
+
+
+async def is_allocated_above(
+    node: Node, base: Node | None, offset: int, length: int
+) -> tuple[bool, int]:
+    """Whether a layer above ``base`` holds the byte at ``offset``, and for how many bytes that
+    answer holds."""
+    found = await allocated_above(node, base, offset, length)
+    return (found[0][2], found[0][1]) if found else (False, 0)
+
+
+def _window(node: Node) -> int:
+    """How much of ``node`` is asked at once."""
+    while node.driver_name == "raw" or kind(node.driver_name) == "filter":
+        below = primary(node)
+        if below is None:
+            return MAX_WINDOW
+        node = below
+    unit: int = getattr(getattr(node, "format", None), "unit", 0)
+    return min(unit * WINDOW_UNITS, MAX_WINDOW) if unit > 1 else MAX_WINDOW
+
+
+async def _layer(node: Node, start: int, length: int, depth: int) -> list[Status]:
+    """What one layer says, without its backing file; a range that it does not hold is neither
+    present, zero nor data."""
+    shift = 0
+    while True:
+        if kind(node.driver_name) == "filter":
+            await node.extents(start + shift, length)  # it may refuse to say
+        elif node.driver_name == "raw" and node.children:
+            (first,) = (await node.extents(start + shift, 1))[:1]
+            if not isinstance(first, Data | Opaque):
+                break
+            shift += first.host - (start + shift)
+        else:
+            break
+        below = primary(node)
+        if below is None:
+            break
+        node = below
+        if node.child("backing") is not None:
+            # The layers below a translation are not layers of the disk: they are its bytes.
+            inner = await block_status(node, start + shift, length)
+            return [part._replace(start=part.start - shift, depth=depth) for part in inner]
+    position = start
+    out: list[Status] = []
+    leaf = not node.children
+    deeper = not leaf and sparse_below(node)
+    for extent in await node.extents(start + shift, length):
+        for part in await _told(node, extent, leaf, deeper):
+            if leaf and part.offset < 0:
+                part = part._replace(offset=position + shift)
+            out.append(part._replace(start=position, depth=depth))
+            position += part.length
+    return out
+
+
+async def _told(node: Node, extent: Extent, leaf: bool, deeper: bool) -> list[Status]:
+    """One extent of a node as statuses (``start`` and ``depth`` are the caller's to fill in)."""
+    length = extent.length
+    if extent.kind == HOLE:
+        return [Status(0, length, 0, False, False, False)]
+    if extent.kind == PACKED:
+        return [Status(0, length, 0, True, False, True, compressed=True)]
+    if extent.kind == INLINE:
+        return [Status(0, length, 0, True, False, True)]
+    if isinstance(extent, Zero):
+        held = leaf or extent.explicit
+        return [Status(0, length, 0, held, True, False, offset=extent.host, node=node)]
+    assert isinstance(extent, Data | Opaque)
+    child = node.child(extent.slot)
+    if extent.kind == OPAQUE and child is not None:
+        inner = await block_status(child, extent.host, length)
+        return [part._replace(depth=0) for part in inner]
+    plain = extent.kind == DATA and not (isinstance(extent, Data) and extent.xform)
+    whole = Status(0, length, 0, True, False, True, offset=extent.host if plain else -1,
+                   node=child or node)  # fmt: skip
+    if not deeper or not plain or child is None:
+        return [whole]
+    out = []
+    done = 0
+    while done < length:
+        inner = await block_status(child, extent.host + done, length - done)
+        if not inner:  # beyond the end of the file: never written, so zeroes
+            out.append(whole._replace(length=length - done, offset=extent.host + done, zero=True))
+            break
+        for part in inner:
+            out.append(whole._replace(length=part.length, offset=part.offset, zero=part.zero))
+            done += part.length
+    return out
+
+
+def sparse_below(node: Node) -> bool:
+    """True when a format's file is so sparse that its data may well be holes of the file.
+
+    qemu-img tells holes of the file under allocated clusters only when the host has allocated
+    clearly less (a tenth, measured) than the image refers to, which is how an image with
+    preallocated metadata looks; for others asking the file again for each range is not worth it.
+    """
+    leaf = leaf_of(node)
+    measure = getattr(leaf, "disk_size", None)
+    held = measure() if measure is not None else None
+    return held is not None and held * 10 < leaf.size * 9
