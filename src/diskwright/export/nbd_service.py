@@ -1,0 +1,66 @@
+"""Serving until told to stop: the process around an :class:`~diskwright.export.nbd.NbdExport`."""
+
+from __future__ import annotations
+
+import gc
+import signal
+import socket
+from collections.abc import Callable
+from types import FrameType
+
+from ..engine.kernel import BaseDriver, Cancelled
+from .nbd import NbdExport
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+
+
+async def serve_until_signalled(
+    driver: BaseDriver, export: NbdExport, listener: socket.socket
+) -> None:
+    """Serve; SIGTERM, SIGINT and SIGHUP end it gracefully.  For the main thread."""
+    reader, writer = socket.socketpair()
+    reader.setblocking(False)
+    writer.setblocking(False)
+    old_descriptor = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    old_handlers = [signal.signal(number, _ignore) for number in _SIGNALS]
+
+    async def watch() -> None:
+        try:
+            await driver.readable(reader.fileno())
+            export.stop()
+        except Cancelled:
+            pass
+
+    watcher = driver.spawn(watch(), name="signals")
+    try:
+        await export.serve(listener)
+    finally:
+        watcher.cancel()
+        while not watcher.done:
+            await driver.turn()
+        signal.set_wakeup_fd(old_descriptor)
+        for number, handler in zip(_SIGNALS, old_handlers, strict=True):
+            signal.signal(number, handler)
+        driver.forget(reader.fileno())
+        reader.close()
+        writer.close()
+
+
+def _ignore(number: int, frame: FrameType | None) -> None:
+    """The wake-up descriptor carries it."""
+
+
+def tune_collector() -> Callable[[], None]:
+    """Take what was built so far out of the garbage collector's sight and let it run seldom:
+    a full collection in the middle of a batch is a stall that every client sees.  Returns what
+    undoes it."""
+    old = gc.get_threshold()
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 50, 100)
+
+    def undo() -> None:
+        gc.set_threshold(*old)
+        gc.unfreeze()
+
+    return undo
