@@ -86,7 +86,7 @@ class ImageInUse(DiskError):
     """Another program holds a lock that conflicts; ``permission`` names which one."""
 
     def __init__(self, file: str, permission: str, shared: bool = False) -> None:
-        self.file, self.permission = file, permission
+        self.file, self.permission, self.shared = file, permission, shared
         share = "shared " if shared else ""
         super().__init__(
             f'Failed to get {share}"{permission}" lock\n'
