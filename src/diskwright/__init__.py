@@ -1,3 +1,28 @@
-"""diskwright: a complete, live, safe block layer for virtual-machine disks."""
+"""diskwright: a complete, live, safe block layer for virtual-machine disks.
+
+The names below come from :mod:`diskwright.api` when they are first used, so that importing the
+package costs nothing.  The asyncio API is :mod:`diskwright.aio`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .api import Disk, create, open
 
 __version__ = "0.1.0"
+
+__all__ = ["Disk", "create", "open"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from . import api
+
+        return getattr(api, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

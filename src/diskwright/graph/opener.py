@@ -41,9 +41,11 @@ async def open_disk(
     nested); it is the caller's own, so what it names needs no leave, while what the *images* name
     passes ``gate`` (by default one that admits nothing).  Without ``format`` (and without
     ``driver`` among the options) the image is probed; the node's ``probed`` says that this ended
-    in the guess ``raw``.  ``options`` win over what the reference says.  ``backing=False`` leaves
-    backing files out, ``check`` also opens images that are marked corrupt or dirty, as they are.  ``shared`` is what others may do to the disk meanwhile (perms), ``resize``
-    asks for the right to change its size.  Use :func:`close_disk` on the result.
+    in the guess ``raw``.  ``options`` win over what the reference says.
+
+    ``backing=False`` leaves backing files out; ``check`` also opens images that are marked corrupt
+    or dirty, as they are.  ``shared`` is what others may do to the disk meanwhile (permissions),
+    ``resize`` asks for the right to change its size.  Use :func:`close_disk` on the result.
 
     Raises OSError (with the file's name), DiskError and its kinds; :func:`explain` words them.
     """

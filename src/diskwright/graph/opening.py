@@ -176,11 +176,11 @@ class Opening:
                     children[slot] = await self.child(options.pop(slot), mode, chain)
             inherited = mode._replace(writethrough=False, detect_zeroes="off")
             given = checked(found, options)
-            told = {"read-only": not mode.writable, "check": self.check}
+            told: Options = {"read-only": not mode.writable, "check": self.check}
             if leaf_of(below).driver_name == "host_device":
                 told["zero_beyond_end"] = False  # a device holds whatever it held before
-            if not self.backing:
-                told["backing"] = None
+            if backing is not _UNSAID or not self.backing:
+                told["backing"] = "given" if isinstance(backing, dict | str) else None
             format, procedure = found.open({**given, **told})
             guarded = probed or mode.writethrough or mode.detect_zeroes != "off"
             kind = GuardedNode if guarded else MappedNode

@@ -1,0 +1,219 @@
+"""The asyncio API: the same disks on a running event loop.
+
+>>> from diskwright import aio
+>>> async with aio.open("disk.qcow2", writable=True) as disk:
+...     await disk.write(0, b"hello")
+...     await disk.flush()
+
+Requests of several asyncio tasks run at the same time.  A disk belongs to the loop on which it was
+opened.  A cancelled request is waited for until its I/O has ended.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Callable, Coroutine, Generator, Mapping
+from types import TracebackType
+from typing import Any, TypeVar
+
+from .api import Path, Source, reference_of
+from .contract import FUA, MAY_UNMAP
+from .engine.aio_driver import AsyncioDriver
+from .errors import NodeClosed, UsageError
+from .graph.display import display_name
+from .graph.gate import Gate
+from .graph.node import Buffer, Node
+from .graph.opener import close_disk, create_image, discard_disk, open_disk
+from .graph.status import Status, all_status
+
+T = TypeVar("T")
+
+
+def open(
+    source: Source,
+    format: str | None = None,
+    writable: bool = False,
+    policy: str | None = None,
+    **named: Any,
+) -> _Opening:
+    """Open a disk: ``disk = await open(...)``, or ``async with open(...) as disk``.
+
+    Takes what :func:`diskwright.api.open` takes, and raises the same.
+    """
+    return _Opening(source, {"format": format, "writable": writable, **named}, policy)
+
+
+async def create(
+    path: Path, format: str, size: int | None = None, options: Mapping[str, Any] | None = None
+) -> int:
+    """Make an image; see :func:`diskwright.api.create`."""
+    return await run(lambda driver: create_image(driver, os.fsdecode(path), format, size, options))
+
+
+async def run(make: Callable[[AsyncioDriver], Coroutine[Any, Any, T]]) -> T:
+    """Run one operation of the engine on the running loop."""
+    driver = AsyncioDriver()
+    try:
+        return await driver.bridge(make(driver))
+    finally:
+        driver.stop_pool()
+
+
+class _Opening:
+    def __init__(self, source: Source, named: dict[str, Any], policy: str | None) -> None:
+        self._source, self._named, self._policy = source, named, policy
+        self._disk: Disk | None = None
+
+    async def _open(self) -> Disk:
+        driver = AsyncioDriver()
+        gate = Gate.from_environment(self._policy)
+        opened: list[Node] = []
+
+        async def work() -> None:
+            opened.append(
+                await open_disk(driver, reference_of(self._source), gate=gate, **self._named)
+            )
+
+        try:
+            await driver.bridge(work())
+        except BaseException:
+            for node in opened:  # cancelled when it was open already
+                await driver.bridge(discard_disk(node))
+            driver.stop_pool()
+            raise
+        return Disk(opened[0], driver)
+
+    def __await__(self) -> Generator[Any, None, Disk]:
+        return self._open().__await__()
+
+    async def __aenter__(self) -> Disk:
+        self._disk = await self._open()
+        return self._disk
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._disk is not None:
+            await self._disk.close()
+
+
+class Disk:
+    """An open disk on an asyncio loop; see :class:`diskwright.api.Disk` for each method."""
+
+    def __init__(self, node: Node, driver: AsyncioDriver) -> None:
+        self._node: Node | None = node
+        self._driver = driver
+        self._pid = os.getpid()
+
+    @property
+    def node(self) -> Node:
+        """The top of the graph; raises NodeClosed after close and in a forked process, UsageError
+        on another loop."""
+        if self._node is None or self._pid != os.getpid():
+            raise NodeClosed("the disk is closed")
+        if asyncio.get_running_loop() is not self._driver.loop:
+            raise UsageError("the disk belongs to another event loop")
+        return self._node
+
+    @property
+    def closed(self) -> bool:
+        """True after :meth:`close`, and in a forked process."""
+        return self._node is None or self._pid != os.getpid()
+
+    @property
+    def name(self) -> str:
+        """The file name, or a ``json:`` name where that does not suffice."""
+        return display_name(self.node)
+
+    @property
+    def format(self) -> str:
+        """The driver's name."""
+        return self.node.driver_name
+
+    @property
+    def size(self) -> int:
+        """Virtual size in bytes."""
+        return self.node.size
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """The bytes of a range inside the disk."""
+        node = self._inside(offset, length)
+        if not length:
+            return b""
+        return bytes((await self._driver.bridge(node.read([offset], [length])))[0])
+
+    async def write(self, offset: int, data: Buffer, *, fua: bool = False) -> None:
+        """Write; ``fua``: durable when it returns."""
+        view = memoryview(data).cast("B")
+        node = self._inside(offset, len(view))
+        if len(view):
+            await self._driver.bridge(node.write([offset], [view], FUA if fua else 0))
+
+    async def zero(
+        self, offset: int, length: int, *, unmap: bool = False, fua: bool = False
+    ) -> None:
+        """Make a range read as zeroes."""
+        node = self._inside(offset, length)
+        flags = (MAY_UNMAP if unmap else 0) | (FUA if fua else 0)
+        if length:
+            await self._driver.bridge(node.zero([offset], [length], flags))
+
+    async def discard(self, offset: int, length: int) -> None:
+        """The bytes are not needed any more; advisory."""
+        node = self._inside(offset, length)
+        if length:
+            await self._driver.bridge(node.discard([offset], [length]))
+
+    async def flush(self) -> None:
+        """All writes that have returned are durable when it returns."""
+        await self._driver.bridge(self.node.flush())
+
+    async def resize(self, size: int, *, preallocation: str = "off", shrink: bool = False) -> None:
+        """Change the virtual size (bytes)."""
+        node = self.node
+        if size < node.size and not shrink:
+            raise UsageError("The new size is smaller: shrink=True allows it")
+        await self._driver.bridge(node.truncate(size, preallocation))
+
+    async def extents(self, offset: int = 0, length: int | None = None) -> list[Status]:
+        """What the ranges of the disk are, through its whole chain."""
+        node = self.node
+
+        async def collect() -> list[Status]:
+            return [part async for part in all_status(node, offset, length)]
+
+        return await self._driver.bridge(collect())
+
+    async def close(self) -> None:
+        """Write everything back, flush and close; a second call does nothing."""
+        if self.closed:
+            return
+        node, self._node = self.node, None
+        try:
+            await self._driver.bridge(close_disk(node))
+        finally:
+            self._driver.stop_pool()
+
+    async def __aenter__(self) -> Disk:
+        self.node  # noqa: B018 - raises when it is closed
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    def _inside(self, offset: int, length: int) -> Node:
+        node = self.node
+        if offset < 0 or length < 0 or offset + length > node.size:
+            raise UsageError(
+                f"{length} bytes at offset {offset} do not lie inside a disk of {node.size} bytes"
+            )
+        return node

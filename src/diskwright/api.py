@@ -1,0 +1,281 @@
+"""The synchronous Python API.
+
+>>> import diskwright
+>>> diskwright.create("disk.qcow2", "qcow2", 1 << 30)
+>>> with diskwright.open("disk.qcow2", writable=True) as disk:
+...     disk.write(0, b"hello")
+...     disk.flush()
+
+Offsets, lengths and sizes are bytes.  A disk runs only inside the calls made to it; between two
+calls nothing happens.  Calls from several threads take turns.  A forked process does not inherit
+a disk: there it is closed, as :class:`~diskwright.errors.NodeClosed` says.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import threading
+import warnings
+from collections.abc import Callable, Coroutine, Mapping
+from types import TracebackType
+from typing import Any, TypeVar
+from weakref import WeakSet
+
+from .contract import FUA, MAY_UNMAP
+from .engine.kernel import Driver
+from .errors import NodeClosed, UsageError
+from .graph.display import display_name
+from .graph.gate import Gate
+from .graph.node import Buffer, Node
+from .graph.opener import close_disk, create_image, open_disk
+from .graph.status import Status, all_status
+
+T = TypeVar("T")
+
+Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+Source = Path | Mapping[str, Any]
+
+
+def reference_of(source: Source) -> str | Mapping[str, Any]:
+    """A caller's path, name or dict of options as the graph takes it."""
+    return source if isinstance(source, Mapping) else os.fsdecode(source)
+
+
+def open(
+    source: Source,
+    format: str | None = None,
+    writable: bool = False,
+    policy: str | None = None,
+    *,
+    options: Mapping[str, Any] | None = None,
+    cache: str = "writeback",
+    force_share: bool = False,
+    backing: bool = True,
+    discard: str = "unmap",
+    detect_zeroes: str = "off",
+) -> Disk:
+    """Open a disk: a path, a ``json:`` or ``proto:`` name, or a dict of options.
+
+    Without ``format`` the image is probed.  What the image itself names (a backing file) is opened
+    only with ``policy="trusted"``; ``backing=False`` leaves it out.  The other arguments are those
+    of :func:`diskwright.graph.opener.open_disk`.
+
+    Raises OSError, and the kinds of DiskError; Refused when a policy forbids a reference.
+    """
+    driver = Driver()
+    try:
+        node = driver.run(
+            open_disk(
+                driver,
+                reference_of(source),
+                format=format,
+                writable=writable,
+                options=options,
+                cache=cache,
+                force_share=force_share,
+                gate=Gate.from_environment(policy),
+                backing=backing,
+                discard=discard,
+                detect_zeroes=detect_zeroes,
+            )
+        )
+    except BaseException:
+        driver.close()
+        raise
+    return Disk(node, driver)
+
+
+def create(
+    path: Path, format: str, size: int | None = None, options: Mapping[str, Any] | None = None
+) -> int:
+    """Make an image of ``size`` bytes (rounded up to 512) and return its virtual size.
+
+    ``options`` are the format's creation options.  With ``backing_file`` and ``backing_fmt``
+    among them ``size`` may be left out.  An existing file is overwritten.
+    """
+    return run(lambda driver: create_image(driver, os.fsdecode(path), format, size, options))
+
+
+def run(make: Callable[[Driver], Coroutine[Any, Any, T]]) -> T:
+    """Run one operation on a driver of its own."""
+    driver = Driver()
+    try:
+        return driver.run(make(driver))
+    finally:
+        driver.close()
+
+
+class Disk:
+    """An open disk.  Close it, or use it in a ``with`` statement: until then its metadata may be
+    in memory only."""
+
+    def __init__(self, node: Node, driver: Driver) -> None:
+        self._node: Node | None = node
+        self._driver = driver
+        self._lock = threading.RLock()
+        self._running = False
+        self._pid = os.getpid()
+        _open_disks.add(self)
+
+    # -- what it is
+    @property
+    def node(self) -> Node:
+        """The top of the graph; raises NodeClosed after close and in a forked process."""
+        if self._pid != os.getpid():
+            raise NodeClosed("the disk was opened by another process: open it again after a fork")
+        if self._node is None:
+            raise NodeClosed("the disk is closed")
+        return self._node
+
+    @property
+    def closed(self) -> bool:
+        """True after :meth:`close`, and in a forked process."""
+        return self._node is None or self._pid != os.getpid()
+
+    @property
+    def name(self) -> str:
+        """The file name, or a ``json:`` name where that does not suffice."""
+        return display_name(self.node)
+
+    @property
+    def format(self) -> str:
+        """The driver's name: ``raw``, ``qcow2``, ..."""
+        return self.node.driver_name
+
+    @property
+    def probed(self) -> bool:
+        """True when the format was guessed to be raw, which restricts writes of sector 0."""
+        return self.node.probed
+
+    @property
+    def size(self) -> int:
+        """Virtual size in bytes."""
+        return self.node.size
+
+    @property
+    def writable(self) -> bool:
+        """Whether it was opened for writing (and could be)."""
+        return not self.node.read_only
+
+    # -- requests
+    def read(self, offset: int, length: int) -> bytes:
+        """The bytes of a range, which must lie inside the disk."""
+        node = self._inside(offset, length)
+        if not length:
+            return b""
+        return bytes(self._call(lambda: node.read([offset], [length]))[0])
+
+    def write(self, offset: int, data: Buffer, *, fua: bool = False) -> None:
+        """Write; ``fua``: durable when it returns."""
+        view = memoryview(data).cast("B")
+        node = self._inside(offset, len(view))
+        if len(view):
+            self._call(lambda: node.write([offset], [view], FUA if fua else 0))
+
+    def zero(self, offset: int, length: int, *, unmap: bool = False, fua: bool = False) -> None:
+        """Make a range read as zeroes; ``unmap``: its space may be given back."""
+        node = self._inside(offset, length)
+        flags = (MAY_UNMAP if unmap else 0) | (FUA if fua else 0)
+        if length:
+            self._call(lambda: node.zero([offset], [length], flags))
+
+    def discard(self, offset: int, length: int) -> None:
+        """The bytes are not needed any more; advisory."""
+        node = self._inside(offset, length)
+        if length:
+            self._call(lambda: node.discard([offset], [length]))
+
+    def flush(self) -> None:
+        """All writes that have returned are durable when it returns."""
+        node = self.node
+        self._call(node.flush)
+
+    def resize(self, size: int, *, preallocation: str = "off", shrink: bool = False) -> None:
+        """Change the virtual size (bytes); new space reads as zeroes.  ``shrink`` must be said to
+        lose what lies beyond a smaller size."""
+        node = self.node
+        if size < node.size and not shrink:
+            raise UsageError("The new size is smaller: shrink=True allows it")
+        self._call(lambda: node.truncate(size, preallocation))
+
+    def extents(self, offset: int = 0, length: int | None = None) -> list[Status]:
+        """What the ranges of the disk are, through its whole chain."""
+        node = self.node
+
+        async def collect() -> list[Status]:
+            return [part async for part in all_status(node, offset, length)]
+
+        return self._call(collect)
+
+    # -- end
+    def close(self) -> None:
+        """Write everything back, flush and close.  Raises what the last flush raised; it is
+        closed all the same.  A second call does nothing."""
+        if self.closed:
+            return
+        with self._lock:
+            node, self._node = self.node, None
+            _open_disks.discard(self)
+            try:
+                self._driver.run(close_disk(node))
+            finally:
+                self._driver.close()
+
+    def __enter__(self) -> Disk:
+        self.node  # noqa: B018 - raises when it is closed
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        if getattr(self, "_node", None) is not None and not self.closed:
+            warnings.warn(f"disk {self._node!r} was never closed", ResourceWarning, stacklevel=2)
+            try:
+                self.close()
+            except Exception:  # noqa: S110 - nobody is left to be told
+                pass
+
+    def __repr__(self) -> str:
+        if self.closed:
+            return "<closed Disk>"
+        return f"<Disk {self.name!r} {self.format} {self.size} bytes>"
+
+    # -- inside
+    def _inside(self, offset: int, length: int) -> Node:
+        node = self.node
+        if offset < 0 or length < 0 or offset + length > node.size:
+            raise UsageError(
+                f"{length} bytes at offset {offset} do not lie inside a disk of {node.size} bytes"
+            )
+        return node
+
+    def _call(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
+        with self._lock:
+            self.node  # noqa: B018 - raises when it was closed while we waited
+            if self._running:
+                raise UsageError("a disk cannot be called from within a call to it")
+            self._running = True
+            try:
+                return self._driver.run(make())
+            finally:
+                self._running = False
+
+
+_open_disks: WeakSet[Disk] = WeakSet()
+
+
+@atexit.register
+def _close_all() -> None:
+    """Disks that a program left open lose nothing at its end."""
+    for disk in list(_open_disks):
+        try:
+            disk.close()
+        except Exception as error:
+            warnings.warn(f"closing {disk!r} failed: {error}", ResourceWarning, stacklevel=1)

@@ -1,0 +1,99 @@
+"""Opening a disk again in another mode, in place: its users and its name stay."""
+
+from __future__ import annotations
+
+from ..engine.engine import Engine
+from ..errors import DiskError, NotSupported
+from . import registry
+from .graph import primary
+from .guard import GuardedNode
+from .mapped import MappedNode
+from .node import Node
+from .options import CACHE_MODES
+from .perms import root_use
+
+
+async def reopen(node: Node, *, writable: bool | None = None, cache: str | None = None) -> None:
+    """Open ``node`` and what its own bytes are in (not its backing file) again.
+
+    ``writable`` and ``cache`` (a mode's name) default to what they are.  All data are flushed
+    before; a flush that failed earlier is forgotten with what it covered, so reopening is how a
+    disk goes on after that.  Nobody else may use the disk meanwhile.
+
+    Raises OSError and DiskError; the disk then is what it was before where it still can be.
+    """
+    before = not node.read_only
+    wanted = before if writable is None else writable
+    layers = _layers(node)
+    for layer in layers:
+        await _settle(layer)
+    try:
+        await _switch(node, layers, wanted, cache)
+    except (OSError, DiskError):
+        if wanted != before:
+            await _switch(node, layers, before, None)
+        raise
+
+
+def _layers(node: Node) -> list[Node]:
+    """From ``node`` down to the leaf."""
+    layers = [node]
+    while (below := primary(layers[-1])) is not None:
+        layers.append(below)
+    return layers
+
+
+async def _settle(node: Node) -> None:
+    """Bring everything that ``node`` holds down to its child."""
+    if isinstance(node, MappedNode) and not node.read_only:
+        if node.engine.failure is None:
+            await node.engine.close()
+        else:
+            await node.engine.shared.drain()
+            node.engine.view.clear()
+
+
+async def _switch(node: Node, layers: list[Node], writable: bool, cache: str | None) -> None:
+    leaf = layers[-1]
+    change = getattr(leaf, "reopen", None)
+    low = None
+    if cache is not None:
+        direct, no_flush, writethrough = CACHE_MODES[cache]
+        low = "unsafe" if no_flush else "none" if direct else "writeback"
+        for layer in layers:
+            if isinstance(layer, GuardedNode):
+                layer.writethrough = writethrough and layer is node
+        if writethrough and not isinstance(node, GuardedNode):
+            raise NotSupported(f"cache mode '{cache}' can only be chosen when a disk is opened")
+    if change is not None:
+        await change(writable=writable, cache=low)
+    else:
+        leaf.read_only = not writable
+    for layer in reversed(layers[:-1]):
+        layer.read_only = not writable
+    graph = node.graph
+    if graph is not None:
+        if node in graph.roots:
+            use = graph.roots[node]
+            graph.use(node, root_use(writable, use.shared))
+        graph.refresh(node)
+    for layer in reversed(layers[:-1]):
+        if isinstance(layer, MappedNode):
+            await _format_again(layer, writable)
+    node.changed()
+
+
+async def _format_again(node: MappedNode, writable: bool) -> None:
+    """Read the image anew in the new mode, with an engine of its own."""
+    driver = registry.driver(node.driver_name)
+    assert driver.open is not None
+    old = node.engine
+    options = {**getattr(node.format, "options", {}), "read-only": not writable}
+    options.pop("writable", None)
+    if node.child("backing") is not None:
+        options["backing"] = "given"
+    format, procedure = driver.open(options)
+    node.engine = Engine(node.driver, format, old.slots, old.tables)
+    node.format = format
+    old.view.clear()
+    await node.run_procedure(procedure, whole_image=False)
