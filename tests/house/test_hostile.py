@@ -1,0 +1,100 @@
+"""Hostile bytes: every field of a qcow2 image at its borders ends in a result or a plain error."""
+
+from __future__ import annotations
+
+import bz2
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from house.hostile_worker import KINDS, LIMIT_BYTES, LIMIT_SECONDS, mutants
+from house.tinyqcow2 import Tiny
+
+ROOT = Path(__file__).resolve().parents[2]
+WORKER = Path(__file__).with_name("hostile_worker.py")
+ENV = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+
+
+def run_worker(kind: str, pairs: int, first: int = 0, every: int = 1, timeout: float = 110) -> None:
+    done = subprocess.run(
+        [sys.executable, str(WORKER), json.dumps([kind, pairs, first, every])],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=ENV,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    result = json.loads(done.stdout)
+    assert not result["wrong"], "\n".join(result["wrong"][:5])
+    assert result["count"] > 100
+    seconds, said = result["slowest"]
+    assert seconds < LIMIT_SECONDS, said
+    assert result["peak_mib"] < LIMIT_BYTES >> 20
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fields_at_their_borders(kind: str) -> None:
+    run_worker(kind, pairs=60, every=2 if kind == "largest clusters" else 1)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_pairs_of_fields(kind: str) -> None:
+    run_worker(kind, pairs=4000, timeout=3500)
+
+
+@pytest.mark.parametrize("kind", ["v3", "v2", "smallest clusters", "packed", "snapshot"])
+def test_the_untouched_image_is_good(
+    kind: str, tmp_path: Path, peer: Callable[[str], str]
+) -> None:
+    """The mutants start from an image with which qemu-img finds nothing wrong."""
+    tiny = Tiny(**KINDS[kind])  # type: ignore[arg-type]
+    image, raw = tmp_path / "tiny.qcow2", tmp_path / "tiny.raw"
+    image.write_bytes(tiny.data)
+    raw.write_bytes(tiny.model)
+    checked = subprocess.run([peer("qemu-img"), "check", image], capture_output=True, text=True)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    subprocess.run(
+        [peer("qemu-img"), "compare", "-f", "raw", "-F", "qcow2", raw, image], check=True
+    )
+
+
+@pytest.mark.parametrize("verb", ["info", "map", "check"])
+@pytest.mark.parametrize("kind", ["v3", "packed"])
+def test_the_commands_end_in_a_plain_error(kind: str, verb: str, tmp_path: Path) -> None:
+    chosen = [m for n, m in enumerate(mutants(kind, 40)) if n % 131 == 7]
+    assert len(chosen) > 3
+    for said, data in chosen:
+        image = tmp_path / "image.qcow2"
+        image.write_bytes(data)
+        done = subprocess.run(
+            [sys.executable, "-m", "diskwright", verb, str(image)],
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_SECONDS,
+            env=ENV,
+        )
+        assert "Traceback" not in done.stderr, f"{said}: {done.stderr}"
+        assert done.returncode in (0, 1, 2, 3, 63), said
+        if done.returncode == 1:
+            assert done.stderr.startswith("diskwright"), f"{said}: {done.stderr}"
+
+
+def test_a_fuzzed_image_from_the_field_is_refused(fixtures_dir: Path, tmp_path: Path) -> None:
+    image = tmp_path / "afl5.img"
+    image.write_bytes(bz2.decompress((fixtures_dir / "afl5.img.bz2").read_bytes()))
+    for verb in ("info", "check", "map"):
+        done = subprocess.run(
+            [sys.executable, "-m", "diskwright", verb, str(image)],
+            capture_output=True,
+            text=True,
+            timeout=LIMIT_SECONDS,
+            env=ENV,
+        )
+        assert done.returncode != 0
+        assert done.stderr.strip() and "Traceback" not in done.stderr
