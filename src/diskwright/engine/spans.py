@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 
 from ..contract import Range, Step
@@ -50,28 +50,23 @@ class Overlay:
         """The exact ranges in guest order."""
         return [(o, len(b)) for o, b in zip(self.starts, self.buffers, strict=True) if len(b)]
 
-    def sources(self, steps: Sequence[Step]) -> tuple[list[Buffer], list[tuple[int, memoryview]]]:
-        """What each step writes, and the (guest offset, view) that must be read into it first."""
-        out: list[Buffer] = []
-        holes: list[tuple[int, memoryview]] = []
-        starts, buffers = self.starts, self.buffers
-        for step in steps:
-            guest, length = step.guest, step.length
-            i = bisect_left(starts, guest)
-            if (
-                not self.overlapping
-                and i < len(starts)
-                and starts[i] == guest
-                and len(buffers[i]) >= length
-            ):
-                buffer = buffers[i]
-                out.append(buffer if len(buffer) == length else memoryview(buffer)[:length])
-                continue
-            out.append(self._compose(guest, length, holes))
-        return out, holes
+    def whole(self, step: Step) -> Buffer | None:
+        """The bytes of a step that one request covers alone; None when it must be composed."""
+        if self.overlapping:
+            return None
+        guest, length = step.guest, step.length
+        i = bisect_right(self.starts, guest) - 1
+        if i < 0:
+            return None
+        skip, buffer = guest - self.starts[i], self.buffers[i]
+        if len(buffer) < skip + length:
+            return None
+        return buffer if len(buffer) == length else memoryview(buffer)[skip : skip + length]
 
-    def _compose(self, guest: int, length: int, holes: list[tuple[int, memoryview]]) -> Buffer:
-        end = guest + length
+    def compose(self, guest: int, target: memoryview, holes: list[tuple[int, memoryview]]) -> None:
+        """Lay the requests over ``target``, which is the range from ``guest``; what none of them
+        covers is added to ``holes`` as (guest offset, view) to be read."""
+        end = guest + len(target)
         first = bisect_left(self.starts, guest - self.longest)
         last = bisect_left(self.starts, end)
         parts = [
@@ -79,12 +74,6 @@ class Overlay:
             for i in range(first, last)
             if self.starts[i] + len(self.buffers[i]) > guest and len(self.buffers[i])
         ]
-        if len(parts) == 1:
-            i = parts[0]
-            start = self.starts[i]
-            if start <= guest and start + len(self.buffers[i]) >= end:
-                return memoryview(self.buffers[i]).cast("B")[guest - start : end - start]
-        target = memoryview(bytearray(length))
         covered = guest
         for i in parts:
             start = self.starts[i]
@@ -98,7 +87,4 @@ class Overlay:
         for i in parts:
             start = self.starts[i]
             a, b = max(start, guest), min(start + len(self.buffers[i]), end)
-            target[a - guest : b - guest] = memoryview(self.buffers[i]).cast("B")[
-                a - start : b - start
-            ]
-        return target
+            target[a - guest : b - guest] = memoryview(self.buffers[i])[a - start : b - start]

@@ -35,6 +35,9 @@ if TYPE_CHECKING:
 
 # How often "no space" is met by flushing, waiting for the quarantine and planning again.
 _SPACE_TRIES = 4
+# Copy-on-write goes through buffers of a few clusters (bytes, buffers kept).
+_STAGE = 256 << 10
+_MOST_STAGES = 8
 
 
 class Writer:
@@ -42,6 +45,7 @@ class Writer:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self._stages: list[bytearray] = []
 
     # -- requests
     async def write(
@@ -313,12 +317,53 @@ class Writer:
         if not data:
             return
         assert overlay is not None
-        sources, holes = overlay.sources(data)
-        if holes:
-            await engine.reader.inside(
-                [h[0] for h in holes], [len(h[1]) for h in holes], [h[1] for h in holes]
-            )
-        await self._put(data, sources, "cow_write" if holes else "write_aio")
+        whole: list[Step] = []
+        sources: list[Buffer] = []
+        partial: list[Step] = []
+        for step in data:
+            source = overlay.whole(step)
+            if source is None:
+                partial.append(step)
+            else:
+                whole.append(step)
+                sources.append(source)
+        if whole:
+            await self._put(whole, sources, "write_aio")
+        first = 0
+        while first < len(partial):
+            last, size = first + 1, partial[first].length
+            while last < len(partial) and size + partial[last].length <= _STAGE:
+                size += partial[last].length
+                last += 1
+            await self._put_staged(partial[first:last], overlay, size)
+            first = last
+
+    async def _put_staged(self, steps: Sequence[Step], overlay: Overlay, size: int) -> None:
+        """Write steps that the request covers in part: the rest is read under the lease.
+
+        The buffers are used again, because fresh memory costs more than the copy itself.
+        """
+        stage = (
+            self._stages.pop() if self._stages and size <= _STAGE else bytearray(max(size, _STAGE))
+        )
+        try:
+            view = memoryview(stage)
+            holes: list[tuple[int, memoryview]] = []
+            sources: list[Buffer] = []
+            at = 0
+            for step in steps:
+                target = view[at : at + step.length]
+                overlay.compose(step.guest, target, holes)
+                sources.append(target)
+                at += step.length
+            if holes:
+                await self.engine.reader.inside(
+                    [h[0] for h in holes], [len(h[1]) for h in holes], [h[1] for h in holes]
+                )
+            await self._put(steps, sources, "cow_write" if holes else "write_aio")
+        finally:
+            if len(stage) == _STAGE and len(self._stages) < _MOST_STAGES:
+                self._stages.append(stage)
 
     async def _put(self, steps: Sequence[Step], sources: Sequence[Buffer], tag: str) -> None:
         """Write ``sources`` to the hosts of ``steps``, encoded, one column batch per slot."""
