@@ -75,6 +75,9 @@ class Bounce:
 
     async def write(self, offsets: Sequence[int], buffers: Sequence[Buffer]) -> None:
         """Write any ranges; of overlapping ones the later wins."""
+        if self.alignment == 1:
+            await self._write(offsets, buffers)
+            return
         lengths = list(map(len, buffers))
         if self.aligned(offsets, lengths):
             spans = [(o, o + n) for o, n in zip(offsets, lengths, strict=True) if n]

@@ -15,8 +15,8 @@ from .os_portable import Portable, Writable
 _CANDIDATES = (1, 512, 1024, 2048, 4096)
 _LARGEST = 1 << 20
 """Bytes a call; longer runs become several, in flight together."""
-_KEPT = 32
-"""Buffers of one size that wait to be used again."""
+_KEPT = 8 << 20
+"""Bytes in buffers of one size that wait to be used again."""
 
 
 def probe_alignment(table: Portable, fd: int, size: int) -> int:
@@ -54,7 +54,7 @@ class Memory:
     def give(self, memory: mmap.mmap) -> None:
         """Done with it."""
         free = self._free[len(memory)]
-        if len(free) < _KEPT:
+        if len(free) * len(memory) < _KEPT:
             free.append(memory)
 
 

@@ -9,7 +9,16 @@ from ..engine.kernel import BaseDriver
 from ..errors import UsageError
 from .filenode import CACHE_MODES, FileNode
 
-__all__ = ["CACHE_MODES", "DRIVER", "FileNode", "cache_mode", "create_file", "open_file"]
+__all__ = [
+    "CACHE_MODES",
+    "DRIVER",
+    "DRIVER_CDROM",
+    "DRIVER_DEVICE",
+    "FileNode",
+    "cache_mode",
+    "create_file",
+    "open_file",
+]
 
 
 def _on(value: Any) -> bool:
@@ -120,3 +129,6 @@ DRIVER = Driver(
     create=create_file,
     capabilities=frozenset({"resize", "discard", "zero", "locks"}),
 )  # fmt: skip
+# The names under which QEMU opens block devices and CD-ROM drives.
+DRIVER_DEVICE = DRIVER._replace(name="host_device")
+DRIVER_CDROM = DRIVER._replace(name="host_cdrom")

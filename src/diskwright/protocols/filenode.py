@@ -121,29 +121,31 @@ class FileNode(FileIO):
                 if force_share:
                     shared = _EVERYTHING
                 node.set_permissions(perms, _QUIET if shared is None else shared)
-            await node._use_cache(cache)
+            await node._use_cache(cache, fd)
         except BaseException:
             node.closed = True
             node._close_descriptors()
             raise
         return node
 
-    async def _use_cache(self, cache: str) -> None:
-        direct, self._write_through, self._no_flush = CACHE_MODES[cache]
-        self.cache = cache
+    async def _use_cache(self, cache: str, fd: int) -> None:
+        """Go on with ``fd``, which was opened with the flags for ``cache``."""
+        direct, through, unsafe = CACHE_MODES[cache]
+        bounce, limits = None, Limits()
         if direct and self.table.direct_flag:
-            fd, table = self._fd, self.table
-            alignment = await self._job(probe_alignment, table, fd, self.size)
+            alignment = await self._job(probe_alignment, self.table, fd, self.size)
             if self.device.kind == "device":
                 alignment = max(alignment, self.device.sector)
-            mover = DirectIO(self.driver, table, fd, alignment)
-            self._bounce = Bounce(alignment, mover.read, mover.write)
-            self.limits = Limits(alignment=alignment)
-        else:
-            if direct:
-                self.table.set_direct(self._fd)
-            self._bounce = None
-            self.limits = Limits()
+            mover = DirectIO(self.driver, self.table, fd, alignment)
+            bounce, limits = Bounce(alignment, mover.read, mover.write), Limits(alignment)
+        elif direct:
+            self.table.set_direct(fd)
+        while self._jobs:  # on the descriptor that was used so far
+            await self._idle.wait()
+        self._fd, self._bounce, self.limits = fd, bounce, limits
+        self.cache, self._write_through, self._no_flush = cache, through, unsafe
+        self._space = Space(self.table, fd, self.device)
+        self._fast_read, self._cached_only = self.table.fast_read, self.table.cached_only
 
     # -- zeroes and discards
     async def zero(self, offsets: Sequence[int], lengths: Sequence[int], flags: int = 0) -> None:
@@ -313,18 +315,17 @@ class FileNode(FileIO):
         fd = self.table.again(
             old, self.filename, flags | (self.table.exclusive_flag if claim else 0)
         )
-        while self._jobs:
-            await self._idle.wait()
-        self._fd = fd
+        try:
+            await self._use_cache(cache, fd)
+        except BaseException:
+            os.close(fd)
+            raise
         if claim:
             self._claim_fd = fd
-        self._space = Space(self.table, fd, self.device)
-        self._fast_read, self._cached_only = self.table.fast_read, self.table.cached_only
         self.read_only = not writable
         self._flush_error = None
         if old not in (self._lock_fd, self._claim_fd):
             os.close(old)
-        await self._use_cache(cache)
         self.changed()
 
     async def close(self) -> None:
