@@ -187,7 +187,7 @@ def prove_disk(path: Path, model: bytearray, what: str) -> None:
         wrong = -1
         for at in range(0, len(model), 8 * MIB):
             length = min(8 * MIB, len(model) - at)
-            got = disk.read_at(at, length)
+            got = disk.read(at, length)
             if got != model[at : at + length]:
                 wrong = at + first_difference(bytes(got), model[at : at + length])
                 break
@@ -277,7 +277,7 @@ def overlay(shell: Shell, model: bytearray) -> bytearray:
         for _ in range(600):
             data = rng.randbytes(rng.choice((1, 512, 4096, 30_000)))
             at = rng.randrange(len(above) - len(data))
-            disk.write_at(at, data)
+            disk.write(at, data)
             above[at : at + len(data)] = data
         disk.flush()
     timings.append(("600 writes by the Python API", time.monotonic() - start))
