@@ -1,0 +1,173 @@
+"""The command line: which tool was called, which verb, and how it ends.
+
+A verb is a module that is imported when it is called for, and offers
+``main(call: Call, argv: list[str]) -> int``; what it raises is worded and turned into an exit
+status here.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from .. import __version__
+from ..errors import DiskError
+from .options import OptionError
+from .output import (
+    Call,
+    Reported,
+    UsageProblem,
+    finish,
+    hush,
+    prepare_streams,
+    reason,
+    to_stderr,
+)
+
+# The version of the tools whose command line and output are followed; scripts parse it.
+COMPATIBLE = "10.0.2"
+
+IMG_VERBS = {
+    "bench": "Measure how fast an image is",
+    "check": "Check an image for damage",
+    "commit": "Write an overlay's data into its backing file",
+    "compare": "Tell whether two disks have the same content",
+    "convert": "Copy disks into a new image",
+    "create": "Make a new image",
+    "info": "Show what an image is",
+    "map": "Show what is where in an image",
+    "rebase": "Change an image's backing file",
+    "resize": "Change the size of a disk",
+}
+OWN_VERBS = {
+    "io": "Read and write by commands",
+    "serve": "Serve a disk over NBD",
+}
+# Tools without verbs: the whole command line belongs to one module.
+TOOLS = {"qemu-io": "io", "qemu-nbd": "serve"}
+OWN_NAMES = ("diskwright", "dw")
+
+
+def console() -> None:
+    """The entry point of the installed commands."""
+    sys.exit(main(sys.argv[0], sys.argv[1:]))
+
+
+def main(argv0: str, argv: Sequence[str]) -> int:
+    """Run the tool that ``argv0`` names with the arguments ``argv``; returns the exit status."""
+    name = os.path.basename(argv0)
+    if name in ("__main__.py", "-m", "-c", ""):
+        name = "diskwright"
+    prepare_streams()
+    call = Call(name)
+    try:
+        status = _guarded(call, list(argv))
+    except KeyboardInterrupt:
+        status = 130
+    late = finish()
+    return status or late
+
+
+def _guarded(call: Call, argv: list[str]) -> int:
+    try:
+        return dispatch(call, argv)
+    except Reported as reported:
+        return reported.status
+    except OptionError as error:
+        return _usage(call, str(error), getopt=True)
+    except UsageProblem as problem:
+        return _usage(call, str(problem), problem.getopt)
+    except BrokenPipeError:
+        hush()
+        return 141
+    except KeyboardInterrupt:
+        call.error("interrupted")
+        return 130
+    except (DiskError, OSError) as error:
+        call.error(reason(error))
+        return call.failure
+    except MemoryError:
+        call.error("out of memory")
+        return call.failure
+    except RecursionError:
+        call.error("the description of the image is nested too deeply")
+        return call.failure
+
+
+def _usage(call: Call, text: str, getopt: bool) -> int:
+    prefix = call.title if getopt else call.name
+    to_stderr(f"{prefix}: {text}\nTry '{call.title} --help' for more info\n")
+    return call.failure
+
+
+def tool_of(name: str) -> str:
+    """Which tool a called name selects: ``qemu-img``, ``qemu-io``, ``qemu-nbd`` or
+    ``diskwright``.  An ending (``.py``, ``.exe``) is not part of the name."""
+    stem = name.split(".")[0]
+    return stem if stem == "qemu-img" or stem in TOOLS else "diskwright"
+
+
+def dispatch(call: Call, argv: list[str]) -> int:
+    """Run the verb that ``argv`` starts with."""
+    tool = tool_of(call.name)
+    if tool in TOOLS:
+        return _run(call, TOOLS[tool], argv)
+    verbs = IMG_VERBS if tool == "qemu-img" else {**IMG_VERBS, **OWN_VERBS}
+    while argv and argv[0].startswith("-"):
+        word = argv.pop(0)
+        if word in ("-V", "--version"):
+            sys.stdout.write(version(call.name) + "\n")
+            return 0
+        if word in ("-h", "--help"):
+            sys.stdout.write(_overview(call, verbs))
+            return 0
+        if word in ("-T", "--trace") or word.startswith("--trace="):
+            if not word.startswith("--trace=") and argv:
+                argv.pop(0)
+            continue
+        if word.startswith("--"):
+            raise OptionError(f"unrecognized option '{word}'")
+        raise OptionError(f"invalid option -- '{word[1:2]}'")
+    if not argv:
+        raise UsageProblem("Not enough arguments")
+    verb = argv.pop(0)
+    if verb not in verbs:
+        raise UsageProblem(f"Command not found: {verb}")
+    call.verb = verb
+    return _run(call, verb, argv)
+
+
+def _run(call: Call, module: str, argv: list[str]) -> int:
+    found = import_module(f"{__package__}.{module}")
+    status: int = found.main(call, argv)
+    return status
+
+
+def version(name: str) -> str:
+    """What ``--version`` prints: under the name of a qemu tool it starts as that one's does."""
+    tool = tool_of(name)
+    if tool == "diskwright":
+        return f"diskwright {__version__}"
+    return f"{tool} version {COMPATIBLE} (diskwright {__version__})"
+
+
+def _overview(call: Call, verbs: dict[str, str]) -> str:
+    lines = [
+        version(call.name),
+        f"Usage: {call.name} VERB [OPTIONS] ...",
+        f"'{call.name} VERB --help' tells the options of each.",
+        "",
+        "Verbs:",
+    ]
+    lines += [f"  {verb:<10} {summary}" for verb, summary in sorted(verbs.items())]
+    # Scripts look for this line to learn which formats there are.
+    lines += ["", "Supported image formats:", "  " + " ".join(_formats())]
+    return "\n".join(lines) + "\n"
+
+
+def _formats() -> list[str]:
+    from ..graph.registry import BUILTIN
+
+    return sorted(BUILTIN)
