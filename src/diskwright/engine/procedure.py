@@ -71,8 +71,9 @@ class Procedures:
         gate = engine.gate = Future()
         try:
             await engine.epochs.quiet()
-            if engine.failure is None:
-                await engine.writeback.clean()
+            # On a failed node dirty tables cannot come to rest, and would be forgotten.
+            engine.check_failed()
+            await engine.writeback.clean()
             return await self._steps(procedure)
         finally:
             engine.gate = None
