@@ -1,0 +1,309 @@
+"""The graphs that the races run on: built afresh, or from what a crash left."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+from diskwright.contract import Procedure
+from diskwright.engine.futures import BaseDriver
+from diskwright.engine.kernel import Driver
+from diskwright.engine.node import Node
+from diskwright.engine.tables import Tables
+from diskwright.formats import qcow2, raw
+from diskwright.graph.mapped import MappedNode
+from diskwright.testing.composed import Cipher, Concat, Crypt, Part
+from diskwright.testing.memory import NEVER, RecordingNode
+from diskwright.testing.toy import Toy, create_toy
+
+
+class Graph:
+    """One built graph.  ``leaves`` are what a crash hits; ``order`` how the formats open."""
+
+    def __init__(self, driver: BaseDriver, budget: int) -> None:
+        self.driver = driver
+        self.tables = Tables(budget)
+        self.leaves: list[RecordingNode] = []
+        self.order: list[tuple[MappedNode, Procedure | None]] = []
+        self.read_only: list[Node] = []
+        self.top: Node
+
+    def mapped(
+        self, name: str, format: Any, opening: Procedure | None, slots: dict[str, Node]
+    ) -> MappedNode:
+        node = MappedNode(self.driver, name, format, slots, self.tables, name)
+        self.order.append((node, opening))
+        self.top = node
+        return node
+
+    async def open(self) -> None:
+        for node, opening in self.order:
+            if opening is not None:
+                await node.run_procedure(opening, whole_image=False)
+
+    async def close(self) -> None:
+        """Top down, as the graph does."""
+        error: Exception | None = None
+        for node, _ in reversed(self.order):
+            try:
+                await node.close()
+            except OSError as failed:
+                error = error or failed
+        for leaf in self.leaves:
+            await leaf.close()
+        if error is not None:
+            raise error
+
+
+class Case:
+    """How to build a graph; ``params`` are drawn once a seed and kept for reopening."""
+
+    snapshots = False
+    withdraws = False
+    exact_discard = True
+    unit = 256
+    faults = True
+
+    def __init__(self, rng: random.Random) -> None:
+        self.base = b""
+        self.size = 8192
+        self.budget = rng.choice([130, 130, 200, 600])
+        self.capacity: list[int] = []
+        self.images: list[bytes] = []
+        self.zeroes = rng.random() < 0.5
+        self.alignment = 1
+
+    def build(self, driver: BaseDriver, images: list[bytes] | None = None) -> Graph:
+        fresh = images is None
+        graph = Graph(driver, self.budget if fresh else 1 << 20)
+        for i, image in enumerate(self.images if images is None else images):
+            graph.leaves.append(
+                RecordingNode(
+                    driver,
+                    image,
+                    name=f"leaf{i}",
+                    delay=20 if fresh else 0,
+                    capacity=self.capacity[i] if self.capacity and fresh else NEVER,
+                    alignment=self.alignment,
+                    zeroes_discards=self.zeroes,
+                )
+            )
+        self.compose(graph)
+        return graph
+
+    def compose(self, graph: Graph) -> None:
+        raise NotImplementedError
+
+    def backing(self, graph: Graph, data: bytes, delay: bool = True) -> RecordingNode:
+        fresh = graph.leaves[0].delay
+        node = RecordingNode(graph.driver, data, name="base", delay=fresh)
+        node.read_only = True
+        graph.read_only.append(node)
+        return node
+
+    def check_leaks(self) -> bool:
+        """True when a clean close leaves no leaks."""
+        return True
+
+
+def random_base(rng: random.Random, size: int) -> bytes:
+    return bytes(rng.choices(range(1, 0xDD), k=size))
+
+
+class ToyCase(Case):
+    """The toy alone, over a backing disk, or encrypted; few clusters make it meet a full disk."""
+
+    snapshots = withdraws = True
+
+    def __init__(self, rng: random.Random, kind: str = "") -> None:
+        super().__init__(rng)
+        self.limit = rng.choice([1 << 20, 1 << 20, 75, 55])
+        self.kind = kind
+        self.base = random_base(rng, self.size) if "b" in kind else bytes(self.size)
+        if "b" in kind and rng.random() < 0.3:  # a backing disk that ends early
+            cut = rng.randrange(self.size)
+            self.base = self.base[:cut]
+        if "a" in kind:
+            self.alignment = 64
+        self.images = [create_toy(self.size)]
+        if "x" in kind:
+            self.images = [Crypt.image(create_toy(self.size))]
+        if "l" in kind:  # the leaf is what is full
+            self.limit = 1 << 20
+            self.capacity = [rng.choice([70, 60]) * 256]
+
+    def compose(self, graph: Graph) -> None:
+        (leaf,) = graph.leaves
+        file: Node = leaf
+        if "x" in self.kind:
+            file = graph.mapped("crypt", Crypt((64 << 10) + len(self.images[0])), None, {"file": leaf})
+        slots = {"file": file}
+        if "b" in self.kind:
+            slots["backing"] = self.backing(graph, self.base)
+        xform = (Cipher(5),) if "c" in self.kind else ()
+        toy = Toy(self.limit, xform, 64 if xform else 1)
+        graph.mapped("toy", toy, toy.open(), slots)
+
+
+class CryptCase(Case):
+    """Encrypted sectors of 64 bytes over the leaf: every smaller write reads first."""
+
+    unit = 64
+    exact_discard = False
+
+    def __init__(self, rng: random.Random) -> None:
+        super().__init__(rng)
+        self.size = 4096
+        self.base = random_base(rng, self.size)
+        self.images = [Crypt.image(self.base)]
+
+    def compose(self, graph: Graph) -> None:
+        graph.mapped("crypt", Crypt(self.size), None, {"file": graph.leaves[0]})
+
+
+class ExtentsCase(Case):
+    """Two extents, a flat one and a toy with a window of the whole disk's parent behind it, and a
+    descriptor whose change id is renewed first."""
+
+    exact_discard = False
+
+    def __init__(self, rng: random.Random) -> None:
+        super().__init__(rng)
+        self.zeroes = True  # a flat extent shows what was discarded
+        self.half = 4096
+        self.base = random_base(rng, self.size)
+        self.images = [b"CID0".ljust(64, b"\0"), self.base[: self.half], create_toy(self.half)]
+
+    def compose(self, graph: Graph) -> None:
+        descriptor, flat, image = graph.leaves
+        window = Concat([Part(0, self.half, "file", self.half)])
+        parent = MappedNode(
+            graph.driver, "window", window, {"file": self.backing(graph, self.base)}, graph.tables
+        )
+        parent.read_only = True
+        toy = Toy()
+        second = graph.mapped("toy", toy, toy.open(), {"file": image, "backing": parent})
+        parts = [Part(0, self.half, "extent.0", 0), Part(self.half, self.half, "extent.1", 0)]
+        disk = Concat(parts, 256, "descriptor")
+        slots: dict[str, Node] = {"descriptor": descriptor, "extent.0": flat, "extent.1": second}
+        graph.mapped("concat", disk, disk.open(), slots)
+
+
+@lru_cache(maxsize=64)
+def qcow2_image(*options: tuple[str, Any]) -> bytes:
+    """An empty qcow2 image."""
+    driver = Driver()
+    leaf = RecordingNode(driver)
+    holder = MappedNode(driver, "create", Crypt(64), {"file": leaf})
+    driver.run(holder.run_procedure(qcow2.create(dict(options)), whole_image=False))
+    return bytes(leaf.data)
+
+
+class Qcow2Case(Case):
+    """qcow2 with clusters of 512 bytes; by kind over a backing disk (b), with lazy refcounts (l),
+    version 2 (2), narrow refcounts (r), at an offset in a raw disk (o), below it an alignment of
+    4 KiB (a), or on a chain of two overlays (h)."""
+
+    unit = 512
+
+    def __init__(self, rng: random.Random, kind: str = "") -> None:
+        super().__init__(rng)
+        self.kind = kind
+        self.size = rng.choice([16384, 32768, 100 * 512])
+        self.budget = rng.choice([600, 1100, 1100, 4000])
+        self.base = random_base(rng, self.size) if "b" in kind or "h" in kind else bytes(self.size)
+        if "b" in kind and rng.random() < 0.3:
+            self.base = self.base[: rng.randrange(self.size)]
+        options: dict[str, Any] = {"size": self.size, "cluster_size": 512}
+        if "2" in kind:
+            options["compat"] = "0.10"
+        if "l" in kind:
+            options["lazy_refcounts"] = True
+        if "r" in kind:
+            options["refcount_bits"] = rng.choice([1, 2, 8, 32, 64])
+        if "b" in kind or "h" in kind:
+            options["backing_file"] = "base"
+            options["backing_fmt"] = "raw"
+        if "a" in kind:
+            self.alignment = 4096
+        image = qcow2_image(*sorted(options.items()))
+        self.images = [image]
+        self.offset = 0
+        if "o" in kind:
+            self.offset = rng.choice([512, 1000, 4096])
+            self.images = [bytes(self.offset) + image]
+        if "h" in kind:
+            self.images = [image, image]
+        clusters = len(image) // 512
+        self.limit = rng.choice([None, None, None, (clusters + 40) * 512, (clusters + 20) * 512])
+
+    def format(self, graph: Graph, slots: dict[str, Node], name: str) -> MappedNode:
+        options: dict[str, Any] = {"writable": True}
+        if self.limit is not None and graph.leaves[0].delay:
+            options["max_file_size"] = self.limit
+        format, opening = qcow2.DRIVER.open(options)  # type: ignore[misc]
+        format.has_backing = "backing" in slots
+        return graph.mapped(name, format, opening, slots)
+
+    def compose(self, graph: Graph) -> None:
+        file: Node = graph.leaves[0]
+        if "o" in self.kind:
+            format, opening = raw.DRIVER.open({"offset": self.offset})  # type: ignore[misc]
+            file = graph.mapped("raw", format, opening, {"file": file})
+        slots = {"file": file}
+        if "b" in self.kind:
+            slots["backing"] = self.backing(graph, self.base)
+        if "h" in self.kind:
+            below = self.format(
+                graph, {"file": file, "backing": self.backing(graph, self.base)}, "middle"
+            )
+            slots = {"file": graph.leaves[1], "backing": below}
+        self.format(graph, slots, "qcow2")
+
+    def check_leaks(self) -> bool:
+        return True
+
+
+class RawCase(Case):
+    """Raw with an offset in the middle, on 4 KiB alignment or none."""
+
+    unit = 1
+    exact_discard = True
+
+    def __init__(self, rng: random.Random, kind: str = "") -> None:
+        super().__init__(rng)
+        self.zeroes = True
+        self.size = 12288
+        self.base = random_base(rng, self.size)
+        self.offset = 4096 + 512
+        self.alignment = 4096 if "a" in kind else 1
+        self.images = [bytes(self.offset) + self.base + bytes(4096 - 512)]
+
+    def compose(self, graph: Graph) -> None:
+        format, opening = raw.DRIVER.open({"offset": self.offset, "size": self.size})  # type: ignore[misc]
+        graph.mapped("raw", format, opening, {"file": graph.leaves[0]})
+
+
+CASES: dict[str, Callable[[random.Random], Case]] = {
+    "toy": ToyCase,
+    "toy-backing": lambda rng: ToyCase(rng, "b"),
+    "toy-aligned": lambda rng: ToyCase(rng, "ab"),
+    "toy-cipher": lambda rng: ToyCase(rng, "cb"),
+    "toy-full": lambda rng: ToyCase(rng, "lb"),
+    "toy-on-cipher": lambda rng: ToyCase(rng, "xb"),
+    "cipher": CryptCase,
+    "extents": ExtentsCase,
+    "raw-offset": RawCase,
+    "raw-offset-aligned": lambda rng: RawCase(rng, "a"),
+    "qcow2": Qcow2Case,
+    "qcow2-backing": lambda rng: Qcow2Case(rng, "b"),
+    "qcow2-lazy": lambda rng: Qcow2Case(rng, "lb"),
+    "qcow2-v2": lambda rng: Qcow2Case(rng, "2"),
+    "qcow2-v2-backing": lambda rng: Qcow2Case(rng, "2b"),
+    "qcow2-refcounts": lambda rng: Qcow2Case(rng, "rb"),
+    "qcow2-aligned": lambda rng: Qcow2Case(rng, "ab"),
+    "qcow2-in-raw": lambda rng: Qcow2Case(rng, "ob"),
+    "qcow2-chain": lambda rng: Qcow2Case(rng, "h"),
+}
