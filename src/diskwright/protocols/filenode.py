@@ -33,6 +33,7 @@ CACHE_MODES = {  # direct, write-through, no flush
 }
 _EVERYTHING = frozenset(PERMISSIONS)
 _QUIET = frozenset({"consistent-read", "write-unchanged"})
+_NO_WRITING = (errno.EACCES, errno.EROFS, errno.EPERM)
 _ZERO_STEP = 1 << 20
 _COPY_STEP = 64 << 20
 
@@ -88,17 +89,14 @@ class FileNode(FileIO):
         if force_share and writable:
             raise UsageError("force-share=on can only be used with read-only images")
         table = system_table()
-        fd, writable = _open_descriptor(
-            table, filename, writable, cache, create=create, auto_read_only=auto_read_only
-        )
         try:
-            device = table.device(fd)
-            if writable and device.read_only:
-                raise OSError(errno.EROFS, os.strerror(errno.EROFS), filename)
-            node = cls(driver, filename, table, fd, device)
-        except BaseException:
-            os.close(fd)
-            raise
+            fd, device = _open_descriptor(table, filename, writable, cache, create)
+        except OSError as error:
+            if not writable or not auto_read_only or error.errno not in _NO_WRITING:
+                raise
+            writable = False
+            fd, device = _open_descriptor(table, filename, writable, cache, create)
+        node = cls(driver, filename, table, fd, device)
         try:
             node.force_share = force_share
             node.unmap = discard in ("unmap", "on")
@@ -371,15 +369,8 @@ def _flags(table: Portable, writable: bool, cache: str) -> int:
 
 
 def _open_descriptor(
-    table: Portable,
-    filename: str,
-    writable: bool,
-    cache: str,
-    *,
-    create: bool,
-    auto_read_only: bool,
-) -> tuple[int, bool]:
-    """(descriptor, writable)"""
+    table: Portable, filename: str, writable: bool, cache: str, create: bool
+) -> tuple[int, Device]:
     flags = _flags(table, writable, cache)
     try:
         mode = os.stat(filename).st_mode
@@ -394,7 +385,7 @@ def _open_descriptor(
         elif not stat.S_ISREG(mode):
             raise UsageError(f"'file' driver requires '{filename}' to be a regular file")
     try:
-        return table.open(filename, flags, 0o644), writable
+        fd = table.open(filename, flags, 0o644)
     except OSError as error:
         if error.errno == errno.EBUSY:
             why = table.who_uses(filename)
@@ -403,6 +394,12 @@ def _open_descriptor(
             raise OSError(
                 errno.EINVAL, "The file system does not support O_DIRECT", filename
             ) from error
-        if writable and auto_read_only and error.errno in (errno.EACCES, errno.EROFS, errno.EPERM):
-            return table.open(filename, _flags(table, False, cache)), False
         raise
+    try:
+        device = table.device(fd)
+        if writable and device.read_only:
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), filename)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd, device
