@@ -22,8 +22,8 @@ def open_format(options: Mapping[str, Any]) -> tuple[Qcow2, Procedure]:
 
 
 def create(options: Mapping[str, Any]) -> Procedure:
-    """The procedure that writes a new image; see :func:`.create.create_image`."""
-    from .create import create_image
+    """The procedure that writes a new image; see :func:`.creation.create_image`."""
+    from .creation import create_image
 
     return create_image(options)
 

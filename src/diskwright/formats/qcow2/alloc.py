@@ -101,6 +101,58 @@ class Allocator(Mapping):
                 self.fresh = end
         return tables
 
+    def take_region(self, count: int) -> int | NeedMeta:
+        """Take ``count`` clusters in one run and return its start.  Raises NoSpace."""
+        chosen = self.choose(count)
+        if isinstance(chosen, NeedMeta):
+            return chosen
+        for pool, zero in ((self.free, False), (self.clean, True)):
+            for start, end in pool:
+                if end - start >= count:
+                    run = [(start, start + count, zero)]
+                    miss = self.missing_blocks(run)
+                    if miss is None:
+                        self.take(run)
+                    return start if miss is None else miss
+        # A run longer than what one block counts is broken by the next block, so the blocks of
+        # a long one come behind it.
+        index = len(self.reftable)
+        while index and not self.reftable[index - 1]:
+            index -= 1
+        while True:
+            start = index << self.block_shift
+            blocks = 1
+            while count + blocks > blocks << self.block_shift:
+                blocks += 1
+            if start + count + blocks > self.max_clusters:
+                raise NoSpace
+            if index + blocks <= len(self.reftable):
+                break
+            miss = self._grow_reftable()
+            if miss is not None:
+                return miss
+            index = len(self.reftable)
+            while index and not self.reftable[index - 1]:
+                index -= 1
+        self._check_vacant(start, start + count + blocks)
+        self._take_behind(index, start, start + count, blocks)
+        return start
+
+    def _check_vacant(self, start: int, end: int) -> None:
+        """Raise CorruptImage when [start, end) is beyond all counts and yet in use."""
+        if self.reserved.outside(start, end) != [(start, end)]:
+            raise CorruptImage(
+                "A table of the image lies where the refcounts say that nothing is",
+                offset=start << self.cluster_bits,
+            )
+
+    def _take_behind(self, index: int, start: int, end: int, blocks: int) -> None:
+        """Take [start, end), which no block counts yet, with the blocks for it behind it."""
+        for i in range(blocks):
+            self.install_block(index + i, end + i)
+        self._count(start, end + blocks, 1)
+        self.fresh = max(self.fresh, end + blocks)
+
     def give_back(self, start: int, end: int) -> None:
         """Clusters that were taken and that nothing points to; their content is unknown."""
         self._count(start, end, 0)
@@ -244,16 +296,14 @@ class Allocator(Mapping):
         end = start + clusters + blocks
         if entries * 8 > MAX_REFTABLE_BYTES or end > self.max_clusters:
             raise NoSpace
+        self._check_vacant(start, end)
+        self.reftable.extend(zeros(64, entries - old))
+        self._take_behind(old, start, start + clusters, blocks)
         self.free_later(*old_run)
         self.reserved.remove(*old_run)
         self.reserved.add(start, start + clusters)
-        self.reftable.extend(zeros(64, entries - old))
         self.reftable_offset = start << bits
         self.moved_reftable = True
-        for i in range(blocks):
-            self.install_block(old + i, start + clusters + i)
-        self._count(start, end, 1)
-        self.fresh = max(self.fresh, end)
         return None
 
     def free_later(self, start: int, end: int) -> None:

@@ -81,13 +81,13 @@ class Qcow2(Writeback):
     # -- whole-image procedures, each imported when it is asked for
     def check(self) -> Procedure:
         """Compare the reference counts with the references; returns a CheckResult."""
-        from .check import check
+        from .checking import check
 
         return check(self)
 
     def resize(self, size: int, preallocation: str = "off", shrink: bool = False) -> Procedure:
         """Change the virtual size to ``size`` bytes; a smaller one only with ``shrink``."""
-        from .resize import resize
+        from .resizing import resize
 
         return resize(self, size, preallocation, shrink)
 

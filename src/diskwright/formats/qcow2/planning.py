@@ -103,6 +103,15 @@ class Planner(Allocator):
             self.set_l1(l1_index, offset | COPIED)
             tables[l1_index] = table
 
+    def drop_l2(self, offset: int) -> None:
+        """Forget an L2 table whose L1 entry is gone, with the changes that were made to it."""
+        table = self.tables.get(SLOT, offset)
+        if table is not None:
+            table.dirty = False
+        self._parts.pop(offset, None)
+        self._new_l2.discard(offset)
+        self._old_tables.append(offset)
+
     # -- writing
     def _plan_write(self, ranges: Sequence[Range]) -> Plan | NeedMeta:
         bits, l2_bits, l2_mask = self.cluster_bits, self.l2_bits, self.l2_mask

@@ -104,7 +104,11 @@ def _add_extensions(h: hd.Header, options: Mapping[str, Any]) -> None:
     name = options.get("backing_file")
     fmt = options.get("backing_fmt")
     if name:
-        set_backing(h, name, fmt)
+        what = f"Could not assign backing file '{name}' with format '{fmt}'"
+        try:
+            set_backing(h, name, fmt)
+        except UsageError as error:
+            raise UsageError(f"{what}: Invalid argument") from error
     if h.version > 2 and h.cluster_bits >= _FEATURE_TABLE_CLUSTER.bit_length() - 1:
         h.set_extension(hd.EXT_FEATURE_NAMES, hd.feature_table())
 
@@ -176,7 +180,13 @@ def create_image(options: Mapping[str, Any]) -> Procedure:
     h.reftable_offset = layout.reftable << bits
     h.reftable_clusters = layout.reftable_clusters
     h.l1_offset = layout.l1 << bits if h.l1_size else 0
-    header = h.encode()
+    try:
+        header = h.encode()
+    except UsageError as error:
+        name, fmt = options.get("backing_file"), options.get("backing_fmt")
+        raise UsageError(
+            f"Could not assign backing file '{name}' with format '{fmt}': No space left on device"
+        ) from error
     old = yield Length(SLOT)
     if old:
         try:

@@ -1,0 +1,109 @@
+"""Rebuilding the refcounts of an image whose dirty bit is set."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from ...contract import Barrier, MetaWrite, Procedure, Progress, Write
+from ...errors import CorruptImage
+from ...ondisk import big_endian_bytes, zeros
+from . import header as hd
+from .core import SLOT
+from .refblock import empty
+from .references import CHUNK, CHUNK_BITS, Counts, Walker
+
+if TYPE_CHECKING:
+    from .format import Qcow2
+
+
+def rebuild(image: Qcow2) -> Procedure:
+    """Write a new refcount table and blocks from what the L1 and L2 tables refer to, switch the
+    header to them, then clear the dirty bit.
+
+    The old table and blocks are overwritten by nothing until the switch is durable, so a crash
+    leaves the image as dirty as it was.  Raises CorruptImage when the tables themselves break the
+    specification, for then no count would be right.
+    """
+    walker = Walker(image)
+    yield from walker.walk(refcounts=False)
+    result = walker.result
+    if result.corruptions or walker.counts.shared:
+        raise CorruptImage(
+            "Could not repair dirty image: its tables contradict each other"
+            + (f" ({result.findings[0]})" if result.findings else "")
+        )
+    h, counts = image.header, walker.counts
+    table_clusters, indexes, start = _layout(image, counts)
+    bits, shift, per_block = image.cluster_bits, image.block_shift, image.per_block
+    total = table_clusters + len(indexes)
+    for cluster in range(start, start + total):
+        counts.add(cluster)
+    reftable = zeros(64, table_clusters << bits >> 3)
+    for i, index in enumerate(indexes):
+        reftable[index] = (start + table_clusters + i) << bits
+        block = empty(image.refcount_bits, image.cluster_size)
+        first = index << shift
+        for cluster in _used(counts, first, first + per_block):
+            block.set(cluster - first, 1)
+        data = block.encode(0, image.cluster_size)
+        yield Write([MetaWrite(SLOT, reftable[index], data, "refblock_alloc_write_blocks")])
+        yield Progress(i, len(indexes))
+    data = big_endian_bytes(reftable)
+    yield Write([MetaWrite(SLOT, start << bits, data, "refblock_alloc_write_table")])
+    yield Barrier()
+    h.reftable_offset, h.reftable_clusters = start << bits, table_clusters
+    switch = h.fields()[hd.REFTABLE_OFFSET : hd.REFTABLE_OFFSET + 12]
+    yield Write([MetaWrite(SLOT, hd.REFTABLE_OFFSET, switch, "refblock_alloc_switch_table")])
+    yield Barrier()
+    h.incompatible &= ~hd.DIRTY
+    yield Write([MetaWrite(SLOT, hd.FEATURES_OFFSET, h.features())])
+    yield Barrier()
+    image.reftable = reftable
+    image.reserve_structures()
+    image.fresh = max(image.fresh, start + total)
+
+
+def _used(counts: Counts, start: int, end: int) -> Iterator[int]:
+    """Clusters of [start, end) with references."""
+    while start < end:
+        stop = min(end, (start | CHUNK - 1) + 1)
+        chunk = counts.chunks.get(start >> CHUNK_BITS)
+        if chunk is not None:
+            base = start & ~(CHUNK - 1)
+            for at in range(start - base, stop - base):
+                if chunk[at]:
+                    yield base + at
+        start = stop
+
+
+def _layout(image: Qcow2, counts: Counts) -> tuple[int, list[int], int]:
+    """Clusters of the new refcount table, the indexes of its blocks, and where it all starts:
+    behind everything that is referred to or that holds the old table and blocks."""
+    bits, shift = image.cluster_bits, image.block_shift
+    h = image.header
+    start = max(counts.end, (h.reftable_offset >> bits) + h.reftable_clusters)
+    for entry in image.reftable:
+        # What a broken entry names is nothing to be kept.
+        if entry and not entry & (image.cluster_size - 1) and entry >> bits < image.fresh:
+            start = max(start, (entry >> bits) + 1)
+    needed = set(_block_indexes(counts, shift))
+    table_clusters = extra = 1
+    while True:
+        end = start + table_clusters + extra
+        indexes = sorted(needed | set(range(start >> shift, ((end - 1) >> shift) + 1)))
+        wanted = -(-(indexes[-1] + 1) * 8 >> bits)
+        if wanted <= table_clusters and len(indexes) <= extra:
+            break
+        table_clusters, extra = max(wanted, table_clusters), max(len(indexes), extra)
+    if table_clusters << bits > max(hd.MAX_REFTABLE_BYTES, image.cluster_size):
+        raise CorruptImage("Could not repair dirty image: its refcount table would be too large")
+    return table_clusters, indexes, start
+
+
+def _block_indexes(counts: Counts, shift: int) -> Iterator[int]:
+    last = -1
+    for cluster in counts.used():
+        if cluster >> shift != last:
+            last = cluster >> shift
+            yield last

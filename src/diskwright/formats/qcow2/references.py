@@ -1,0 +1,321 @@
+"""What the tables of a qcow2 image refer to, counted per host cluster."""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from ...contract import Length, Procedure, Progress, Read
+from ...ondisk import big_endian_array
+from . import header as hd
+from .core import COPIED, OFFSET, PACKED, REFTABLE_OFFSET_MASK, SLOT, ZERO_FLAG
+
+if TYPE_CHECKING:
+    from .format import Qcow2
+
+_L1_RESERVED = ~(OFFSET | COPIED) & (1 << 64) - 1
+_L2_RESERVED = ~(OFFSET | COPIED | PACKED | ZERO_FLAG) & (1 << 64) - 1
+CHUNK_BITS = 12
+CHUNK = 1 << CHUNK_BITS
+_MOST_FINDINGS = 10_000
+_READ_BYTES = 1 << 20
+# L2 entries between two yields: about two milliseconds.
+_SLICE = 8192
+
+
+class CheckResult:
+    """What a check found.  Counts are in clusters; ``image_end_offset`` in bytes.
+
+    ``findings`` are sentences, at most 10,000 of them; ``uncovered`` names what was not looked
+    at, in which case space that only this refers to is not reported as leaked.
+    """
+
+    def __init__(self) -> None:
+        self.check_errors = 0
+        self.corruptions = 0
+        self.leaks = 0
+        self.total_clusters = 0
+        self.allocated_clusters = 0
+        self.fragmented_clusters = 0
+        self.compressed_clusters = 0
+        self.image_end_offset = 0
+        self.findings: list[str] = []
+        self.uncovered: list[str] = []
+
+    def say(self, text: str) -> None:
+        """Add a finding."""
+        if len(self.findings) < _MOST_FINDINGS:
+            self.findings.append(text)
+
+    def corruption(self, text: str) -> None:
+        """Add a finding that counts as a corruption."""
+        self.corruptions += 1
+        self.say(f"ERROR {text}")
+
+    def as_dict(self) -> dict[str, Any]:
+        """The keys of ``qemu-img check --output=json``; counts of zero are left out as there."""
+        out: dict[str, Any] = {
+            "image-end-offset": self.image_end_offset,
+            "total-clusters": self.total_clusters,
+            "check-errors": self.check_errors,
+        }
+        for key in (
+            "corruptions",
+            "leaks",
+            "allocated-clusters",
+            "fragmented-clusters",
+            "compressed-clusters",
+        ):
+            value = getattr(self, key.replace("-", "_"))
+            if value:
+                out[key] = value
+        if self.uncovered:
+            out["uncovered"] = list(self.uncovered)
+        return out
+
+
+class Counts:
+    """References per host cluster: a byte each, in chunks made when first needed, so that a long
+    sparse file costs no more than what its tables name."""
+
+    def __init__(self) -> None:
+        self.chunks: dict[int, bytearray] = {}
+        self.more: dict[int, int] = {}
+        """Clusters with 255 references or more."""
+        self.shared = False
+        """Some cluster has more than one reference."""
+
+    def add(self, cluster: int) -> None:
+        """One more reference."""
+        chunk = self.chunks.get(cluster >> CHUNK_BITS)
+        if chunk is None:
+            chunk = self.chunks[cluster >> CHUNK_BITS] = bytearray(CHUNK)
+        at = cluster & CHUNK - 1
+        value = chunk[at]
+        if value:
+            self.shared = True
+            if value == 255:
+                self.more[cluster] = self.more.get(cluster, 255) + 1
+                return
+        chunk[at] = value + 1
+
+    def get(self, cluster: int) -> int:
+        """The references of one cluster."""
+        chunk = self.chunks.get(cluster >> CHUNK_BITS)
+        value = chunk[cluster & CHUNK - 1] if chunk is not None else 0
+        return self.more.get(cluster, value) if value == 255 else value
+
+    def used(self) -> Iterator[int]:
+        """All clusters with references, ascending."""
+        for index in sorted(self.chunks):
+            for at, value in enumerate(self.chunks[index]):
+                if value:
+                    yield (index << CHUNK_BITS) + at
+
+    @property
+    def end(self) -> int:
+        """One more than the highest cluster with references."""
+        for index in sorted(self.chunks, reverse=True):
+            used = len(self.chunks[index].rstrip(b"\0"))
+            if used:
+                return (index << CHUNK_BITS) + used
+        return 0
+
+
+def uncovered(h: hd.Header) -> list[str]:
+    """What a check of an image with this header does not look at."""
+    out = []
+    if h.crypt_method == 2:
+        out.append("encryption header")
+    if h.incompatible & hd.EXTENDED_L2:
+        out.append("extended L2 entries: subcluster bitmaps")
+    if h.incompatible & hd.DATA_FILE:
+        out.append("external data file")
+    if h.nb_snapshots:
+        out.append("internal snapshots")
+    if h.extension(hd.EXT_BITMAPS) is not None:
+        out.append("persistent dirty bitmaps")
+    return out
+
+
+class Walker:
+    """Counts references into ``counts``; what breaks the specification goes into ``result``."""
+
+    def __init__(self, image: Qcow2) -> None:
+        self.image = image
+        self.header = image.header
+        self.result = CheckResult()
+        self.counts = Counts()
+        self.bits = image.cluster_bits
+        self.size = image.cluster_size
+        self.stride = 2 if self.header.incompatible & hd.EXTENDED_L2 else 1
+        self.batch = max(1, _READ_BYTES >> self.bits)
+        self.external = bool(self.header.incompatible & hd.DATA_FILE)
+        self.file_clusters = 0
+        self.uncopied = False
+        """An allocated entry without COPIED was met, so counts must be compared with flags."""
+        self.blocks: dict[int, int] = {}
+        """Offsets of the usable refcount blocks by their index."""
+
+    # -- references
+    def walk(self, refcounts: bool = True) -> Procedure:
+        """Count all references; entries that break the specification are corruptions.
+
+        ``refcounts`` False leaves out the refcount table and its blocks.
+        """
+        h, result = self.header, self.result
+        length = yield Length(SLOT)
+        self.file_clusters = -(-length >> self.bits)
+        result.total_clusters = -(-h.size >> self.bits)
+        self.add_region(0, self.size)
+        if h.l1_size:
+            self.add_region(h.l1_offset, h.l1_size * 8)
+        if refcounts:
+            self.add_region(h.reftable_offset, h.reftable_clusters << self.bits)
+        if h.nb_snapshots:
+            yield from self._snapshot_table()
+        offsets = []
+        for entry in self.image.l1:
+            if not entry:
+                continue
+            if entry & _L1_RESERVED:
+                result.corruption(f"found L1 entry with reserved bits set: {entry:x}")
+            offset = entry & OFFSET
+            if not offset:
+                continue
+            if offset & (self.size - 1):
+                result.corruption(
+                    f"l2_offset={offset:x}: Table is not cluster aligned; L1 entry corrupted"
+                )
+                continue
+            if not self.add_region(offset, self.size):
+                continue
+            self.uncopied |= not entry & COPIED
+            offsets.append(offset)
+        for start in range(0, len(offsets), self.batch):
+            yield from self._l2_batch(offsets[start : start + self.batch], start, len(offsets))
+        if refcounts:
+            yield from self._refcount_blocks()
+
+    def add_region(self, offset: int, length: int) -> bool:
+        """Count a reference to every cluster of the region, unless it is outside the file."""
+        first, last = offset >> self.bits, (offset + length - 1) >> self.bits
+        if last >= self.file_clusters:
+            self.result.corruptions += 1
+            self.result.say(
+                "ERROR: counting reference for region exceeding the end of the file by one "
+                f"cluster or more: offset {offset:#x} size {length:#x}"
+            )
+            return False
+        for cluster in range(first, last + 1):
+            self.counts.add(cluster)
+        return True
+
+    def _l2_batch(self, offsets: list[int], done: int, total: int) -> Procedure:
+        raws = yield Read(SLOT, [(offset, self.size) for offset in offsets], "l2_load")
+        for raw in raws:
+            table = big_endian_array(64, raw)
+            contiguous = 0
+            for start in range(0, len(table), _SLICE):
+                part = table[start : start + _SLICE : self.stride]
+                contiguous = self._count_entries(part, contiguous)
+                yield Progress(done, total)
+            done += 1
+
+    def _count_entries(self, entries: array[int], contiguous: int) -> int:
+        """Count what these L2 entries refer to; returns where the next contiguous cluster is."""
+        result, size, bits = self.result, self.size, self.bits
+        mask = size - 1
+        add, end = self.counts.add, self.file_clusters
+        zero_ok = self.header.version > 2 and self.stride == 1
+        for entry in entries:
+            if not entry:
+                continue
+            if entry & PACKED:
+                result.allocated_clusters += 1
+                result.compressed_clusters += 1
+                result.fragmented_clusters += 1
+                if entry & COPIED:
+                    coffset = entry & (1 << self._packed_bits) - 1
+                    result.corruptions += 1
+                    result.say(
+                        f"ERROR: coffset={coffset:#x}: copied flag must never be set for "
+                        "compressed clusters"
+                    )
+                self._count_packed(entry)
+                continue
+            if entry & _L2_RESERVED or (entry & ZERO_FLAG and not zero_ok):
+                result.corruption(f"found l2 entry with reserved bits set: {entry:x}")
+            host = entry & OFFSET
+            if not host:
+                continue
+            if host & mask:
+                result.corruption(
+                    f"offset={host:x}: Data cluster is not properly aligned; L2 entry corrupted."
+                )
+            result.allocated_clusters += 1
+            if contiguous and host != contiguous:
+                result.fragmented_clusters += 1
+            contiguous = host + size
+            if self.external:
+                continue
+            if not entry & COPIED:
+                self.uncopied = True
+            if host & mask or host >> bits >= end:
+                if not host & mask:
+                    self.add_region(host, size)
+                continue
+            add(host >> bits)
+        return contiguous
+
+    @property
+    def _packed_bits(self) -> int:
+        return 62 - (self.bits - 8)
+
+    def _count_packed(self, entry: int) -> None:
+        """A compressed cluster refers to every host cluster that it touches."""
+        x = self._packed_bits
+        host = entry & (1 << x) - 1
+        sectors = (entry & PACKED - 1) >> x
+        self.add_region(host, (sectors + 1) * 512 - (host & 511))
+
+    def _snapshot_table(self) -> Procedure:
+        """The snapshot table is counted; what the snapshots hold is not covered."""
+        h = self.header
+        at = h.snapshots_offset
+        for _ in range(h.nb_snapshots):
+            (raw,) = yield Read(SLOT, [(at, 40)])
+            id_length, name_length = struct.unpack_from(">HH", raw, 12)
+            (extra,) = struct.unpack_from(">I", raw, 36)
+            if extra > 1024:
+                self.result.corruption("snapshot table entry has too much extra data")
+                return
+            at += 40 + extra + id_length + name_length
+            at += -at % 8
+        self.add_region(h.snapshots_offset, at - h.snapshots_offset)
+
+    def _refcount_blocks(self) -> Procedure:
+        """Count the refcount blocks; more than one reference to one is a corruption."""
+        good = []
+        for index, entry in enumerate(self.image.reftable):
+            if not entry:
+                continue
+            offset = entry & REFTABLE_OFFSET_MASK
+            if offset & (self.size - 1):
+                self.result.corruption(
+                    f"refcount block {index} is not cluster aligned; refcount table entry corrupted"
+                )
+            elif offset >> self.bits >= self.file_clusters:
+                self.result.corruption(f"refcount block {index} is outside image")
+            else:
+                self.counts.add(offset >> self.bits)
+                good.append((index, offset))
+        self.blocks = dict(good)
+        for index, offset in good:
+            count = self.counts.get(offset >> self.bits)
+            if count != 1:
+                self.result.corruption(f"refcount block {index} refcount={count}")
+        yield Progress(0, 0)
+

@@ -1,0 +1,250 @@
+"""Changing the virtual size of a qcow2 image."""
+
+from __future__ import annotations
+
+import struct
+from typing import TYPE_CHECKING
+
+from ...contract import (
+    WRITE,
+    WRITE_ZERO,
+    Barrier,
+    GuestRead,
+    GuestWrite,
+    Length,
+    MetaWrite,
+    Plan,
+    Procedure,
+    Progress,
+    Punch,
+    Range,
+    Table,
+    Truncate,
+    Write,
+)
+from ...errors import NotSupported, UsageError
+from ...extents import DATA
+from ...ondisk import big_endian_bytes, zeros
+from ...units import align_down, align_up
+from . import header as hd
+from .core import SLOT
+from .creation import PREALLOCATIONS
+from .edit import announce, ask, flush, unpin
+from .rewrite import drop_clusters
+
+if TYPE_CHECKING:
+    from .format import Qcow2
+
+# Guest bytes per turn of the loops.
+_TURN = 1 << 30
+_SIZE_OFFSET = 24
+_ZEROES = 1 << 20
+
+
+def resize(image: Qcow2, size: int, preallocation: str, shrink: bool) -> Procedure:
+    """Change the virtual size to ``size`` bytes (a multiple of 512); new space reads as zeroes.
+
+    A crash leaves the old or the new size; of a shrinking image the end may be gone already.
+    Raises UsageError for sizes and modes that do not go.
+    """
+    image.check_write()
+    if size % 512:
+        raise UsageError("The new size must be a multiple of 512")
+    if preallocation not in PREALLOCATIONS:
+        raise UsageError(f"Unsupported preallocation mode '{preallocation}'")
+    if size < image.size:
+        if not shrink:
+            raise UsageError("Use the --shrink option to perform a shrink operation.")
+        if preallocation != "off":
+            raise UsageError("Preallocation can't be used for shrinking an image")
+    entries = hd.l1_entries(size, image.cluster_bits)
+    if entries * 8 > hd.MAX_L1_BYTES:
+        raise UsageError("The image size is too large (try using a larger cluster size)")
+    if preallocation != "off" and image.has_backing:
+        raise NotSupported("Preallocation cannot be used together with a backing file")
+    yield from announce(image)
+    if size < image.size:
+        yield from _shrink(image, size)
+    elif size > image.size:
+        yield from _grow(image, size, entries, preallocation)
+
+
+def _shrink(image: Qcow2, size: int) -> Procedure:
+    """Clusters behind the new end go first, so that a later growth cannot show them again."""
+    cluster = image.cluster_size
+    keep = align_up(size, cluster)
+    yield from _zero_guest_data(image, size, min(keep, image.size))
+    if keep < image.size:
+        yield from drop_clusters(image, keep, image.size, unmap=not image.has_backing)
+    yield from _write_size(image, size)
+    yield from drop_clusters(
+        image, align_up(keep, cluster << image.l2_bits), len(image.l1) << image.l1_shift, unmap=True
+    )
+
+
+def _grow(image: Qcow2, size: int, entries: int, preallocation: str) -> Procedure:
+    old = image.size
+    cluster = image.cluster_size
+    backing_size = (yield Length("backing")) if image.has_backing else 0
+    if old % cluster:
+        yield from _zero_tail(image, old, backing_size)
+    if entries > len(image.l1):
+        yield from _grow_l1(image, entries)
+    covered = min(size, backing_size)
+    first = align_up(old, cluster)
+    if first < covered and image.header.version > 2:
+        yield from _zero_clusters(image, first, covered)
+    if preallocation != "off":
+        yield from _preallocate(image, first, size, preallocation)
+    yield from _write_size(image, size)
+    if first < covered and image.header.version == 2:
+        for offset in range(first, covered, _ZEROES):
+            yield GuestWrite(offset, bytes(min(_ZEROES, covered - offset)))
+            yield Progress(offset - first, covered - first)
+        yield from flush(image)
+
+
+def _write_size(image: Qcow2, size: int) -> Procedure:
+    """Switch to the new size, with everything before it on disk."""
+    yield from flush(image)
+    image.header.size = image.size = size
+    yield Write([_size_fields(image)])
+    yield Barrier()
+
+
+def _size_fields(image: Qcow2) -> MetaWrite:
+    h = image.header
+    data = struct.pack(">QIIQ", h.size, h.crypt_method, h.l1_size, h.l1_offset)
+    return MetaWrite(SLOT, _SIZE_OFFSET, data, "l1_grow_activate_table")
+
+
+def _zero_guest_data(image: Qcow2, start: int, end: int) -> Procedure:
+    """Write zeroes over [start, end), which is inside one cluster, if data are stored there."""
+    if start >= end:
+        return
+    pins: list[Table] = []
+    extents, _ = yield from ask(image, lambda: _mapped(image, start, end - start), pins)
+    unpin(pins)
+    if extents[0].kind == DATA:
+        yield GuestWrite(start, bytes(end - start))
+
+
+def _mapped(image: Qcow2, offset: int, length: int) -> object:
+    extents, miss = image.map([(offset, length)])
+    return miss if miss is not None else (extents, None)
+
+
+def _zero_tail(image: Qcow2, old: int, backing_size: int) -> Procedure:
+    """The bytes behind the end in the last cluster must read as zeroes before they are shown."""
+    cluster = image.cluster_size
+    base = align_down(old, cluster)
+    pins: list[Table] = []
+    extents, _ = yield from ask(image, lambda: _mapped(image, base, 1), pins)
+    unpin(pins)
+    (extent,) = extents
+    if extent.kind == DATA:
+        # Another program may have left anything there.
+        tail = bytes(cluster - (old - base))
+        yield Write([MetaWrite(SLOT, extent.host + old - base, tail)])
+        yield Barrier()
+    elif backing_size > old and not getattr(extent, "explicit", False):
+        # Copying the cluster up puts zeroes behind the end.
+        data = yield GuestRead(base, old - base)
+        yield GuestWrite(base, data)
+        yield from flush(image)
+
+
+def _grow_l1(image: Qcow2, entries: int) -> Procedure:
+    """A longer L1 table: in its place while its last cluster has room, else in a new one that the
+    header switches to; then the old one is freed."""
+    h, bits = image.header, image.cluster_bits
+    old_clusters = -(-h.l1_size * 8 >> bits)
+    added = zeros(64, entries - len(image.l1))
+    if entries * 8 <= old_clusters << bits:
+        yield Write([MetaWrite(SLOT, h.l1_offset + 8 * h.l1_size, big_endian_bytes(added))])
+        yield Barrier()
+        image.l1.extend(added)
+        h.l1_size = entries
+        yield Write([_size_fields(image)])
+        yield Barrier()
+        return
+    pins: list[Table] = []
+    wanted = -(-entries * 8 >> bits)
+    start = yield from ask(image, lambda: image.take_region(wanted), pins)
+    old_start = h.l1_offset >> bits
+    if old_clusters:
+        old_run = (old_start, old_start + old_clusters)
+        yield from ask(image, lambda: image.missing_blocks([old_run]), pins)
+        image.free_later(*old_run)
+    table = image.l1[:]
+    table.extend(added)
+    data = big_endian_bytes(table).ljust(wanted << bits, b"\0")
+    yield Write([MetaWrite(SLOT, start << bits, data, "l1_grow_write_table")])
+    groups = image.freeze()
+    yield Write(groups.lead)
+    yield Barrier()
+    for group in groups.groups:
+        yield Write(group)
+        yield Barrier()
+    image.l1 = table
+    h.l1_size, h.l1_offset = entries, start << bits
+    yield Write([_size_fields(image)])
+    yield Barrier()
+    image.reserve_structures()
+    freed = image.settle(groups.token)
+    zeroed = yield Punch(freed)
+    image.release(freed, zeroed)
+    yield from flush(image)
+    unpin(pins)
+
+
+def _plan(image: Qcow2, area: Range, kind: str, pins: list[Table]) -> Procedure:
+    """A plan whose tables are pinned until ``pins`` are let go."""
+    plan: Plan = yield from ask(image, lambda: image.plan([area], kind), pins)
+    for table in plan.pins:
+        table.pins += 1
+    pins += plan.pins
+    return plan
+
+
+def _zero_clusters(image: Qcow2, start: int, end: int) -> Procedure:
+    """Zero flags over a backing file that is longer than the disk was."""
+    while start < end:
+        stop = min(end, start + _TURN)
+        pins: list[Table] = []
+        plan = yield from _plan(image, (start, stop - start), WRITE_ZERO, pins)
+        image.commit(plan)
+        yield from flush(image)
+        unpin(pins)
+        start = stop
+        yield Progress(start, end)
+
+
+def _preallocate(image: Qcow2, start: int, end: int, preallocation: str) -> Procedure:
+    """Give every cluster of [start, end) host space that reads as zeroes."""
+    turn = min(_TURN, image.cluster_size << image.l2_bits)
+    image.size = end
+    try:
+        while start < end:
+            stop = min(end, start + turn)
+            pins: list[Table] = []
+            plan = yield from _plan(image, (start, stop - start), WRITE, pins)
+            length = yield Length(SLOT)
+            host_end = max(align_up(s.host + s.length, image.cluster_size) for s in plan.steps)
+            if host_end > length:
+                mode = preallocation if preallocation != "metadata" else "off"
+                yield Truncate(SLOT, host_end, mode)
+            for step in plan.steps:
+                # Beyond the old end of the file all is zero.
+                for host in range(step.host, min(step.host + step.length, length), _ZEROES):
+                    size = min(_ZEROES, step.host + step.length - host)
+                    yield Write([MetaWrite(SLOT, host, bytes(size))])
+            yield Barrier()
+            image.commit(plan)
+            yield from flush(image)
+            unpin(pins)
+            start = stop
+            yield Progress(start, end)
+    except BaseException:
+        image.size = image.header.size
+        raise

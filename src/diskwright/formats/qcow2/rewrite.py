@@ -1,0 +1,155 @@
+"""Procedures that rewrite an image in place: dropping guest data, another backing file."""
+
+from __future__ import annotations
+
+import errno
+import struct
+from typing import TYPE_CHECKING
+
+from ...contract import Barrier, MetaWrite, NeedMeta, Procedure, Progress, Table, Write
+from ...errors import NoSpace, UsageError
+from ...units import align_up
+from . import header as hd
+from .core import OFFSET, SLOT, ZERO_FLAG
+from .creation import set_backing
+from .edit import announce, ask, flush, hosts_of, unpin
+from .runs import Run
+
+if TYPE_CHECKING:
+    from .format import Qcow2
+
+_SECTOR = 512
+# L2 tables between two flushes.
+_TABLES = 64
+
+
+def drop_clusters(image: Qcow2, start: int, end: int, unmap: bool) -> Procedure:
+    """Let the clusters of [start, end) go; ``start`` is aligned to clusters.
+
+    With ``unmap`` they become unallocated, and L2 tables that lie in the range as a whole are
+    freed; otherwise they read as zeroes where the version can say so.
+    """
+    shift, bits = image.l1_shift, image.cluster_bits
+    per_table = image.l2_mask + 1
+    first_cluster = start >> bits
+    end_cluster = -(-end >> bits)
+    new = 0 if unmap or image.header.version < 3 else ZERO_FLAG
+    turn = 0
+    pins: list[Table] = []
+    last = min(-(-end >> shift), len(image.l1))
+    for l1_index in range(start >> shift, last):
+        offset = image.l2_offset(l1_index)
+        if not offset:
+            continue
+        base = l1_index * per_table
+        first = max(first_cluster - base, 0)
+        stop = min(end_cluster - base, per_table)
+        whole = unmap and first == 0 and stop == per_table
+        yield from _drop_in_table(image, l1_index, (first, stop), new, whole, pins)
+        turn += 1
+        if turn % _TABLES == 0:
+            yield from flush(image)
+            unpin(pins)
+        yield Progress(l1_index, last)
+    yield from flush(image)
+    unpin(pins)
+
+
+def _drop_in_table(
+    image: Qcow2, l1_index: int, span: Run, new: int, whole: bool, pins: list[Table]
+) -> Procedure:
+    bits = image.cluster_bits
+    offset = image.l1[l1_index] & OFFSET
+
+    def load() -> Table | NeedMeta:
+        return image.l2_table(offset) or NeedMeta(SLOT, [(offset, image.cluster_size)], "l2_load")
+
+    table: Table = yield from ask(image, load, pins)
+    freed: list[Run] = []
+    for index in range(*span):
+        run = hosts_of(image, table.data[index])
+        if run[0] < run[1]:
+            freed.append(run)
+    if whole:
+        freed.append((offset >> bits, (offset >> bits) + 1))
+    yield from ask(image, lambda: image.missing_blocks(freed), pins)
+    for run in freed:
+        image.free_later(*run)
+    if whole:
+        image.set_l1(l1_index, 0)
+        image.drop_l2(offset)
+        return
+    for index in range(*span):
+        table.data[index] = new
+    image.touch_l2(table, *span)
+
+
+def make_empty(image: Qcow2) -> Procedure:
+    """Drop all guest data of this layer.
+
+    Run after everything was copied into the backing file, so every state between reads the same.
+    """
+    yield from announce(image)
+    yield from drop_clusters(image, 0, len(image.l1) << image.l1_shift, unmap=True)
+
+
+def change_backing(image: Qcow2, name: str | None, fmt: str | None) -> Procedure:
+    """Put another backing file name and format into the header; all other extensions stay.
+
+    Raises OSError: EINVAL for a name of more than 1023 bytes, ENOSPC when it does not fit into
+    the header cluster.
+    """
+    image.check_write()
+    h = image.header
+    kept = h.backing_file, list(h.extensions), h.backing_offset, h.backing_length
+    old_end = max(h.backing_offset + h.backing_length, _extensions_end(h))
+    try:
+        try:
+            set_backing(h, name, fmt)
+        except UsageError as error:
+            raise OSError(errno.EINVAL, "Invalid argument") from error
+        try:
+            data = h.encode()
+        except UsageError as error:
+            raise NoSpace from error
+    except OSError:
+        h.backing_file, h.extensions, h.backing_offset, h.backing_length = kept
+        raise
+    yield from announce(image)
+    yield from _write_header(image, data.ljust(old_end, b"\0"))
+    image.has_backing = name is not None
+
+
+def _extensions_end(h: hd.Header) -> int:
+    return h.length + 8 + sum(8 + align_up(len(data), 8) for _, data in h.extensions)
+
+
+def _write_header(image: Qcow2, data: bytes) -> Procedure:
+    """Replace the header cluster so that every torn state is one image or the other.
+
+    A header that is longer than a sector goes over a short one that hides all extensions but the
+    backing format, with the name at a place that neither header uses.
+    """
+    h = image.header
+    spare = align_up(len(data), _SECTOR)
+    name = h.backing_file or b""
+    if len(data) > _SECTOR and spare + len(name) <= image.cluster_size:
+        fmt = h.extension(hd.EXT_BACKING_FORMAT)
+        final = h.backing_offset
+        h.backing_offset = spare if name else 0
+        short = h.fields()
+        h.backing_offset = final
+        if fmt is not None and len(short) + 16 + align_up(len(fmt), 8) <= _SECTOR:
+            short += struct.pack(">II", hd.EXT_BACKING_FORMAT, len(fmt))
+            short += fmt.ljust(align_up(len(fmt), 8), b"\0")
+        if name:
+            yield Write([MetaWrite(SLOT, spare, name)])
+            yield Barrier()
+        yield Write([MetaWrite(SLOT, 0, short.ljust(_SECTOR, b"\0"))])
+        yield Barrier()
+        yield Write([MetaWrite(SLOT, _SECTOR, data[_SECTOR:])])
+        yield Barrier()
+        yield Write([MetaWrite(SLOT, 0, data[:_SECTOR])])
+    else:
+        yield Write([MetaWrite(SLOT, 0, data)])
+    yield Barrier()
