@@ -1,22 +1,33 @@
-"""A driver for each test, closed behind it."""
+"""A driver for each test, closed behind it: the plain one, and the bridge to asyncio."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine, Iterator
+import asyncio
+from collections.abc import Coroutine, Iterator
 from typing import Any
 
 import pytest
 
-from diskwright.engine.kernel import Driver
+from diskwright.engine.aio_driver import AsyncioDriver
+from diskwright.engine.kernel import BaseDriver, Driver
 
 
-@pytest.fixture
-def driver() -> Iterator[Driver]:
-    made = Driver()
-    yield made
-    made.close()
+class Bridged(AsyncioDriver):
+    """The asyncio driver with the plain one's ``run``."""
+
+    def run(self, coro: Coroutine[Any, Any, Any]) -> Any:
+        return self.loop.run_until_complete(self.bridge(coro))
 
 
-@pytest.fixture
-def run(driver: Driver) -> Callable[[Coroutine[Any, Any, Any]], Any]:
-    return driver.run
+@pytest.fixture(params=["plain", "asyncio"])
+def driver(request: pytest.FixtureRequest) -> Iterator[BaseDriver]:
+    if request.param == "plain":
+        plain = Driver()
+        yield plain
+        plain.close()
+        return
+    loop = asyncio.new_event_loop()
+    bridged = Bridged(loop)
+    yield bridged
+    bridged.stop_pool()
+    loop.close()

@@ -7,6 +7,7 @@ import os
 import random
 import stat
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -284,47 +285,70 @@ class TestGuard:
     ):
         clock = [100.0]
         took = [0.0]
+        waited = [0, 0]  # so far, more with each slow write
         threads: list[bool] = []
 
         class Stalling(Watching):
             def _fast_write(self, fd, buffer, offset):
                 threads.append(threading.current_thread() is threading.main_thread())
                 clock[0] += took[0]
+                if took[0]:
+                    waited[0] += waited[1]
                 return super()._fast_write(fd, buffer, offset)
 
             def write(self, fd, buffers, offset):
                 threads.append(threading.current_thread() is threading.main_thread())
                 return super().write(fd, buffers, offset)
 
+            def waits(self):
+                return waited[0]
+
         monkeypatch.setattr("diskwright.protocols.fileio.perf_counter", lambda: clock[0])
 
         async def steps():
             node = await FileNode.open(driver, str(tmp_path / "x"), create=True)
+            guard = node.guard
 
-            async def write():
+            async def inline():
                 threads.clear()
                 await node.write([0], [b"x"])
                 return threads == [True]
 
-            assert await write()
-            took[0] = 0.01
-            for _ in range(node.guard.strikes):
-                assert await write()
-            assert not await write()
-            clock[0] += node.guard.first_pause
-            took[0] = 0.2  # one long stall is enough
-            assert await write()
-            assert not await write()
-            clock[0] += node.guard.first_pause
-            assert not await write()  # the second pause is longer
-            clock[0] += node.guard.first_pause
+            assert await inline()
+            took[0] = 0.1
+            for _ in range(20):  # the thread did not wait: the machine is busy
+                assert await inline()
+            clock[0] += 10
+            took[0], waited[1] = 0.01, 1
+            for _ in range(1 + guard.strikes):
+                assert await inline()
+            assert not await inline()
+            clock[0] += guard.first_pause
+            took[0] = 0.1  # one long stall is enough
+            assert await inline()
+            assert not await inline()
+            clock[0] += guard.first_pause
+            assert not await inline()  # the second pause is longer
+            clock[0] += guard.first_pause
             took[0] = 0.0
-            assert await write()
-            assert await write()
+            assert await inline()
+            clock[0] += guard.watch + 1
+            assert await inline()
+            assert not guard.watching
+            took[0] = guard.hopeless + 0.1
+            assert await inline()
+            assert not await inline()
             await node.close()
 
         with using(Stalling()):
             driver.run(steps())
+
+    def test_the_system_counts_waits(self, driver):
+        found = table()
+        before = found.waits()
+        time.sleep(0.001)
+        assert found.waits() > before
+        assert Portable().waits() is None
 
 
 class TestOpening:

@@ -7,7 +7,8 @@ from typing import Any
 from ..declare import Driver, Option
 from ..engine.kernel import BaseDriver
 from ..errors import UsageError
-from .filenode import CACHE_MODES, FileNode
+from .filenode import FileNode
+from .opening import CACHE_MODES
 
 __all__ = [
     "CACHE_MODES",

@@ -31,7 +31,7 @@ class FileIO(Leaf):
 
     inline_read = 2 << 20
     """Most bytes of a batch that is read on the asking thread."""
-    inline_write = 256 << 10
+    inline_write = 1 << 20
     """Most bytes of a batch that is written on it."""
 
     def __init__(
@@ -42,7 +42,7 @@ class FileIO(Leaf):
         self.table = table
         self.device = device
         self.size = device.size
-        self.guard = Guard()
+        self.guard = Guard(table)
         self._fd = fd
         self._fast_read = table.fast_read
         self._fast_write = table.fast_write
@@ -187,17 +187,17 @@ class FileIO(Leaf):
             total, end = sum(lengths), max(ends, default=0)
         if not total:
             return
-        fast, fd = self._fast_write, self._fd
+        fast, fd, guard = self._fast_write, self._fd, self.guard
         try:
             if self._bounce is not None:
                 await self._write_direct(self._bounce, offsets, buffers, end)
             elif (
-                fast is None
-                or total > self.inline_write
-                or (began := perf_counter()) < self.guard.until
+                fast is None or total > self.inline_write or (began := perf_counter()) < guard.until
             ):
                 await self._job(put_all, self.table, fd, offsets, buffers)
             else:
+                if guard.watching:
+                    guard.look(began)
                 if ends is None:
                     count = fast(fd, buffers[0], offsets[0])
                     if count != total:
@@ -210,8 +210,8 @@ class FileIO(Leaf):
                         for offset, buffer, count in zip(offsets, buffers, counts, strict=True):
                             put(self.table, fd, offset, buffer, count)
                 ended = perf_counter()
-                if ended - began > self.guard.patience:
-                    self.guard.slow(ended, ended - began)
+                if ended - began > guard.patience:
+                    guard.slow(ended, ended - began)
         except BaseException:
             self._changed_to(self._length())
             raise

@@ -5,32 +5,24 @@ from __future__ import annotations
 
 import errno
 import os
-import stat
 import sys
 from _weakrefset import WeakSet
 from collections.abc import Collection, Sequence
 
 from ..contract import FUA, MAY_UNMAP, NO_FALLBACK, Limits
 from ..engine.kernel import BaseDriver
-from ..errors import NotSupported, UsageError
+from ..errors import UsageError
 from ..extents import Data, Extent, Zero
 from .base import PERMISSIONS
 from .bounce import Bounce
 from .direct import DirectIO, probe_alignment
 from .fileio import FileIO
 from .locks import ImageLocks
+from .opening import CACHE_MODES, open_descriptor, open_flags
 from .os_portable import Device, Portable
 from .os_portable import table as system_table
 from .space import Space, find_runs, merged
 
-CACHE_MODES = {  # direct, write-through, no flush
-    "writeback": (False, False, False),
-    "none": (True, False, False),
-    "off": (True, False, False),
-    "directsync": (True, True, False),
-    "writethrough": (False, True, False),
-    "unsafe": (False, False, True),
-}
 _EVERYTHING = frozenset(PERMISSIONS)
 _QUIET = frozenset({"consistent-read", "write-unchanged"})
 _NO_WRITING = (errno.EACCES, errno.EROFS, errno.EPERM)
@@ -90,12 +82,12 @@ class FileNode(FileIO):
             raise UsageError("force-share=on can only be used with read-only images")
         table = system_table()
         try:
-            fd, device = _open_descriptor(table, filename, writable, cache, create)
+            fd, device = open_descriptor(table, filename, writable, cache, create)
         except OSError as error:
             if not writable or not auto_read_only or error.errno not in _NO_WRITING:
                 raise
             writable = False
-            fd, device = _open_descriptor(table, filename, writable, cache, create)
+            fd, device = open_descriptor(table, filename, writable, cache, create)
         node = cls(driver, filename, table, fd, device)
         try:
             node.force_share = force_share
@@ -308,7 +300,7 @@ class FileNode(FileIO):
         if self._flush_error is None:
             await self._flush()
         old = self._fd
-        flags = _flags(self.table, writable, cache)
+        flags = open_flags(self.table, writable, cache)
         claim = writable and self.device.kind == "device" and self._claim_fd < 0
         fd = self.table.again(
             old, self.filename, flags | (self.table.exclusive_flag if claim else 0)
@@ -359,47 +351,3 @@ def _forked() -> None:
 
 if sys.platform != "win32":
     os.register_at_fork(after_in_child=_forked)
-
-
-def _flags(table: Portable, writable: bool, cache: str) -> int:
-    direct = CACHE_MODES[cache][0]
-    if direct and not table.direct_flag and type(table).set_direct is Portable.set_direct:
-        raise NotSupported(f"cache mode '{cache}' is not available on this system")
-    return (os.O_RDWR if writable else os.O_RDONLY) | (table.direct_flag if direct else 0)
-
-
-def _open_descriptor(
-    table: Portable, filename: str, writable: bool, cache: str, create: bool
-) -> tuple[int, Device]:
-    flags = _flags(table, writable, cache)
-    try:
-        mode = os.stat(filename).st_mode
-    except FileNotFoundError:
-        if not create:
-            raise
-        flags |= os.O_CREAT
-    else:
-        if stat.S_ISBLK(mode):
-            if writable:
-                flags |= table.exclusive_flag
-        elif not stat.S_ISREG(mode):
-            raise UsageError(f"'file' driver requires '{filename}' to be a regular file")
-    try:
-        fd = table.open(filename, flags, 0o644)
-    except OSError as error:
-        if error.errno == errno.EBUSY:
-            why = table.who_uses(filename)
-            raise OSError(errno.EBUSY, f"Device or resource busy: {why}", filename) from error
-        if error.errno == errno.EINVAL and CACHE_MODES[cache][0]:
-            raise OSError(
-                errno.EINVAL, "The file system does not support O_DIRECT", filename
-            ) from error
-        raise
-    try:
-        device = table.device(fd)
-        if writable and device.read_only:
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS), filename)
-    except BaseException:
-        os.close(fd)
-        raise
-    return fd, device

@@ -84,6 +84,11 @@ class Linux(Portable):
     def read_ahead(self, fd: int, offset: int, length: int) -> None:
         os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
 
+    def waits(self) -> int | None:
+        import resource  # only once a write was slow
+
+        return resource.getrusage(resource.RUSAGE_THREAD).ru_nvcsw
+
     def sync_data(self, fd: int) -> None:
         os.fdatasync(fd)
 

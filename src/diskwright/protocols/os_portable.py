@@ -110,6 +110,10 @@ class Portable:
     def read_ahead(self, fd: int, offset: int, length: int) -> None:
         """Begin to bring this range into the page cache."""
 
+    def waits(self) -> int | None:
+        """How often this thread has waited so far, where the system counts that."""
+        return None
+
     def sync_data(self, fd: int) -> None:
         """Data, and what is needed to find them, are durable."""
         os.fsync(fd)

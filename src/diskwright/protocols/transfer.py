@@ -89,30 +89,57 @@ def put_zeroes(table: Portable, fd: int, start: int, end: int) -> None:
 class Guard:
     """Whether buffered writes run at once, on the thread that asks.
 
-    They do while they are quick.  One long stall, or several short ones in a row, sends them to
-    the pool for a while, which doubles every time it happens again soon.  Times in seconds.
+    They do while they are quick.  One long stall, or several short ones within a second, sends
+    them to the pool for a while, which doubles every time it happens again soon.  A busy machine
+    looks the same as a stalled file, so after a first slow batch the next ones are watched: a
+    thread that never waited was only not scheduled.  Times in seconds.
     """
 
     patience = 0.005
     too_long = 0.050
+    hopeless = 0.250  # counts also when nobody watched
     strikes = 3
+    watch = 2.0
     first_pause = 0.05
     longest_pause = 5.0
 
-    __slots__ = ("count", "pause", "until")
+    __slots__ = ("before", "count", "last", "pause", "table", "until", "watching")
 
-    def __init__(self) -> None:
+    def __init__(self, table: Portable) -> None:
+        self.table = table
+        self.watching = 0.0
+        """Until when; 0: not."""
+        self.before: int | None = None
         self.count = 0
+        self.last = 0.0
         self.until = 0.0
         self.pause = self.first_pause
 
+    def look(self, now: float) -> None:
+        """Called before a batch while ``watching``."""
+        if now > self.watching:
+            self.watching = 0.0
+        else:
+            self.before = self.table.waits()
+
     def slow(self, now: float, took: float) -> None:
         """A batch that ended ``now`` took longer than ``patience``."""
-        if now - self.until > 4 * self.longest_pause:
-            self.pause = self.first_pause
+        if not self.watching:
+            self.watching = now + self.watch
+            if took < self.hopeless:
+                return
+        elif self.before is not None and self.table.waits() == self.before:
+            return
+        self.watching = now + self.watch
+        if now - self.last > 1.0:
+            self.count = 0
+        self.last = now
         self.count += 1
         if took < self.too_long and self.count < self.strikes:
             return
+        if now - self.until > 4 * self.longest_pause:
+            self.pause = self.first_pause
         self.count = 0
         self.until = now + self.pause
+        self.watching = self.until + self.watch
         self.pause = min(self.pause * 2, self.longest_pause)
