@@ -46,6 +46,11 @@ class MappedNode(Node):
             self._slots.pop(slot, None)
         else:
             self._slots[slot] = edge.child
+            format: Any = self.format
+            if slot == "backing" and hasattr(format, "has_backing"):
+                # A caller may give a backing file to an image that names none: its unallocated
+                # clusters then stop reading as zeroes.
+                format.has_backing = True
         limits = Limits()
         for name, child in self._slots.items():
             if name != "backing":
