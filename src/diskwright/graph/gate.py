@@ -24,8 +24,9 @@ class Gate:
     ``allow``: references (as an image may write them, or resolved) that the caller typed.
     """
 
-    max_depth = 200
-    """Longest chain of backing files that is followed."""
+    max_depth = 80
+    """Longest chain of backing files that is followed: a read passes through every layer, each a
+    few frames of the interpreter's stack."""
 
     def __init__(self, policy: str = "untrusted", allow: Iterable[str] = ()) -> None:
         if policy not in POLICIES:

@@ -27,6 +27,10 @@ class Graph:
         self.nodes: dict[str, Node] = {}
         self.roots: dict[Node, Use] = {}
         """The nodes that somebody outside uses, and how."""
+        self.extra: dict[Node, Use] = {}
+        """Further uses, by operations inside (a commit writes to a backing file)."""
+        self.sparse: dict[Node, bool] = {}
+        """What :func:`.status.sparse_below` found out, once for each node."""
         self._serial = 100
 
     # -- names
@@ -58,6 +62,8 @@ class Graph:
     def remove(self, node: Node) -> None:
         """Forget a node that was closed."""
         self.roots.pop(node, None)
+        self.extra.pop(node, None)
+        self.sparse.pop(node, None)
         if self.nodes.get(node.name) is node:
             del self.nodes[node.name]
         node.graph = None
@@ -81,7 +87,8 @@ class Graph:
         Raises UsageError when users of one node conflict, ImageInUse when another program does.
         """
         for node in walk(top):
-            use = combined(node, [self.roots[node]] if node in self.roots else [])
+            users = [uses[node] for uses in (self.roots, self.extra) if node in uses]
+            use = combined(node, users)
             force = bool(node.options.get("force-share"))
             if force:
                 use = Use(use.perms, ALL)

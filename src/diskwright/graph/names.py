@@ -8,6 +8,7 @@ keys are lists.  File names stay ``str`` with surrogates for bytes that are not 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -53,13 +54,12 @@ def from_filename(name: str) -> Options:
     """The options of the protocol that a file name selects (``json:`` is its object)."""
     if is_json(name):
         return parse_json(name[5:])
+    check_path(name)
     protocol = protocol_of(name)
     rest = name[len(protocol) + 1 :]
     if protocol in ("", "file"):
         path = rest if protocol else name
-        if not path:
-            raise UsageError("A file name must not be empty")
-        return {"driver": "file", "filename": path}
+        return {"driver": "file", "filename": check_path(path)}
     if protocol == "blkdebug":
         config, colon, image = rest.partition(":")
         if not colon:
@@ -77,6 +77,16 @@ def from_filename(name: str) -> Options:
     if not known(protocol):
         raise UsageError(f"Unknown protocol '{protocol}'")
     return {"driver": protocol, "filename": name}
+
+
+def check_path(name: Any) -> str:
+    """``name`` if it can be a file's; raises UsageError otherwise."""
+    try:
+        if isinstance(name, str) and name and b"\0" not in os.fsencode(name):
+            return name
+    except UnicodeError:  # half a surrogate pair, which no file system can mean
+        pass
+    raise UsageError(f"{name!r} cannot be the name of a file")
 
 
 def parse_json(text: str) -> Options:
@@ -148,7 +158,7 @@ def flatten(options: Mapping[str, Any], prefix: str = "", depth: int = 0) -> Opt
         if isinstance(value, Mapping) and value:
             flat.update(flatten(value, f"{prefix}{key}.", depth + 1))
         else:
-            flat[prefix + str(key)] = value
+            flat[prefix + str(key)] = {} if isinstance(value, Mapping) else value
     return flat
 
 

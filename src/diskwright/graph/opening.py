@@ -116,6 +116,8 @@ class Opening:
         found = registry.driver(driver_name)
         assert found.open is not None
         given = {"driver": driver_name, **checked(found, options)}
+        if "filename" in given:
+            names.check_path(given["filename"])
         inherited = {
             "read-only": not mode.writable,
             "force-share": mode.force_share,
@@ -201,6 +203,8 @@ class Opening:
                 opener=opener,
             )
             node.options = {"driver": driver_name, **given}
+            if isinstance(backing, dict | str):
+                node.options["backing"] = "given"
             if mode.force_share:
                 node.options["force-share"] = True
             node.read_only = not mode.writable

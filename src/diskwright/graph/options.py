@@ -102,7 +102,7 @@ def boolean(name: str, value: Any) -> bool:
 
 def size(name: str, value: Any) -> int:
     """A size in bytes: a number, or text with a suffix of 1024's powers (k, M, G, T, P, E)."""
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+    if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 64:
         return value
     match = re.fullmatch(r"(0x[0-9a-f]+|[0-9]+(?:\.[0-9]+)?)([bkmgtpe]?)", str(value).lower())
     if match is not None:
@@ -154,6 +154,8 @@ def convert(option: Option, value: Any) -> Any:
             return int(str(value), 0)
         except ValueError:
             raise UsageError(f"Parameter '{option.name}' expects a number") from None
+    if not isinstance(value, str):
+        raise UsageError(f"Parameter '{option.name}' expects a string")
     if option.choices and value not in option.choices:
         raise UsageError(f"Invalid parameter '{value}' for '{option.name}'")
     return value

@@ -74,8 +74,11 @@ async def _switch(node: Node, layers: list[Node], writable: bool, cache: str | N
     graph = node.graph
     if graph is not None:
         if node in graph.roots:
-            use = graph.roots[node]
-            graph.use(node, root_use(writable, use.shared))
+            graph.use(node, root_use(writable, graph.roots[node].shared))
+        elif writable:
+            graph.extra[node] = root_use(True)
+        else:
+            graph.extra.pop(node, None)
         graph.refresh(node)
     for layer in reversed(layers[:-1]):
         if isinstance(layer, MappedNode):

@@ -10,7 +10,8 @@ from collections.abc import AsyncIterator
 from typing import NamedTuple
 
 from ..extents import DATA, HOLE, INLINE, OPAQUE, PACKED, Data, Extent, Opaque, Zero
-from .graph import leaf_of, primary
+from .graph import Graph, leaf_of, primary
+from .mapped import MappedNode
 from .node import Node
 from .registry import kind
 
@@ -193,7 +194,7 @@ async def _layer(node: Node, start: int, length: int, depth: int) -> list[Status
     position = start
     out: list[Status] = []
     leaf = not node.children
-    deeper = not leaf and sparse_below(node)
+    deeper = not leaf and await sparse_below(node)
     for extent in await node.extents(start + shift, length):
         for part in await _told(node, extent, leaf, deeper):
             if leaf and part.offset < 0:
@@ -238,14 +239,29 @@ async def _told(node: Node, extent: Extent, leaf: bool, deeper: bool) -> list[St
     return out
 
 
-def sparse_below(node: Node) -> bool:
+async def sparse_below(node: Node) -> bool:
     """True when a format's file is so sparse that its data may well be holes of the file.
 
-    qemu-img tells holes of the file under allocated clusters only when the host has allocated
-    clearly less (a tenth, measured) than the image refers to, which is how an image with
-    preallocated metadata looks; for others asking the file again for each range is not worth it.
+    qemu-img tells holes of the file under allocated clusters only for an image whose clusters in
+    use exceed what the host has allocated by a tenth and by two clusters (measured), which is how
+    preallocated metadata look.  For others, asking the file for each range is not worth it.
     """
+    graph: Graph | None = node.graph
+    if graph is not None and node in graph.sparse:
+        return graph.sparse[node]
     leaf = leaf_of(node)
     measure = getattr(leaf, "disk_size", None)
     held = measure() if measure is not None else None
-    return held is not None and held * 10 < leaf.size * 9
+    format = getattr(node, "format", None)
+    unit: int = getattr(format, "unit", 0)
+    if held is None or unit <= 1:
+        return False
+    real = held // unit
+    least = real + max(real // 10, 2)
+    found = -(-leaf.size // unit) >= least
+    counting = getattr(format, "referenced_clusters", None)
+    if found and counting is not None and isinstance(node, MappedNode):
+        found = await node.run_procedure(counting(), whole_image=False) >= least
+    if graph is not None:
+        graph.sparse[node] = found
+    return found
