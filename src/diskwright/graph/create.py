@@ -88,30 +88,65 @@ async def create_image(
     An existing file is overwritten.  A creation that fails leaves no file where none was.  When it
     returns, file and directory are durable.
     """
+    found, given, beside = await prepare(
+        driver, filename, fmt, size, options, gate=gate, check_backing=check_backing
+    )
+    given["size"] = size = align_up(given["size"], SECTOR)
+    await write_image(driver, filename, found, given, beside)
+    return size
+
+
+async def prepare(
+    driver: BaseDriver,
+    filename: str,
+    fmt: str,
+    size: int | None,
+    options: Mapping[str, Any] | None = None,
+    *,
+    gate: Gate | None = None,
+    check_backing: bool = True,
+) -> tuple[Driver, Options, Options]:
+    """All that can be said about a creation before anything is written: the format, its options
+    complete (``size`` among them, as it was given), and those of the protocol."""
     found = registry.driver(fmt)
     if found.create is None or found.kind != "format":
         raise NotSupported(f"Format driver '{fmt}' does not support image creation")
-    given = create_options(found, options or {})
+    own = {option.name for option in found.create_options}
+    beside: Options = {}
+    where, plain = parse(filename)
+    if plain:
+        protocol = registry.driver(str(where["driver"]))
+        asked = {k: v for k, v in (options or {}).items() if k not in own}
+        if asked and all(any(o.name == k for o in protocol.create_options) for k in asked):
+            declared = {option.name: option for option in protocol.create_options}
+            beside = {name: convert(declared[name], value) for name, value in asked.items()}
+    given = create_options(found, {k: v for k, v in (options or {}).items() if k not in beside})
+    if size is None:
+        size = given.get("size")
     if given.get("backing_file"):
         size = await _look_at_backing(driver, filename, given, size, check_backing, gate)
     if size is None:
         raise UsageError("Image creation needs a size parameter")
-    given["size"] = size = align_up(size, SECTOR)
-    await write_image(driver, filename, found, given)
-    return size
+    given["size"] = size
+    return found, given, beside
 
 
 async def write_image(
-    driver: BaseDriver, filename: str, found: Driver, options: Mapping[str, Any]
+    driver: BaseDriver,
+    filename: str,
+    found: Driver,
+    options: Mapping[str, Any],
+    beside: Mapping[str, Any] | None = None,
 ) -> None:
-    """Make the file and run the format's creation (``options`` complete, ``size`` among them)."""
+    """Make the file and run the format's creation (``options`` complete, ``size`` among them;
+    ``beside`` are creation options of the protocol)."""
     assert found.create is not None
     where, plain = parse(filename)
     if not plain:
         raise UsageError("An image is created by its file name")
     procedure = found.create(dict(options))
     graph = Graph(driver)
-    file, made = await create_file(graph, where)
+    file, made = await create_file(graph, where, beside)
     node: Node = file
     try:
         node = MappedNode(driver, found.name, _Nothing(), {"file": file}, graph.tables)
@@ -127,7 +162,9 @@ async def write_image(
     await close_disk(node)
 
 
-async def create_file(graph: Graph, where: Options) -> tuple[Node, str | None]:
+async def create_file(
+    graph: Graph, where: Options, beside: Mapping[str, Any] | None = None
+) -> tuple[Node, str | None]:
     """Make (or empty) what ``where`` describes and open it for writing.
 
     Also returns the path to remove when the creation fails later; None when it was there before.
@@ -139,7 +176,9 @@ async def create_file(graph: Graph, where: Options) -> tuple[Node, str | None]:
     path = str(options["filename"]) if protocol.name == "file" else None
     existed = path is None or os.path.lexists(path)
     given = checked(protocol, {k: v for k, v in options.items() if k != "driver"})
-    node: Node = await protocol.create(graph.driver, {"driver": protocol.name, **given})
+    node: Node = await protocol.create(
+        graph.driver, {"driver": protocol.name, **given, **(beside or {})}
+    )
     node.options = {"driver": protocol.name, **given}
     graph.add(node)
     made = None if existed else path

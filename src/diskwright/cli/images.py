@@ -1,0 +1,117 @@
+"""From the options of a verb to the disks that it names."""
+
+from __future__ import annotations
+
+from collections.abc import Coroutine
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from ..errors import UsageError
+from .options import FORMAT, HELP, Args, Opt, help_text, parse
+from .output import Call, UsageProblem
+
+if TYPE_CHECKING:
+    from ..graph.gate import Gate
+    from ..ops.images import ImageSpec
+
+T = TypeVar("T")
+
+READ_CACHES = ("none", "off", "directsync", "writeback", "unsafe", "writethrough")
+
+
+def arguments(
+    call: Call, argv: list[str], declared: tuple[Opt, ...], operands: str, summary: str
+) -> Args | None:
+    """Parse the command line of a verb; None when help was asked for and given."""
+    args = parse(argv, (HELP, *declared))
+    if "help" in args:
+        call.out(help_text(f"{call.title} [OPTIONS] {operands}", summary, (HELP, *declared)), "")
+        return None
+    call.quiet = "quiet" in args
+    if "object" in args:
+        raise UsageError(f"Objects are not supported: '{args.get('object')}'")
+    return args
+
+
+def one_image(args: Args) -> str:
+    """The only operand."""
+    if len(args.operands) != 1:
+        raise UsageProblem("Expecting one image file name")
+    return args.operands[0]
+
+
+def gate(args: Args, *typed: str) -> Gate:
+    """The gate of this command; ``typed`` are references on the command line itself."""
+    from ..graph.gate import Gate
+
+    return Gate.from_environment(args.get("policy"), typed)
+
+
+def spec(
+    args: Args,
+    name: str,
+    *,
+    format_key: str = FORMAT.key,
+    opts_key: str = "image-opts",
+    cache: str = "writeback",
+    typed: tuple[str, ...] = (),
+) -> ImageSpec:
+    """The disk ``name`` as the options describe it.
+
+    Raises UsageError for options that exclude each other.
+    """
+    from ..graph.names import parse_image_opts
+    from ..ops.images import ImageSpec, OpenFailed
+
+    format = args.get(format_key)
+    reference: Any = name
+    if opts_key in args:
+        if format is not None:
+            raise UsageError("--image-opts and --format are mutually exclusive")
+        try:
+            reference = parse_image_opts(name)
+        except UsageError as error:
+            raise OpenFailed(name, error) from error
+    return ImageSpec(name, reference, format, cache, "force-share" in args, gate(args, *typed))
+
+
+def cache_mode(args: Args, key: str, default: str, message: str) -> str:
+    """The cache mode that option ``key`` names.  Raises UsageError with ``message``."""
+    mode = args.get(key)
+    if mode is None:
+        return default
+    if mode not in READ_CACHES:
+        raise UsageError(f"{message}: {mode}")
+    return mode
+
+
+def output_format(args: Args) -> str:
+    """``human`` or ``json``."""
+    wanted = args.get("output") or "human"
+    if wanted not in ("human", "json"):
+        raise UsageProblem(f"--output expects 'human' or 'json' not '{wanted}'")
+    return wanted
+
+
+def run(make: Any) -> Any:
+    """Run the coroutine that ``make(driver)`` returns on a driver of its own."""
+    from ..engine.kernel import Driver
+
+    driver = Driver()
+    try:
+        coro: Coroutine[Any, Any, Any] = make(driver)
+        return driver.run(coro)
+    finally:
+        driver.close()
+
+
+def warn_if_guessed(call: Call, name: str, node: Any) -> None:
+    """Warn, as qemu-img does, when an image that is written to was only guessed to be raw."""
+    from .output import to_stderr
+
+    if node.probed:
+        to_stderr(
+            f"WARNING: Image format was not specified for '{name}' and probing guessed raw.\n"
+            "         Automatically detecting the format is dangerous for raw images, write "
+            "operations on block 0 will be restricted.\n"
+            "         Specify the 'raw' format explicitly to remove the restrictions.\n"
+        )

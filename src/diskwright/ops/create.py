@@ -1,0 +1,87 @@
+"""Making new images, and the options for that."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..declare import Option
+from ..engine.kernel import BaseDriver
+from ..errors import DiskError, UsageError
+from ..graph import registry
+from ..graph.create import prepare, write_image
+from ..graph.gate import Gate
+from ..graph.names import parse
+from ..units import SECTOR, align_up
+
+# What `Formatting` lines show, in qemu-img's order (measured with 10.0).
+SHOWN = (
+    "cluster_size", "extended_l2", "preallocation", "compression_type", "size", "compat",
+    "backing_file", "backing_fmt", "data_file", "data_file_raw", "lazy_refcounts", "refcount_bits",
+    "nocow", "extent_size_hint",
+)  # fmt: skip
+
+
+def split_options(text: str) -> dict[str, str]:
+    """``a=1,b=2`` as a dict; a comma in a value is written twice, a name alone means ``on``.
+
+    Raises UsageError for an empty name.
+    """
+    out: dict[str, str] = {}
+    for part in text.replace(",,", "\0").split(","):
+        name, equals, value = part.replace("\0", ",").partition("=")
+        if not name:
+            raise UsageError(f"Invalid option list: {text}")
+        out[name] = value if equals else "on"
+    return out
+
+
+def creatable(name: str) -> Any:
+    """The declaration of the format ``name``, which must be able to make images.
+
+    Raises UsageError.
+    """
+    try:
+        found = registry.driver(name)
+    except DiskError:
+        raise UsageError(f"Unknown file format '{name}'") from None
+    if found.create is None:
+        raise UsageError(f"Format driver '{name}' does not support image creation")
+    return found
+
+
+def create_options(fmt: str, filename: str | None) -> tuple[Option, ...]:
+    """The creation options of a format; with ``filename`` also those of its protocol."""
+    options = {option.name: option for option in creatable(fmt).create_options}
+    if filename is not None:
+        protocol = registry.driver(str(parse(filename)[0]["driver"]))
+        for option in protocol.create_options:
+            options.setdefault(option.name, option)
+    return tuple(options.values())
+
+
+async def create(
+    driver: BaseDriver,
+    filename: str,
+    fmt: str,
+    size: int | None,
+    options: Mapping[str, Any],
+    *,
+    gate: Gate | None = None,
+    look_at_backing: bool = True,
+    on_ready: Callable[[dict[str, Any]], None] | None = None,
+) -> int:
+    """Make an image; returns its size in bytes.
+
+    ``on_ready`` is told the complete options before anything is written.  See
+    :func:`diskwright.graph.create.create_image`.
+    """
+    found, given, beside = await prepare(
+        driver, filename, fmt, size, options, gate=gate, check_backing=look_at_backing
+    )
+    if on_ready is not None:
+        on_ready({**given, **beside})
+    given["size"] = align_up(given["size"], SECTOR)
+    await write_image(driver, filename, found, given, beside)
+    length: int = given["size"]
+    return length

@@ -1,0 +1,146 @@
+"""What an image is: format, sizes, backing file, and what its format tells of itself."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from ..engine.kernel import BaseDriver
+from ..errors import DiskError, ImageError
+from ..graph.display import base_of, display_name
+from ..graph.graph import leaf_of, primary
+from ..graph.names import resolve
+from ..graph.node import Node
+from ..graph.opener import close_disk
+from ..graph.registry import kind
+from ..units import SECTOR, align_up
+from .images import ImageSpec, OpenFailed
+
+
+class NodeInfo(NamedTuple):
+    """One node.  Sizes in bytes; None and empty: does not apply or is not known.
+
+    ``full_backing_name`` is what the backing file's name means from here, None where that cannot
+    be told; ``children`` are (slot, information) without the backing file.
+    """
+
+    filename: str
+    format: str
+    virtual_size: int
+    actual_size: int | None
+    is_protocol: bool
+    cluster_size: int = 0
+    dirty: bool | None = None
+    encrypted: bool = False
+    backing_name: str | None = None
+    backing_format: str | None = None
+    full_backing_name: str | None = None
+    specific: dict[str, Any] | None = None
+    snapshots: tuple[dict[str, Any], ...] = ()
+    children: tuple[tuple[str, NodeInfo], ...] = ()
+
+
+async def info(driver: BaseDriver, spec: ImageSpec) -> NodeInfo:
+    """Information about one image; its backing file is not opened."""
+    node = await spec.open(driver, backing=False, check=True)
+    try:
+        return describe(node)
+    finally:
+        await close_disk(node)
+
+
+async def info_chain(driver: BaseDriver, spec: ImageSpec) -> list[NodeInfo]:
+    """Information about an image and all below it, each opened by what the one above says.
+
+    Raises ImageError when the chain comes back to itself.
+    """
+    found: list[NodeInfo] = []
+    seen: set[str] = set()
+    while True:
+        if spec.name in seen:
+            raise ImageError(f"Backing file '{spec.name}' creates an infinite loop.")
+        seen.add(spec.name)
+        found.append(await info(driver, spec))
+        last = found[-1]
+        if last.backing_name is None:
+            return found
+        if last.full_backing_name is None:
+            raise OpenFailed(
+                last.filename, ImageError(f"cannot tell what '{last.backing_name}' means from here")
+            )
+        try:
+            name = spec.gate.admit(
+                last.backing_name, last.filename, resolved=last.full_backing_name
+            )
+        except DiskError as error:
+            raise OpenFailed(last.full_backing_name, error) from error
+        spec = spec._replace(name=name, reference=name, format=last.backing_format)
+
+
+def describe(node: Node) -> NodeInfo:
+    """Information about an open node and its children."""
+    children = tuple(
+        (slot, describe(edge.child)) for slot, edge in node.children.items() if slot != "backing"
+    )
+    format = getattr(node, "format", None)
+    protocol = kind(node.driver_name) == "protocol"
+    size = align_up(node.size, SECTOR)
+    common = NodeInfo(
+        filename=display_name(node),
+        format=node.driver_name,
+        virtual_size=size,
+        actual_size=actual_size(node),
+        is_protocol=protocol,
+        children=children,
+        dirty=_dirty(node),
+    )
+    if format is None:
+        specific: dict[str, Any] | None = (
+            {} if node.driver_name in ("file", "host_device") else None
+        )
+        return common._replace(specific=specific)
+    name = format.backing_file or None
+    return common._replace(
+        cluster_size=getattr(format, "cluster_size", 0),
+        encrypted=bool(getattr(format, "encrypted", False)),
+        backing_name=name,
+        backing_format=format.backing_format,
+        full_backing_name=None if name is None else full_backing_name(node, name),
+        specific=format.info() or None,
+        snapshots=tuple(getattr(format, "snapshots", ())),
+    )
+
+
+def full_backing_name(node: Node, name: str) -> str | None:
+    """What the backing file's name ``name`` means from ``node``; None where nobody can tell."""
+    try:
+        return resolve(base_of(node), name)
+    except DiskError:
+        return None
+
+
+def actual_size(node: Node) -> int | None:
+    """Bytes that the host has allocated for a node's own file; None where it does not say."""
+    if kind(node.driver_name) == "filter":
+        return None
+    below = primary(node)
+    if below is not None:
+        return actual_size(below)
+    measure = getattr(node, "disk_size", None)
+    if measure is not None:
+        found: int | None = measure()
+        return found
+    return 0 if node.driver_name in ("null-co", "null-aio", "memory") else None
+
+
+def _dirty(node: Node) -> bool | None:
+    """Whether the image was not closed cleanly; None where its driver cannot tell."""
+    format = getattr(node, "format", None)
+    if format is not None and hasattr(format, "dirty"):
+        return bool(format.dirty)
+    leaf = leaf_of(node)
+    if leaf.driver_name in ("file", "host_device"):
+        return False
+    return None
+
+
+__all__ = ["NodeInfo", "actual_size", "describe", "full_backing_name", "info", "info_chain"]
