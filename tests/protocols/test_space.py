@@ -14,6 +14,8 @@ from diskwright.contract import MAY_UNMAP, NO_FALLBACK
 from diskwright.errors import NotSupported, UsageError
 from diskwright.extents import Data, Zero
 from diskwright.protocols.file import FileNode
+from diskwright.protocols.memory import MemoryNode
+from diskwright.protocols.os_portable import Portable
 
 from .support import Watching, using
 
@@ -216,6 +218,38 @@ class TestZero:
         with using(watch):
             driver.run(steps())
 
+    @pytest.mark.parametrize("portable", [True, False])
+    def test_growing_by_zeroes_does_not_cut_off_a_write(self, portable, driver, tmp_path):
+        path = tmp_path / "x"
+        base = Portable if portable else Watching
+
+        class Racing(base):
+            """Somebody writes between the look at the length and what follows from it."""
+
+            late = False
+
+            def device(self, fd):
+                found = super().device(fd)
+                if self.late:
+                    self.late = False
+                    with open(path, "r+b") as other:
+                        other.seek(200 * K)
+                        other.write(b"late")
+                return found
+
+        table = Racing()
+
+        async def steps():
+            node = await FileNode.open(driver, str(path), create=True)
+            table.late = True
+            await node.zero([0], [64 * K])
+            assert node.refresh() == 200 * K + 4
+            assert bytes((await node.read([200 * K], [4]))[0]) == b"late"
+            await node.close()
+
+        with using(table):
+            driver.run(steps())
+
 
 class TestLength:
     @pytest.mark.parametrize("mode", ["off", "falloc", "full"])
@@ -296,6 +330,7 @@ class TestCopy:
             assert watch.calls["clone"] == 1
             assert target.size == 1032 * K
             assert await target.copy_range(source, 300 * K, 0, 10) == 0
+            assert await target.copy_range(MemoryNode(driver, b"x"), 0, 0, 1) == 0
             await target.close()
             await source.close()
 

@@ -12,16 +12,18 @@ from collections.abc import Awaitable, Callable, Sequence
 from itertools import islice, repeat
 from operator import add, eq
 from time import perf_counter
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..contract import FUA
 from ..engine.kernel import BaseDriver, Condition, Future
 from ..errors import FlushFailed
 from .base import Buffer, Leaf, clear
-from .bounce import Bounce
 from .os_portable import Device, Portable, Writable
 from .space import HoleMap, Space
 from .transfer import Guard, fill, fill_all, put, put_all
+
+if TYPE_CHECKING:
+    from .bounce import Bounce
 
 T = TypeVar("T")
 

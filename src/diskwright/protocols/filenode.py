@@ -11,11 +11,10 @@ from collections.abc import Collection, Sequence
 
 from ..contract import FUA, MAY_UNMAP, NO_FALLBACK, Limits
 from ..engine.kernel import BaseDriver
+from ..engine.node import Node
 from ..errors import UsageError
 from ..extents import Data, Extent, Zero
 from .base import PERMISSIONS
-from .bounce import Bounce
-from .direct import DirectIO, probe_alignment
 from .fileio import FileIO
 from .locks import ImageLocks
 from .opening import CACHE_MODES, open_descriptor, open_flags
@@ -123,6 +122,9 @@ class FileNode(FileIO):
         direct, through, unsafe = CACHE_MODES[cache]
         bounce, limits = None, Limits()
         if direct and self.table.direct_flag:
+            from .bounce import Bounce
+            from .direct import DirectIO, probe_alignment
+
             alignment = await self._job(probe_alignment, self.table, fd, self.size)
             if self.device.kind == "device":
                 alignment = max(alignment, self.device.sector)
@@ -246,13 +248,13 @@ class FileNode(FileIO):
         return None if blocks is None else blocks * 512
 
     # -- ways around the loop
-    async def copy_range(
-        self, source: FileNode, source_offset: int, offset: int, length: int
-    ) -> int:
+    async def copy_range(self, source: Node, source_offset: int, offset: int, length: int) -> int:
         """Copy from ``source`` without moving the bytes through this process (a reflink where
         the file system has them).  Bytes copied, which may be fewer; 0: it cannot be done, or
         ``source`` ends there."""
         self._check_writable()
+        if not isinstance(source, FileNode):
+            return 0
         source.check_open()
         if self._bounce is not None or source._bounce is not None:
             return 0

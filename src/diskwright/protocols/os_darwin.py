@@ -74,6 +74,10 @@ class Darwin(Portable):
         finally:
             os.close(fd)
 
+    def extend(self, fd: int, size: int) -> None:
+        if os.fstat(fd).st_size < size:
+            os.pwrite(fd, b"\0", size - 1)
+
     def allocate(self, fd: int, offset: int, length: int) -> None:
         end = offset + length
         size = os.fstat(fd).st_size

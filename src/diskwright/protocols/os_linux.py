@@ -105,6 +105,15 @@ class Linux(Portable):
         finally:
             os.close(fd)
 
+    def extend(self, fd: int, size: int) -> None:
+        try:
+            os.posix_fallocate(fd, size - 1, 1)
+        except OSError as error:
+            if error.errno not in (errno.ENOTSUP, errno.ENOSYS):
+                raise
+            if os.fstat(fd).st_size < size:
+                os.pwrite(fd, b"\0", size - 1)
+
     def allocate(self, fd: int, offset: int, length: int) -> None:
         os.posix_fallocate(fd, offset, length)
 

@@ -130,6 +130,14 @@ class Portable:
         """Set the length."""
         os.ftruncate(fd, size)
 
+    def extend(self, fd: int, size: int) -> None:
+        """Make the file at least ``size`` bytes long; its last byte belongs to whoever asks.
+        Unlike ``truncate`` this cannot cut off what somebody else writes at the same time."""
+        with self._seek:
+            if os.lseek(fd, 0, os.SEEK_END) < size:
+                os.lseek(fd, size - 1, os.SEEK_SET)
+                os.write(fd, b"\0")
+
     def allocate(self, fd: int, offset: int, length: int) -> None:
         """Reserve space; the file grows when the range ends beyond its end."""
         raise unsupported()

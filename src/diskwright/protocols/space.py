@@ -68,7 +68,7 @@ class Space:
         # The rows zero inside the file; what it grows by is zero already.
         size = self._size()
         if end > size:
-            self.table.truncate(self.fd, end)
+            self.table.extend(self.fd, end)
         for start, end in spans:
             length = end - start
             if unmap and self._try("punch", start, length):
