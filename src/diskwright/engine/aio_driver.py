@@ -54,6 +54,12 @@ class AsyncioDriver(BaseDriver):
         self.loop.add_writer(fd, ready)
         return future
 
+    def watch(self, fd: int, callback: Callable[[], None]) -> None:
+        self.loop.add_reader(fd, callback)
+
+    def unwatch(self, fd: int) -> None:
+        self.loop.remove_reader(fd)
+
     def forget(self, fd: int) -> None:
         self.loop.remove_reader(fd)
         self.loop.remove_writer(fd)

@@ -161,6 +161,16 @@ class BaseDriver:
         """Resolved when ``fd`` can be written."""
         raise NotImplementedError
 
+    def watch(self, fd: int, callback: Callable[[], None]) -> None:
+        """Call ``callback`` whenever ``fd`` can be read, until :meth:`unwatch`: for those who read
+        again and again, without a future and a task's step each time.  A call may come although
+        there is nothing to read (any more)."""
+        raise NotImplementedError
+
+    def unwatch(self, fd: int) -> None:
+        """End :meth:`watch`; nothing happens if it was not called."""
+        raise NotImplementedError
+
     def forget(self, fd: int) -> None:
         """Must be called before ``fd`` is closed, if it was ever waited for."""
         raise NotImplementedError

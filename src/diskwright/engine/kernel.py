@@ -68,6 +68,7 @@ class Driver(BaseDriver):
         self._asleep = False
         self._alarm = threading.Event()
         self._waiters: dict[int, list[Future[None] | None]] = {}
+        self._readers: dict[int, Callable[[], None]] = {}
         self._masks: dict[int, int] = {}
 
     def soon(self, callback: Callable[[], None]) -> None:
@@ -88,7 +89,7 @@ class Driver(BaseDriver):
                     self._wake[1].send(b"\0")
 
     # -- descriptors: registered once and kept, so that waiting again costs no system call
-    def _watch(self, fd: int, direction: int) -> Future[None]:
+    def _hear(self, fd: int, bit: int) -> None:
         if self._poller is None:
             from .poller import Poller, wake_pair
 
@@ -96,25 +97,35 @@ class Driver(BaseDriver):
             self._wake = wake_pair()
             self._wake_fd = self._wake[0].fileno()
             self._poller.set(self._wake_fd, 1, 0)
+        have = self._masks.get(fd, 0)
+        if not have & bit:
+            self._poller.set(fd, have | bit, have)
+            self._masks[fd] = have | bit
+
+    def _wait_for(self, fd: int, direction: int) -> Future[None]:
         pair = self._waiters.get(fd)
         if pair is None:
             pair = self._waiters[fd] = [None, None]
         future: Future[None] = Future()
         pair[direction] = future
-        have = self._masks.get(fd, 0)
-        bit = 1 << direction
-        if not have & bit:
-            self._poller.set(fd, have | bit, have)
-            self._masks[fd] = have | bit
+        self._hear(fd, 1 << direction)
         return future
 
     def readable(self, fd: int) -> Future[None]:
-        return self._watch(fd, 0)
+        return self._wait_for(fd, 0)
 
     def writable(self, fd: int) -> Future[None]:
-        return self._watch(fd, 1)
+        return self._wait_for(fd, 1)
+
+    def watch(self, fd: int, callback: Callable[[], None]) -> None:
+        self._readers[fd] = callback
+        self._hear(fd, 1)
+
+    def unwatch(self, fd: int) -> None:
+        self._readers.pop(fd, None)
 
     def forget(self, fd: int) -> None:
+        self._readers.pop(fd, None)
         mask = self._masks.pop(fd, 0)
         if mask and self._poller is not None:
             self._poller.set(fd, 0, mask)
@@ -138,14 +149,18 @@ class Driver(BaseDriver):
                     assert self._wake is not None
                     self._wake[0].recv(4096)
                     continue
+                reader = self._readers.get(fd)
+                if reader is not None and events & 1:
+                    self._ready.append(reader)
+                    events &= ~1
+                    if not events:
+                        continue
                 pair = self._waiters.get(fd)
-                if pair is None:  # forgotten by a callback of this very round
-                    continue
                 unheard = 0
                 for direction in (0, 1):
                     if events & (1 << direction):
-                        future = pair[direction]
-                        if future is not None:
+                        future = pair[direction] if pair is not None else None
+                        if future is not None and pair is not None:
                             pair[direction] = None
                             future.set()
                         else:  # nobody waits: stop hearing of it until somebody does

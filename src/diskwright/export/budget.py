@@ -5,20 +5,22 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from ..engine.kernel import BaseDriver, Cancelled, Future
+from ..engine.kernel import Cancelled, Future
 
 CLIENT_LIMIT = 64 << 20
 TOTAL_LIMIT = 512 << 20
 
 
 class Budget:
-    """At most ``limit`` bytes, granted in the order in which they were asked for.
+    """At most ``limit`` bytes, granted in the order in which they were asked for; what is taken
+    here is taken from ``parent`` too.  A request above the whole limit is granted alone.
 
     ``reclaim`` are asked, when somebody must wait, to give back what they hold without need.
     """
 
-    def __init__(self, driver: BaseDriver, limit: int, parent: Budget | None = None) -> None:
-        self.driver = driver
+    __slots__ = ("_waiters", "limit", "parent", "peak", "reclaim", "used")
+
+    def __init__(self, limit: int, parent: Budget | None = None) -> None:
         self.limit = limit
         self.parent = parent
         self.used = 0
@@ -27,28 +29,26 @@ class Budget:
         self._waiters: deque[tuple[int, Future[None]]] = deque()
 
     def take(self, count: int) -> bool:
-        """Take ``count`` bytes at once, or nothing.  A request above the whole limit is granted
-        alone."""
-        if self._waiters or (self.used and self.used + count > self.limit):
+        """Take ``count`` bytes at once, or nothing."""
+        used = self.used
+        if self._waiters or (used and used + count > self.limit):
             return False
         if self.parent is not None and not self.parent.take(count):
             return False
-        self.used += count
-        if self.used > self.peak:
-            self.peak = self.used
+        self.used = used = used + count
+        if used > self.peak:
+            self.peak = used
         return True
 
     async def acquire(self, count: int) -> None:
         """Wait for ``count`` bytes."""
+        await self._wait(count)
         if self.parent is not None:
-            await self._wait(count)
             try:
                 await self.parent.acquire(count)
             except BaseException:
                 self._give(count)
                 raise
-        else:
-            await self._wait(count)
 
     async def _wait(self, count: int) -> None:
         if not self._waiters and not (self.used and self.used + count > self.limit):
@@ -74,7 +74,7 @@ class Budget:
         """Give ``count`` bytes back."""
         self._give(count)
         if self.parent is not None:
-            self.parent.release(count)
+            self.parent._give(count)
 
     def _give(self, count: int) -> None:
         self.used -= count
@@ -93,4 +93,4 @@ class Budget:
     @property
     def contended(self) -> bool:
         """Somebody waits."""
-        return bool(self._waiters) or (self.parent is not None and self.parent.contended)
+        return bool(self._waiters)

@@ -46,7 +46,7 @@ class NbdExport:
         self.clients = clients
         self.persistent = persistent
         self.handshake_seconds = handshake_seconds
-        self.budget = Budget(driver, budget)
+        self.budget = Budget(budget)
         self.on_error: Callable[[BaseException], None] = lambda error: None
         """Told of failures that are not the client's and that no reply can carry."""
         self.description = Export(
@@ -133,12 +133,11 @@ class NbdExport:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         connection = Connection(self, sock)
         self.connections.add(connection)
-        connection.start().callbacks.append(lambda task: self._left(connection, task.error))
+        connection.ended.callbacks.append(lambda _: self._left(connection))
+        connection.start()
 
-    def _left(self, connection: Connection, error: BaseException | None) -> None:
+    def _left(self, connection: Connection) -> None:
         self.connections.discard(connection)
-        if error is not None:
-            self.on_error(error)
         self._served = self._served or connection.negotiated
         if self._room is not None:
             self._room.set()

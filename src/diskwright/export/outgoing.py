@@ -46,28 +46,22 @@ class Outgoing:
         self._queue: deque[Item] = deque()
         self._drainer: Future[None] | None = None
 
-    def send(
-        self, buffers: Sequence[Buffer], total: int, sent: Callable[[], None] | None = None
-    ) -> None:
-        """Send ``buffers`` of ``total`` bytes; ``sent`` is called when they are not needed."""
-        if not self._queue and self.broken is None:
+    def send(self, buffers: Sequence[Buffer], total: int) -> bool:
+        """Send ``buffers`` of ``total`` bytes.  True: they are not needed any more; otherwise
+        what :meth:`then` is given next is called when that is so."""
+        if self.broken is not None:
+            return True
+        done = 0
+        if not self._queue:
             try:
                 done = self.sock.sendmsg(buffers if len(buffers) <= VECTORS else buffers[:VECTORS])
             except (BlockingIOError, InterruptedError):
-                done = 0
+                pass
             except OSError as error:
                 self._break(error)
-                done = 0
+                return True
             if done == total:
-                if sent is not None:
-                    sent()
-                return
-        else:
-            done = 0
-        if self.broken is not None:
-            if sent is not None:
-                sent()
-            return
+                return True
         for buffer in buffers:
             size = len(buffer)
             if done >= size:
@@ -77,26 +71,24 @@ class Outgoing:
                 done = 0
             else:
                 self._queue.append(buffer)
-        if sent is not None:
-            self._queue.append(_Sent(sent))
         self._start()
+        return False
 
-    def send_file(
-        self,
-        header: Buffer,
-        pieces: Sequence[FilePiece],
-        sent: Callable[[], None] | None = None,
-    ) -> None:
-        """Send ``header`` and then the pieces from the page cache, without copying them here."""
+    def then(self, callback: Callable[[], None]) -> None:
+        """Call ``callback`` when everything so far has left."""
+        if self._queue:
+            self._queue.append(_Sent(callback))
+        else:
+            callback()
+
+    def send_file(self, header: Buffer, pieces: Sequence[FilePiece]) -> bool:
+        """Send ``header`` and then the pieces from the page cache, without copying them here;
+        the result is that of :meth:`send`."""
         if self.broken is not None:
-            if sent is not None:
-                sent()
-            return
+            return True
         idle = not self._queue
         self._queue.append(header)
         self._queue.extend(pieces)
-        if sent is not None:
-            self._queue.append(_Sent(sent))
         if idle:
             try:
                 self._push()
@@ -105,6 +97,7 @@ class Outgoing:
             except OSError as error:
                 self._break(error)
         self._start()
+        return not self._queue
 
     async def drained(self) -> None:
         """Until everything was sent or the peer is gone."""

@@ -64,32 +64,20 @@ class Batch:
     wins.  All ranges lie within the export and no read or write is longer than 32 MiB.
     """
 
-    __slots__ = (
-        "buffer",
-        "fua",
-        "others",
-        "payloads",
-        "read_cookies",
-        "read_lengths",
-        "read_offsets",
-        "refusals",
-        "write_cookies",
-        "write_offsets",
-    )
-
-    def __init__(self) -> None:
-        self.read_cookies: Sequence[bytes] = ()
-        self.read_offsets: Sequence[int] = ()
-        self.read_lengths: Sequence[int] = ()
-        self.write_cookies: Sequence[bytes] = ()
-        self.write_offsets: Sequence[int] = ()
-        self.payloads: Sequence[memoryview] = ()
-        self.fua = False
-        """Some write of the batch must be durable before it is answered."""
-        self.others: list[Other] = []
-        self.refusals: list[Refusal] = []
-        self.buffer: ReceiveBuffer | None = None
-        """Where the payloads lie; :meth:`release` gives it back."""
+    # Defaults of the class: most batches hold one kind, and an assignment saved is a tenth of a
+    # microsecond for a client that sends one request at a time.
+    read_cookies: Sequence[bytes] = ()
+    read_offsets: Sequence[int] = ()
+    read_lengths: Sequence[int] = ()
+    write_cookies: Sequence[bytes] = ()
+    write_offsets: Sequence[int] = ()
+    payloads: Sequence[memoryview] = ()
+    fua = False
+    """Some write of the batch must be durable before it is answered."""
+    others: Sequence[Other] = ()
+    refusals: Sequence[Refusal] = ()
+    buffer: ReceiveBuffer | None = None
+    """Where the payloads lie; :meth:`release` gives it back."""
 
     def add_reads(
         self, cookies: Sequence[bytes], offsets: Sequence[int], lengths: Sequence[int]
@@ -126,6 +114,18 @@ class Batch:
         self.write_cookies.extend(cookies)
         self.write_offsets.extend(offsets)  # type: ignore[attr-defined]
         self.payloads.extend(payloads)  # type: ignore[attr-defined]
+
+    def add_other(self, other: Other) -> None:
+        """Append what is neither read nor write."""
+        if not isinstance(self.others, list):
+            self.others = []
+        self.others.append(other)
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Append an answer."""
+        if not isinstance(self.refusals, list):
+            self.refusals = []
+        self.refusals.append(refusal)
 
     def release(self) -> None:
         """The payloads are not needed any more."""

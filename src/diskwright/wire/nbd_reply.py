@@ -12,6 +12,7 @@ Buffer = bytes | bytearray | memoryview
 
 _SIMPLE = struct.Struct(">II8s")
 _CHUNK = struct.Struct(">IHH8sI")
+_READ_CHUNK = struct.Struct(">Q8sIQ")
 _READ_HEAD = c.STRUCTURED_REPLY_MAGIC << 32 | c.REPLY_FLAG_DONE << 16 | c.REPLY_OFFSET_DATA
 _SIMPLE_OK = c.SIMPLE_REPLY_MAGIC << 32
 
@@ -44,9 +45,11 @@ class ReadHeaders:
 
     def fill(
         self, cookies: Sequence[bytes], offsets: Sequence[int], lengths: Sequence[int]
-    ) -> list[memoryview]:
+    ) -> Sequence[Buffer]:
         """One header for each read; they stay valid until the next call."""
         count = len(cookies)
+        if count == 1:
+            return (read_header(self.structured, cookies[0], offsets[0], lengths[0]),)
         if self.structured:
             flat: list[int | bytes] = [_READ_HEAD] * (4 * count)
             flat[1::4] = cookies
@@ -63,7 +66,7 @@ class ReadHeaders:
 def read_header(structured: bool, cookie: bytes, offset: int, length: int) -> bytes:
     """The header before the bytes of one read."""
     if structured:
-        return _columns("Q8sIQ", 1).pack(_READ_HEAD, cookie, length + 8, offset)
+        return _READ_CHUNK.pack(_READ_HEAD, cookie, length + 8, offset)
     return _SIMPLE.pack(c.SIMPLE_REPLY_MAGIC, 0, cookie)
 
 

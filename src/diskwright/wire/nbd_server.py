@@ -161,7 +161,7 @@ class NbdServer:
                 if self._skip:
                     break
                 if self._skipped is not None:
-                    batch.refusals.append(self._skipped)
+                    batch.refuse(self._skipped)
                     self._skipped = None
             left = end - start
             if left < REQUEST_SIZE:
@@ -285,11 +285,11 @@ class NbdServer:
             batch.fua = batch.fua or bool(flags & c.CMD_FLAG_FUA)
             return stride
         if error is not None:
-            batch.refusals.append(Refusal(command, cookie, error))
+            batch.refuse(Refusal(command, cookie, error))
         elif command == c.CMD_READ:
             batch.add_reads((cookie,), (offset,), (length,))
         else:
-            batch.others.append(Other(command, flags, cookie, offset, length))
+            batch.add_other(Other(command, flags, cookie, offset, length))
         return REQUEST_SIZE
 
     def _judge(self, command: int, flags: int, offset: int, length: int) -> int | None:
