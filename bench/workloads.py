@@ -84,24 +84,27 @@ class Images:
             log.write("fio version 2 iolog\nnbd add\nnbd open\n")
             log.writelines(f"nbd write {cluster * CLUSTER} 4096\n" for cluster in clusters)
             log.write("nbd close\n")
-        self.warm()
-
-    def warm(self) -> None:
-        """Read everything once."""
-        for path in (self.raw, self.qcow2):
-            with path.open("rb", buffering=0) as file:
-                while file.read(1 << 20):
-                    pass
         os.sync()
+
+    def warm(self, *paths: Path) -> None:
+        """Bring images into the page cache (direct writes of another server drop pages)."""
+        buffer = bytearray(1 << 20)
+        for path in paths:
+            with path.open("rb", buffering=0) as file:
+                while file.readinto(buffer):
+                    pass
 
     def get(self, kind: str, fmt: str) -> Path:
         """The image of a workload; fresh ones are made again."""
         if kind == "full":
-            return self.raw if fmt == "raw" else self.qcow2
+            path = self.raw if fmt == "raw" else self.qcow2
+            self.warm(path)
+            return path
         path = self.directory / f"{kind}.qcow2"
         path.unlink(missing_ok=True)
         create = ["qemu-img", "create", "-q", "-f", "qcow2"]
         if kind == "overlay":
+            self.warm(self.raw)
             create += ["-b", str(self.raw), "-F", "raw"]
         subprocess.run([*create, str(path), str(self.size)], check=True)
         return path
@@ -111,13 +114,13 @@ def run(server: Server, work: Workload, images: Images, seconds: float) -> Resul
     """One workload against a running server."""
     before = server.cpu_seconds()
     common = [
+        "--name=bench",
+        "--ioengine=nbd",  # the options of an engine follow its name
         f"--uri={server.uri}",
-        "--ioengine=nbd",
         f"--bs={work.block}",
         f"--iodepth={work.depth}",
         "--output-format=json",
         "--group_reporting",
-        "--name=bench",
     ]
     if work.rw:
         timing = ["--time_based", f"--runtime={seconds}", "--randrepeat=0", "--norandommap"]
