@@ -6,6 +6,7 @@ import random
 
 import pytest
 
+from diskwright.engine.leases import Leases
 from diskwright.protocols.bounce import Bounce
 from diskwright.protocols.file import FileNode
 from diskwright.protocols.memory import MemoryNode
@@ -171,3 +172,15 @@ def test_a_direct_file_keeps_an_unaligned_end(driver, tmp_path):
         assert path.read_bytes() == b"a" * 900 + b"b" * 300 + bytes(800) + b"c"
 
     driver.run(steps())
+
+
+def test_without_leases_bytes_are_lost(driver, monkeypatch):
+    """The mutant: the tests above must be able to see what the leases prevent."""
+    monkeypatch.setattr(Leases, "_conflict", lambda self, one, other: False)
+    lost = 0
+    for seed in range(30):
+        try:
+            test_concurrent_writes_into_the_same_units(seed, driver)
+        except AssertionError:
+            lost += 1
+    assert lost > 10

@@ -331,7 +331,11 @@ class FileNode(FileIO):
                 await self._job(self.table.truncate, self._fd, self.size)
             await self._flush()
         finally:
-            self._close_descriptors()
+            # Given up, not only closed: a child of the process may hold a copy of the descriptor.
+            try:
+                self.locks.drop()
+            finally:
+                self._close_descriptors()
 
     def _close_descriptors(self) -> None:
         """Their locks end with them."""
