@@ -1,0 +1,118 @@
+"""Progress: qemu-img's line for ``-p``, a live line for people at a terminal, JSON for programs."""
+
+from __future__ import annotations
+
+import sys
+import time
+from typing import TextIO
+
+from .options import Args
+from .output import Call
+from .sizes import human
+
+_INTERVAL = 0.2
+_STEP = 1.0
+"""Percent that must be gained before qemu-img's line is printed again."""
+
+
+class Progress:
+    """What a long verb reports while it works; call it with bytes done and in all.
+
+    ``mode``: ``off``, ``percent`` (the line of ``qemu-img -p`` on standard output), ``live``
+    (percent, rate and time left on standard error) or ``json`` (lines there).  A reader that goes
+    away ends the reports, not the work.
+    """
+
+    def __init__(self, call: Call, mode: str) -> None:
+        self.call = call
+        self.mode = mode
+        self.done = 0
+        self.total = 0
+        self._shown = 0.0
+        self._started = time.monotonic()
+        self._last = 0.0
+        self._width = 0
+        if mode == "percent":
+            self._percent(0.0)
+
+    @classmethod
+    def wanted(cls, call: Call, args: Args) -> Progress:
+        """The mode that ``-p``, ``-q`` and the terminal ask for."""
+        if "progress" in args:
+            how = "json" if args.get("progress") == "json" else "percent"
+            return cls(call, "off" if call.quiet and how == "percent" else how)
+        try:
+            live = not call.quiet and sys.stderr.isatty()
+        except ValueError:
+            live = False
+        return cls(call, "live" if live else "off")
+
+    def __call__(self, done: int, total: int) -> None:
+        self.done, self.total = done, total
+        if self.mode == "off":
+            return
+        if self.mode == "percent":
+            self._percent(done * 100 / total if total else 100.0)
+            return
+        now = time.monotonic()
+        if now - self._last < _INTERVAL:
+            return
+        self._last = now
+        self._report(now)
+
+    def finish(self, complete: bool = True) -> None:
+        """End: on success everything is done."""
+        if self.mode == "percent":
+            if complete:
+                self._percent(100.0)
+            self._write(sys.stdout, "\n")
+        elif self.mode == "live":
+            if self._width:
+                self._write(sys.stderr, "\r" + " " * self._width + "\r")
+        elif self.mode == "json" and complete:
+            self.done = self.total
+            self._report(time.monotonic())
+
+    def _percent(self, percent: float) -> None:
+        if percent in (0.0, 100.0) or percent > self._shown + _STEP or percent < self._shown:
+            self._shown = percent
+            self._write(sys.stdout, f"    ({percent:3.2f}/100%)\r")
+
+    def _report(self, now: float) -> None:
+        seconds = max(now - self._started, 1e-6)
+        rate = self.done / seconds
+        left = (self.total - self.done) / rate if rate else None
+        if self.mode == "json":
+            eta = "null" if left is None else f"{left:.1f}"
+            self._write(
+                sys.stderr,
+                f'{{"done": {self.done}, "total": {self.total}, "rate": {int(rate)}, '
+                f'"seconds": {seconds:.1f}, "left": {eta}}}\n',
+            )
+            return
+        percent = self.done * 100 / self.total if self.total else 100.0
+        line = f"{percent:6.2f}%  {human(self.done)} of {human(self.total)}  {human(int(rate))}/s"
+        if left is not None and seconds > 1:
+            line += f"  {clock(left)} left"
+        pad = max(0, self._width - len(line))
+        self._width = len(line)
+        self._write(sys.stderr, f"\r{line}{' ' * pad}")
+
+    def _write(self, target: TextIO, text: str) -> None:
+        try:
+            target.write(text)
+            target.flush()
+        except (OSError, ValueError):
+            self.mode = "off"
+            if target is sys.stdout:
+                from .output import hush
+
+                hush()
+
+
+def clock(seconds: float) -> str:
+    """A duration: ``0:07``, ``1:02:03``."""
+    whole = int(seconds + 0.5)
+    hours, rest = divmod(whole, 3600)
+    minutes, secs = divmod(rest, 60)
+    return f"{hours}:{minutes:02}:{secs:02}" if hours else f"{minutes}:{secs:02}"

@@ -1,0 +1,132 @@
+"""Telling whether two disks have the same content."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from ..errors import DiskError
+from ..graph.node import Node
+from ..graph.status import Status, block_status
+from ..units import SECTOR, align_down
+
+BUFFER = 2 << 20
+
+
+class ReadFailed(DiskError):
+    """A disk could not be read (``side`` 0 or 1) at ``offset``; ``status_only``: already asking
+    what is there failed."""
+
+    def __init__(
+        self, side: int, offset: int, length: int, cause: OSError | DiskError, status_only: bool
+    ) -> None:
+        self.side, self.offset, self.length = side, offset, length
+        self.cause, self.status_only = cause, status_only
+        self.exit_code = 3 if status_only else 4
+        super().__init__(str(cause))
+
+
+class Comparison(NamedTuple):
+    """``equal``: the content is the same, where the shorter disk counts as followed by zeroes.
+
+    ``offset``: the first 512-byte sector that differs, -1 when none does.  ``sizes_differ`` and
+    (strict) ``status_offset``, the first place that one disk holds and the other does not.
+    """
+
+    equal: bool
+    offset: int = -1
+    sizes_differ: bool = False
+    status_offset: int = -1
+
+
+async def compare(
+    one: Node,
+    other: Node,
+    *,
+    strict: bool = False,
+    on_progress: Callable[[int, int], None] | None = None,
+    on_sizes_differ: Callable[[], None] | None = None,
+) -> Comparison:
+    """Compare two open disks.
+
+    ``strict``: sizes must be the same, too, and the same ranges allocated.  ``on_sizes_differ`` is
+    called when the common part is equal and the rest of the longer disk will be looked at.
+    """
+    nodes = (one, other)
+    common, total = sorted((one.size, other.size))
+    if strict and common != total:
+        return Comparison(False, sizes_differ=True)
+    offset = 0
+    while offset < common:
+        first = await _status(nodes, 0, offset, common - offset)
+        second = await _status(nodes, 1, offset, common - offset)
+        length = min(first.length, second.length)
+        if strict and first[3:6] != second[3:6]:
+            return Comparison(False, status_offset=offset)
+        if not (first.zero and second.zero):
+            if first.zero or second.zero:
+                side = 1 if first.zero else 0
+                length = min(length, BUFFER)
+                wrong = await _not_zero(nodes, side, offset, length)
+            else:
+                length = min(length, BUFFER)
+                a = await _read(nodes, 0, offset, length)
+                b = await _read(nodes, 1, offset, length)
+                wrong = _difference(a, b)
+            if wrong >= 0:
+                return Comparison(False, offset + wrong)
+        offset += length
+        if on_progress is not None:
+            on_progress(offset, total)
+    if common == total:
+        return Comparison(True)
+    if on_sizes_differ is not None:
+        on_sizes_differ()
+    side = 0 if one.size > other.size else 1
+    while offset < total:
+        part = await _status(nodes, side, offset, total - offset)
+        length = part.length
+        if not part.zero:
+            length = min(length, BUFFER)
+            wrong = await _not_zero(nodes, side, offset, length)
+            if wrong >= 0:
+                return Comparison(False, offset + wrong, sizes_differ=True)
+        offset += length
+        if on_progress is not None:
+            on_progress(offset, total)
+    return Comparison(True, sizes_differ=True)
+
+
+async def _status(nodes: tuple[Node, Node], side: int, offset: int, length: int) -> Status:
+    try:
+        return (await block_status(nodes[side], offset, length))[0]
+    except (OSError, DiskError) as error:
+        raise ReadFailed(side, offset, length, error, True) from error
+
+
+async def _read(nodes: tuple[Node, Node], side: int, offset: int, length: int) -> memoryview:
+    try:
+        (data,) = await nodes[side].read([offset], [length])
+    except (OSError, DiskError) as error:
+        raise ReadFailed(side, offset, length, error, False) from error
+    return memoryview(data)
+
+
+async def _not_zero(nodes: tuple[Node, Node], side: int, offset: int, length: int) -> int:
+    """The first sector of the range that is not all zeroes, relative to it; -1 for none."""
+    data = await _read(nodes, side, offset, length)
+    return _difference(data, memoryview(bytes(length)))
+
+
+def _difference(a: memoryview, b: memoryview) -> int:
+    """The first sector that differs; -1 for none."""
+    if a == b:
+        return -1
+    low, high = 0, len(a)
+    while high - low > SECTOR:
+        middle = low + max(SECTOR, align_down((high - low) // 2, SECTOR))
+        if a[low:middle] != b[low:middle]:
+            high = middle
+        else:
+            low = middle
+    return low
