@@ -14,7 +14,7 @@ _MOST_IN_FLIGHT = 256 << 20
 
 
 class Workload(NamedTuple):
-    """``requests`` requests of ``size`` bytes, ``depth`` of them at a time, from ``offset`` on, each
+    """``requests`` of ``size`` bytes, ``depth`` of them at a time, from ``offset`` on, each
     ``step`` bytes behind the one before, starting over at the end of the disk.
 
     ``pattern``: the byte that is written; None reads.  ``flush_interval``: a flush after so many
