@@ -6,7 +6,16 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
-from ..contract import Groups, HostRange, NeedMeta, Plan, Range, TableStore
+from ..contract import (
+    Groups,
+    HostRange,
+    NeedMeta,
+    Plan,
+    Procedure,
+    Range,
+    Request,
+    TableStore,
+)
 from ..declare import Driver
 from ..engine.kernel import BaseDriver
 from ..errors import DiskError, NotSupported, UsageError
@@ -144,7 +153,8 @@ async def write_image(
     where, plain = parse(filename)
     if not plain:
         raise UsageError("An image is created by its file name")
-    procedure = found.create(dict(options))
+    # Whatever can be found wrong with the options is, before the file is touched.
+    procedure = primed(found.create(dict(options)))
     graph = Graph(driver)
     file, made = await create_file(graph, where, beside)
     node: Node = file
@@ -160,6 +170,24 @@ async def write_image(
             _remove(made)
         raise
     await close_disk(node)
+
+
+def primed(procedure: Procedure) -> Procedure:
+    """``procedure``, run up to its first request; raises what it raises until there."""
+    return _resumed(next(procedure), procedure)
+
+
+def _resumed(request: Request, procedure: Procedure) -> Procedure:
+    try:
+        while True:
+            try:
+                answer = yield request
+            except Exception as error:
+                request = procedure.throw(error)
+            else:
+                request = procedure.send(answer)
+    except StopIteration as stop:
+        return stop.value
 
 
 async def create_file(

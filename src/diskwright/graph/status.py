@@ -251,7 +251,7 @@ async def sparse_below(node: Node) -> bool:
         return graph.sparse[node]
     leaf = leaf_of(node)
     measure = getattr(leaf, "disk_size", None)
-    held = measure() if measure is not None else None
+    held: int | None = measure() if measure is not None else None
     format = getattr(node, "format", None)
     unit: int = getattr(format, "unit", 0)
     if held is None or unit <= 1:
@@ -261,7 +261,8 @@ async def sparse_below(node: Node) -> bool:
     found = -(-leaf.size // unit) >= least
     counting = getattr(format, "referenced_clusters", None)
     if found and counting is not None and isinstance(node, MappedNode):
-        found = await node.run_procedure(counting(), whole_image=False) >= least
+        count: int = await node.run_procedure(counting(), whole_image=False)
+        found = count >= least
     if graph is not None:
         graph.sparse[node] = found
     return found
