@@ -24,7 +24,6 @@ class Mapping(Core):
     def load(self, slot: str, offset: int, data: bytes) -> None:
         """Decode a table that was asked for."""
         if offset in self._asked_blocks:
-            self._asked_blocks.discard(offset)
             block = decode(self.refcount_bits, data)
             self.tables.put(slot, offset, block, self.cluster_size)
         else:

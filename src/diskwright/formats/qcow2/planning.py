@@ -94,6 +94,7 @@ class Planner(Allocator):
             table = self.tables.put(SLOT, offset, data, self.cluster_size)
             self._parts[offset] = set()
             self._new_l2.add(offset)
+            self._asked_blocks.discard(offset)
             if old is not None or not zero:
                 self.touch_l2(table, 0, len(data))
             if old is not None:
