@@ -627,6 +627,8 @@ def test_the_system_calls_of_warm_batches(tmp_path):
 import os
 from diskwright.engine.kernel import Driver
 from diskwright.protocols.file import FileNode
+from diskwright.protocols.transfer import Guard
+Guard.patience = 60  # tracing is slow
 driver = Driver()
 async def steps():
     node = await FileNode.open(driver, {str(path)!r}, writable=True)
