@@ -49,8 +49,13 @@ class Raw:
         self.options = options
         self.offset = 0
         self.size = 0
-        self.fixed = False
+        self.fixed = options.get("size") is not None or bool(options.get("offset"))
         self.writable = bool(options.get("writable", not options.get("read-only", False)))
+
+    def follow(self, length: int) -> None:
+        """The file has ``length`` bytes now; a disk that is no window changes with it."""
+        if not self.fixed:
+            self.size = align_up(length, 512)
 
     def info(self) -> dict[str, Any]:
         """Nothing beyond what every image has."""

@@ -51,6 +51,8 @@ class MappedNode(Node):
                 # A caller may give a backing file to an image that names none: its unallocated
                 # clusters then stop reading as zeroes.
                 format.has_backing = True
+            if slot == "file" and hasattr(format, "follow"):
+                format.follow(edge.child.size)  # a disk that is as long as its file
         limits = Limits()
         for name, child in self._slots.items():
             if name != "backing":
