@@ -1,0 +1,318 @@
+"""The Python API: synchronous and on asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import threading
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import diskwright
+from diskwright import aio, api
+from diskwright.errors import NodeClosed, Refused, UsageError
+
+from .tools import shell
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DISKWRIGHT_POLICY", raising=False)
+    return tmp_path
+
+
+def test_the_package_offers_the_api() -> None:
+    assert diskwright.open is api.open and diskwright.Disk is api.Disk
+    assert {"open", "create", "Disk", "__version__"} <= set(dir(diskwright))
+    with pytest.raises(AttributeError):
+        diskwright.nonsense  # noqa: B018
+    for name in diskwright.__all__:
+        assert getattr(diskwright, name)
+
+
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_a_disk_from_beginning_to_end(format: str, here: Path, peer: Any) -> None:
+    path = here / f"disk.{format}"
+    assert diskwright.create(path, format, 1 << 20) == 1 << 20
+    with diskwright.open(path, format, writable=True) as disk:
+        assert (disk.size, disk.format, disk.writable) == (1 << 20, format, True)
+        assert disk.name == str(path) and repr(disk).startswith("<Disk ")
+        disk.write(100, b"hello")
+        disk.write(200, memoryview(bytearray(b"views")), fua=True)
+        disk.write(300, b"")
+        disk.zero(102, 2)
+        disk.zero(65536, 65536, unmap=True)
+        disk.discard(131072, 65536)
+        disk.flush()
+        assert disk.read(100, 5) == b"he\0\0o"
+        assert disk.read(5, 0) == b""
+        disk.resize(2 << 20)
+        assert disk.size == 2 << 20
+        with pytest.raises(UsageError, match="shrink"):
+            disk.resize(1 << 20)
+        disk.resize(1 << 20, shrink=True)
+        parts = disk.extents()
+        assert parts[0].start == 0 and sum(part.length for part in parts) == disk.size
+    assert disk.closed and repr(disk) == "<closed Disk>"
+    disk.close()
+    for call in (lambda: disk.read(0, 1), disk.flush, lambda: disk.size, disk.__enter__):
+        with pytest.raises(NodeClosed):
+            call()
+    pattern = "read -P 0x68 100 1"
+    assert "read 1/1" in shell(here, peer("qemu-io"), "-r", "-f", format, "-c", pattern, str(path))
+
+
+@pytest.mark.parametrize("bad", [(-1, 1), (0, -1), (0, (1 << 20) + 1), (1 << 20, 1), (1 << 70, 1)])
+def test_requests_outside_the_disk(bad: tuple[int, int]) -> None:
+    diskwright.create("a", "raw", 1 << 20)
+    with diskwright.open("a", "raw", writable=True) as disk:
+        for method in (disk.read, disk.zero, disk.discard):
+            with pytest.raises(UsageError, match="do not lie inside a disk of 1048576 bytes"):
+                method(*bad)
+        with pytest.raises(UsageError):
+            disk.write((1 << 20) - 1, b"xx")
+
+
+def test_a_read_only_disk_takes_no_writes() -> None:
+    diskwright.create("a", "qcow2", 1 << 20)
+    with diskwright.open("a") as disk:
+        for call in (
+            lambda: disk.write(0, b"x"),
+            lambda: disk.zero(0, 512),
+            lambda: disk.discard(0, 65536),
+            lambda: disk.resize(2 << 20),
+        ):
+            with pytest.raises(PermissionError):
+                call()
+
+
+def test_paths_of_every_kind(here: Path) -> None:
+    name = b"\xff.raw"
+    diskwright.create(name, "raw", 512)
+    for source in (name, os.fsdecode(name), here / os.fsdecode(name),
+                   {"driver": "raw", "file.filename": os.fsdecode(name)}):  # fmt: skip
+        with diskwright.open(source) as disk:
+            assert disk.size == 512
+
+
+def test_threads_take_turns() -> None:
+    diskwright.create("a", "qcow2", 4 << 20)
+    errors: list[BaseException] = []
+    with diskwright.open("a", writable=True) as disk:
+
+        def work(i: int) -> None:
+            try:
+                for j in range(20):
+                    at = (i * 20 + j) * 10_000
+                    disk.write(at, bytes([i + 1]) * 10_000)
+                    assert disk.read(at, 10_000) == bytes([i + 1]) * 10_000
+                    if j % 7 == 0:
+                        disk.flush()
+            except BaseException as error:
+                errors.append(error)
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    assert not errors
+
+
+def test_a_forked_child_has_no_disk() -> None:
+    diskwright.create("a", "qcow2", 1 << 20)
+    with diskwright.open("a", writable=True) as disk:
+        disk.write(0, b"parent")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # other tests left threads
+            child = os.fork()
+        if child == 0:
+            code = 1
+            try:
+                disk.read(0, 1)
+            except NodeClosed:
+                disk.close()  # does nothing, touches nothing
+                code = 0 if disk.closed else 2
+            finally:
+                os._exit(code)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        disk.write(6, b" lives")
+        assert disk.read(0, 12) == b"parent lives"
+    with diskwright.open("a") as disk:
+        assert disk.read(0, 12) == b"parent lives"
+
+
+def test_a_disk_that_was_forgotten_is_closed_with_a_warning() -> None:
+    diskwright.create("a", "qcow2", 1 << 20)
+    disk = diskwright.open("a", writable=True)
+    disk.write(0, b"kept")
+    with pytest.warns(ResourceWarning, match="never closed"):
+        del disk
+    with diskwright.open("a") as again:
+        assert again.read(0, 4) == b"kept"
+
+
+def test_a_program_that_ends_with_open_disks_loses_nothing() -> None:
+    diskwright.create("a", "qcow2", 1 << 20)
+    code = "import diskwright\nd = diskwright.open('a', writable=True)\nd.write(0, b'kept')"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
+    assert (done.returncode, done.stderr) == (0, b"")
+    with diskwright.open("a") as disk:
+        assert disk.read(0, 4) == b"kept"
+
+
+def test_nothing_is_left_open_after_an_error() -> None:
+    diskwright.create("a", "qcow2", 1 << 20)
+    before = (set(os.listdir("/proc/self/fd")), threading.active_count())
+    for _ in range(3):
+        with pytest.raises(UsageError):
+            diskwright.open({"driver": "raw", "file.filename": "a", "nonsense": 1})
+        with pytest.raises(OSError):
+            diskwright.create("nodir/x", "raw", 512)
+    assert (set(os.listdir("/proc/self/fd")), threading.active_count()) == before
+
+
+# -- asyncio
+
+
+def test_asyncio_from_beginning_to_end() -> None:
+    async def work() -> None:
+        assert await aio.create("a", "qcow2", 1 << 20) == 1 << 20
+        async with aio.open("a", writable=True) as disk:
+            assert (disk.size, disk.format, disk.name) == (1 << 20, "qcow2", "a")
+            await asyncio.gather(*[disk.write(i * 9000, bytes([i]) * 9000) for i in range(100)])
+            found = await asyncio.gather(*[disk.read(i * 9000, 9000) for i in range(100)])
+            assert found == [bytes([i]) * 9000 for i in range(100)]
+            await disk.zero(0, 9000)
+            await disk.discard(65536, 65536)
+            await disk.flush()
+            await disk.resize(2 << 20)
+            assert sum(part.length for part in await disk.extents()) == 2 << 20
+            with pytest.raises(UsageError):
+                await disk.read(2 << 20, 1)
+        assert disk.closed
+        with pytest.raises(NodeClosed):
+            await disk.read(0, 1)
+        disk = await aio.open("a", "qcow2")
+        assert await disk.read(9000, 2) == b"\1\1"
+        async with disk:
+            pass
+        assert disk.closed
+        await aio.create("b", "qcow2", None, {"backing_file": "a", "backing_fmt": "qcow2"})
+        with pytest.raises(Refused):
+            await aio.open("b")
+        async with aio.open("b", policy="trusted") as top:
+            assert await top.read(9000, 2) == b"\1\1"
+
+    asyncio.run(work())
+
+
+def test_a_disk_belongs_to_its_loop() -> None:
+    diskwright.create("a", "raw", 512)
+
+    async def opened() -> aio.Disk:
+        return await aio.open("a", "raw")
+
+    first, second = asyncio.new_event_loop(), asyncio.new_event_loop()
+    try:
+        disk = first.run_until_complete(opened())
+        with pytest.raises(UsageError, match="another event loop"):
+            second.run_until_complete(disk.flush())
+        first.run_until_complete(disk.close())
+    finally:
+        first.close()
+        second.close()
+
+
+def test_cancelling_leaves_nothing_behind() -> None:
+    diskwright.create("a", "qcow2", 1 << 20)
+
+    async def work() -> None:
+        for turns in range(6):
+            task = asyncio.ensure_future(_open_only())
+            for _ in range(turns):
+                await asyncio.sleep(0)
+            task.cancel()
+            try:
+                disk = await task
+            except asyncio.CancelledError:
+                pass
+            else:
+                await disk.close()
+            async with aio.open("a", writable=True) as again:
+                writing = asyncio.ensure_future(again.write(0, b"x" * 300_000))
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+                writing.cancel()
+                await asyncio.gather(writing, return_exceptions=True)
+                await again.write(0, b"after")
+                assert await again.read(0, 5) == b"after"
+
+    async def _open_only() -> aio.Disk:
+        return await aio.open("a", writable=True)
+
+    asyncio.run(work())
+
+
+# -- both against a model
+
+SIZE = 300_000
+OPERATIONS = st.lists(
+    st.tuples(
+        st.sampled_from(["write", "zero", "read", "flush", "reopen"]),
+        st.integers(0, SIZE - 1),
+        st.integers(1, 100_000),
+        st.integers(1, 255),
+    ),
+    max_size=12,
+)
+
+
+@settings(max_examples=25, deadline=None)
+@given(OPERATIONS, st.sampled_from([512, 4096, 65536]), st.booleans())
+def test_against_a_model(operations: list[Any], cluster_size: int, overlay: bool) -> None:
+    size = SIZE - SIZE % 512
+    model = bytearray(size)
+    diskwright.create("base", "qcow2", size // 1024 * 512)
+    with diskwright.open("base", writable=True) as disk:
+        disk.write(1000, b"base" * 20_000)
+    options: dict[str, Any] = {"cluster_size": cluster_size}
+    if overlay:
+        options |= {"backing_file": "base", "backing_fmt": "qcow2"}
+        model[1000:81_000] = b"base" * 20_000
+    diskwright.create("top", "qcow2", size, options)
+    disk = diskwright.open("top", writable=True, policy="trusted")
+    try:
+        for verb, offset, length, byte in operations:
+            offset = min(offset, size - 1)
+            length = min(length, size - offset)
+            if verb == "write":
+                disk.write(offset, bytes([byte]) * length)
+                model[offset : offset + length] = bytes([byte]) * length
+            elif verb == "zero":
+                disk.zero(offset, length, unmap=byte % 2 == 0)
+                model[offset : offset + length] = bytes(length)
+            elif verb == "read":
+                assert disk.read(offset, length) == model[offset : offset + length]
+            elif verb == "flush":
+                disk.flush()
+            else:
+                disk.close()
+                disk = diskwright.open("top", writable=True, policy="trusted")
+        assert disk.read(0, size) == model
+        for part in disk.extents():
+            if part.zero:
+                assert not any(model[part.start : part.start + part.length])
+    finally:
+        disk.close()
