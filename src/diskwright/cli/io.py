@@ -1,0 +1,182 @@
+"""``io``: the io language from the command line and from standard input."""
+
+from __future__ import annotations
+
+import os
+import stat
+import sys
+from collections.abc import AsyncIterator
+
+from ..engine.kernel import Deadlock, Driver
+from ..errors import DiskError, UsageError
+from ..ops.io import Emit, Session
+from ..ops.io_disk import Opened, OpenFailed
+from .images import gate, warn_if_guessed
+from .options import FORCE_SHARE, FORMAT, HELP, IMAGE_OPTS, OBJECT, POLICY, Args, Opt, help_text
+from .options import parse as parse_options
+from .output import Call, reason, to_stderr
+
+PROMPT = "qemu-io> "
+
+OPTIONS = (
+    HELP,
+    Opt("V", "version", "", "show the version and exit"),
+    Opt("c", "cmd", "COMMAND", "carry out a command of the io language (may be repeated)"),
+    FORMAT,
+    Opt("r", "read-only", "", "open the image for reading"),
+    Opt("s", "snapshot", "", "write to a temporary overlay"),
+    Opt("n", "nocache", "", "go around the page cache, short for -t none"),
+    Opt("C", "copy-on-read", "", "(not supported by this version)"),
+    Opt("m", "misalign", "", "(taken for compatibility)"),
+    Opt("k", "native-aio", "", "the same as --aio native"),
+    Opt("i", "aio", "MODE", "threads, native or io_uring (taken for compatibility)"),
+    Opt("t", "cache", "MODE", "cache mode (default: writethrough)"),
+    Opt("d", "discard", "MODE", "unmap (default) or ignore"),
+    Opt("T", "trace", "PATTERN", "(taken for compatibility)"),
+    FORCE_SHARE,
+    IMAGE_OPTS,
+    OBJECT,
+    POLICY,
+)
+
+
+def main(call: Call, argv: list[str]) -> int:
+    """Carry out commands on a disk: those of ``-c``, or what standard input has."""
+    args = parse_options(argv, OPTIONS)
+    if "help" in args:
+        call.out(
+            help_text(
+                f"{call.title} [OPTIONS] [-c COMMAND]... [FILE]",
+                "Read and write a disk by commands; 'help' among them tells which there are.",
+                OPTIONS,
+            ),
+            "",
+        )
+        return 0
+    if "version" in args:
+        from .main import version
+
+        call.out(version(call.name))
+        return 0
+    if len(args.operands) > 1:
+        raise UsageError("Expecting at most one image file name")
+    opened = _described(args)
+    driver = Driver()
+    session = Session(driver, _emitter(call), gate(args), lambda disk: _opened(call, disk))
+    try:
+        try:
+            return driver.run(_run(call, session, opened, args.all("cmd")))
+        except Deadlock:
+            call.error("nothing can go on: what is waited for stands at a breakpoint")
+            driver.run(session.close())
+            return 1
+    finally:
+        driver.close()
+
+
+def _described(args: Args) -> Opened | None:
+    """The disk that the options describe; None without a file name."""
+    for definition in args.all("object"):
+        if definition.partition(",")[0] not in ("secret", "qom-type=secret"):
+            raise UsageError(f"Objects of this type are not supported: '{definition}'")
+        raise UsageError("Objects of type 'secret' are not supported by this version")
+    if "image-opts" in args and "format" in args:
+        raise UsageError("--image-opts and -f are mutually exclusive")
+    if "copy-on-read" in args:
+        raise UsageError("copy-on-read is not supported by this version")
+    name = args.operands[0] if args.operands else None
+    opened = Opened(name, name or "")
+    opened.format = args.get("format")
+    opened.writable = "read-only" not in args
+    opened.snapshot = "snapshot" in args
+    opened.force_share = "force-share" in args
+    for key, value in args.options:
+        if key == "nocache":
+            opened.set_cache("none")
+        elif key == "cache":
+            opened.set_cache(value)
+        elif key == "discard":
+            opened.set_discard(value)
+        elif key == "aio":
+            opened.set_aio(value)
+        elif key == "native-aio":
+            opened.set_aio("native")
+    if name is None:
+        return None
+    if "image-opts" in args:
+        from ..graph.names import parse_image_opts
+
+        opened.name = None
+        try:
+            opened.reference = parse_image_opts(name)
+        except UsageError as error:
+            raise OpenFailed(None, error) from error
+    return opened
+
+
+def _emitter(call: Call) -> Emit:
+    def emit(text: str, stream: str) -> None:
+        if stream == "out":
+            sys.stdout.write(text + "\n")
+        elif stream == "err":
+            to_stderr(text + "\n")
+        elif stream == "report":
+            call.error(text)
+        else:
+            sys.stdout.flush()
+
+    return emit
+
+
+def _opened(call: Call, opened: Opened) -> None:
+    if opened.writable and opened.name is not None:
+        warn_if_guessed(call, opened.name, opened.node)
+
+
+async def _run(call: Call, session: Session, opened: Opened | None, commands: list[str]) -> int:
+    failed = False
+    try:
+        if opened is not None:
+            await session.open(opened)
+        if commands:
+            for command in commands:
+                failed |= not await session.execute(command)
+                if session.finished:
+                    break
+        else:
+            async for line in _lines(session):
+                failed |= not await session.execute(line)
+                if session.finished:
+                    break
+    except (OSError, DiskError) as error:
+        call.error(reason(error))
+        failed = True
+    failed |= not await session.close()
+    return int(failed)
+
+
+async def _lines(session: Session) -> AsyncIterator[str]:
+    """Lines of standard input, each asked for by a prompt; requests go on while it waits."""
+    kept = b""
+    ended = False
+    while True:
+        sys.stdout.write(PROMPT)
+        sys.stdout.flush()
+        while b"\n" not in kept and not ended:
+            chunk = await _more(session)
+            ended = not chunk
+            kept += chunk
+        line, end, kept = kept.partition(b"\n")
+        if not line and not end:
+            return
+        yield os.fsdecode(line)
+
+
+async def _more(session: Session) -> bytes:
+    fd = sys.stdin.fileno()
+    mode = os.fstat(fd).st_mode
+    if sys.platform != "win32" and (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode) or os.isatty(fd)):
+        await session.driver.readable(fd)
+    else:
+        await session.driver.turn()  # a file is always ready, and cannot be waited for
+    return os.read(fd, 1 << 16)
