@@ -35,7 +35,7 @@ from diskwright.contract import (
     Truncate,
     Write,
 )
-from diskwright.extents import DATA, HOLE, ZERO, Extent
+from diskwright.extents import DATA, HOLE, ZERO, Data, Extent
 
 
 class Store:
@@ -186,16 +186,18 @@ class Machine:
         pins: list[Table] = []
         end = offset + length
         found = []
-        while offset < end:
-            extents, miss = self.format.map([(offset, end - offset)])
-            for extent in extents:
-                assert extent.length > 0
-                found.append((offset, extent))
-                offset += extent.length
-            assert offset <= end
-            if offset < end and miss is not None:
-                self.ask(once(miss), pins)
-        self.unpin(pins)
+        try:
+            while offset < end:
+                extents, miss = self.format.map([(offset, end - offset)])
+                for extent in extents:
+                    assert extent.length > 0
+                    found.append((offset, extent))
+                    offset += extent.length
+                assert offset <= end
+                if offset < end and miss is not None:
+                    self.ask(once(miss), pins)
+        finally:
+            self.unpin(pins)
         return iter(found)
 
     def read(self, offset: int, length: int) -> bytes:
@@ -222,6 +224,12 @@ class Machine:
         if host >= 0:
             self.pwrite(host, data)
             return
+        extents = list(self.extents(offset, len(data)))
+        if all(isinstance(extent, Data) and extent.writable for _, extent in extents):
+            for at, extent in extents:
+                assert isinstance(extent, Data)
+                self.pwrite(extent.host, data[at - offset : at - offset + extent.length])
+            return
         plan = self._plan([(offset, len(data))], WRITE)
         for step in plan.steps:
             if step.op == OP_ZERO:
@@ -238,14 +246,16 @@ class Machine:
 
     def _plan(self, ranges: list[tuple[int, int]], kind: str) -> Plan | Any:
         pins: list[Table] = []
-        plan = self.ask(lambda: self.format.plan(ranges, kind), pins)
-        if plan is not None:
-            for table in plan.pins:
-                table.pins += 1
-            if plan.before is not None:
-                self.write_groups(plan.before)
-                self.format.settle(plan.before.token)
-        self.unpin(pins)
+        try:
+            plan = self.ask(lambda: self.format.plan(ranges, kind), pins)
+            if plan is not None:
+                for table in plan.pins:
+                    table.pins += 1
+                if plan.before is not None:
+                    self.write_groups(plan.before)
+                    self.format.settle(plan.before.token)
+        finally:
+            self.unpin(pins)
         return plan
 
     def _commit(self, plan: Plan) -> None:
@@ -274,10 +284,6 @@ class Machine:
         return self.change(offset, length, DISCARD)
 
     def write_groups(self, groups: Groups) -> None:
-        for write in groups.lead:
-            self.pwrite(write.offset, write.data)
-        if groups.lead:
-            self.barrier()
         for group in groups.groups:
             assert group
             for write in group:
@@ -286,6 +292,8 @@ class Machine:
 
     def flush(self) -> None:
         groups = self.format.freeze()
+        for write in groups.lead:
+            self.pwrite(write.offset, write.data)
         self.barrier()
         self.write_groups(groups)
         freed = self.format.settle(groups.token)

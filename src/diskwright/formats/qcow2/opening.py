@@ -38,7 +38,7 @@ def open_image(image: Qcow2) -> Procedure:
     if image.refuse_io is None or checking:
         yield from _read_tables(image)
     yield from _open_backing(image)
-    if image.writable and image.refuse_io is None and not checking:
+    if image.writable and not (image.refuse_io or image.refuse_write or checking):
         if h.incompatible & hd.DIRTY:
             from .rebuild import rebuild
 
