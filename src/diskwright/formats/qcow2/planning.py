@@ -97,6 +97,10 @@ class Planner(Allocator):
             self._asked_blocks.discard(offset)
             if old is not None or not zero:
                 self.touch_l2(table, 0, len(data))
+            else:
+                # It reads as zeroes already, but the file must reach to its end before an L1
+                # entry says so.
+                self.touch_l2(table, len(data) - 1, len(data))
             if old is not None:
                 shared = old.offset >> self.cluster_bits
                 self.free_later(shared, shared + 1)
