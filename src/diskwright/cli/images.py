@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import UsageError
@@ -10,6 +10,7 @@ from .options import FORMAT, HELP, Args, Opt, help_text, parse
 from .output import Call, UsageProblem
 
 if TYPE_CHECKING:
+    from ..engine.kernel import Driver
     from ..graph.gate import Gate
     from ..ops.images import ImageSpec
 
@@ -92,14 +93,43 @@ def output_format(args: Args) -> str:
     return wanted
 
 
-def run(make: Any) -> Any:
-    """Run the coroutine that ``make(driver)`` returns on a driver of its own."""
-    from ..engine.kernel import Driver
+def run(make: Callable[[Driver], Coroutine[Any, Any, T]]) -> T:
+    """Run the coroutine that ``make(driver)`` returns on a driver of its own.
+
+    The first Ctrl-C cancels it: issued I/O ends and images are closed properly.  A second one
+    ends the program at once.  Raises KeyboardInterrupt when it was cancelled.
+    """
+    import signal
+
+    from ..engine.kernel import Cancelled, Driver
 
     driver = Driver()
+    interrupted = False
+
+    async def main() -> T:
+        task = driver.spawn(make(driver), "main")
+
+        def cancel(number: int, frame: object) -> None:
+            nonlocal interrupted
+            interrupted = True
+            signal.signal(number, signal.default_int_handler)
+            driver.from_thread(task.cancel)
+
+        try:
+            before = signal.signal(signal.SIGINT, cancel)
+        except ValueError:  # not the main thread
+            return await task
+        try:
+            return await task
+        finally:
+            signal.signal(signal.SIGINT, before)
+
     try:
-        coro: Coroutine[Any, Any, Any] = make(driver)
-        return driver.run(coro)
+        return driver.run(main())
+    except Cancelled:
+        if interrupted:
+            raise KeyboardInterrupt from None
+        raise
     finally:
         driver.close()
 

@@ -83,7 +83,7 @@ def _guarded(call: Call, argv: list[str]) -> int:
         hush()
         return 141
     except KeyboardInterrupt:
-        call.error("interrupted")
+        call.error(call.on_interrupt)
         return 130
     except (DiskError, OSError) as error:
         call.error(reason(error))

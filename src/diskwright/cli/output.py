@@ -35,6 +35,8 @@ class Call:
     """
 
     failure = 1
+    on_interrupt = "interrupted"
+    """What is said after Ctrl-C: what state the images are in, and how to go on."""
 
     def __init__(self, name: str, verb: str = "") -> None:
         self.name = name

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 from collections.abc import AsyncIterator, Callable, Iterator
 from typing import NamedTuple
 
 from ..contract import MAY_UNMAP
+from ..errors import DiskError
 from .kernel import BaseDriver, Future, Task, wait_all
 from .node import Node
 
@@ -19,6 +21,20 @@ class Segment(NamedTuple):
     target_offset: int
     length: int
     zero: bool = False
+
+
+class CopyFailed(OSError, DiskError):
+    """``side`` (``read`` or ``write``) failed for the part at ``offset`` of the target, because of
+    ``cause``."""
+
+    def __init__(self, side: str, offset: int, cause: OSError | DiskError) -> None:
+        self.side, self.offset, self.cause = side, offset, cause
+        number = cause.errno if isinstance(cause, OSError) else None
+        OSError.__init__(self, number or errno.EIO, str(cause))
+
+    def __str__(self) -> str:
+        doing = "reading" if self.side == "read" else "writing"
+        return f"error while {doing} at byte {self.offset}: {self.cause}"
 
 
 class CopyOptions(NamedTuple):
@@ -44,14 +60,15 @@ class CopyOptions(NamedTuple):
 
 
 class Copier:
-    """One copy into ``target``.  ``on_progress`` is told the bytes just finished."""
+    """One copy into ``target``.  ``on_progress`` is told the bytes just finished, and whether they
+    were told to be zeroes (which takes no time)."""
 
     def __init__(
         self,
         driver: BaseDriver,
         target: Node,
         options: CopyOptions,
-        on_progress: Callable[[int], None] | None = None,
+        on_progress: Callable[[int, bool], None] | None = None,
         on_lost: Callable[[int, int, OSError], None] | None = None,
     ) -> None:
         self.driver = driver
@@ -117,7 +134,7 @@ class Copier:
         finally:
             turn.set()
         if self.on_progress is not None:
-            self.on_progress(part.length)
+            self.on_progress(part.length, part.zero)
 
     async def _offloaded(self, part: Segment) -> bool:
         """Copy in the kernel where both ends are plain data; False when they are not."""
@@ -135,10 +152,10 @@ class Copier:
             view = memoryview(buffer)[: part.length]
             try:
                 await part.source.read([part.source_offset], [part.length], [view])
-            except OSError as error:
-                if not self.options.salvage:
-                    raise
-                await self._salvage(part, view, error)
+            except (OSError, DiskError) as error:
+                if not self.options.salvage or not isinstance(error, OSError):
+                    raise CopyFailed("read", part.target_offset, error) from error
+                await self._salvage(part, view)
             if before is not None:
                 await before
             offsets: list[int] = []
@@ -152,14 +169,17 @@ class Copier:
                 elif not self.options.target_zero:
                     zero_offsets.append(part.target_offset + start)
                     zero_lengths.append(end - start)
-            if zero_offsets:
-                await self.target.zero(zero_offsets, zero_lengths, self.options.zero_flags)
-            if offsets:
-                await self.target.write(offsets, data, self.options.flags)
+            try:
+                if zero_offsets:
+                    await self.target.zero(zero_offsets, zero_lengths, self.options.zero_flags)
+                if offsets:
+                    await self.target.write(offsets, data, self.options.flags)
+            except (OSError, DiskError) as error:
+                raise CopyFailed("write", part.target_offset, error) from error
         finally:
             self._free.append(buffer)
 
-    async def _salvage(self, part: Segment, view: memoryview, error: OSError) -> None:
+    async def _salvage(self, part: Segment, view: memoryview) -> None:
         """Read what can be read, in sectors; the rest becomes zeroes and is reported."""
         step = 512
         for start in range(0, part.length, step):
@@ -193,7 +213,10 @@ class Copier:
 
     async def _zero(self, offset: int, length: int) -> None:
         if not self.options.target_zero:
-            await self.target.zero([offset], [length], self.options.zero_flags)
+            try:
+                await self.target.zero([offset], [length], self.options.zero_flags)
+            except (OSError, DiskError) as error:
+                raise CopyFailed("write", offset, error) from error
 
 
 async def copy(
@@ -201,7 +224,7 @@ async def copy(
     target: Node,
     segments: AsyncIterator[Segment],
     options: CopyOptions | None = None,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Callable[[int, bool], None] | None = None,
     on_lost: Callable[[int, int, OSError], None] | None = None,
 ) -> None:
     """Copy ``segments`` into ``target``; see :class:`CopyOptions`."""

@@ -1,0 +1,214 @@
+"""``convert``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..errors import DiskError, NotSupported, UsageError
+from .create import check_names, collect, creation_failed, list_options, overlay, wants_list
+from .images import arguments, cache_mode, gate, run, spec
+from .options import FORCE_SHARE, IMAGE_OPTS, OBJECT, POLICY, PROGRESS, QUIET, Args, Opt
+from .output import Call, reason, strerror
+from .progress import Progress
+from .sizes import INT64_MAX, bounded
+
+OPTIONS = (
+    QUIET,
+    PROGRESS,
+    Opt("f", "source-format", "FMT", "format of the sources (otherwise probed)"),
+    IMAGE_OPTS,
+    Opt("", "source-image-opts"),
+    Opt("l", "source-snapshot", "SNAPSHOT"),
+    Opt("T", "source-cache", "MODE", "cache mode of the sources (writeback)"),
+    Opt("O", "target-format", "FMT", "format of the target (raw)"),
+    Opt("", "target-image-opts", "", "TARGET is a list of options (needs -n)"),
+    Opt("o", "target-options", "OPTS", "creation options of the target"),
+    Opt("c", "compress"),
+    Opt("t", "target-cache", "MODE", "cache mode of the target (unsafe)"),
+    Opt("B", "backing", "FILE", "make the target an overlay over FILE"),
+    Opt("F", "backing-format", "FMT", "format of that backing file"),
+    Opt("n", "no-create", "", "write into a target that exists"),
+    Opt("", "target-is-zero", "", "the existing target reads as zeroes already"),
+    Opt("S", "sparse-size", "SIZE", "smallest run of zeroes to look for (4k); 0: allocate all"),
+    Opt("", "bitmaps"),
+    Opt("", "skip-broken-bitmaps"),
+    FORCE_SHARE,
+    Opt("r", "rate", "RATE", "bytes a second, with suffix"),
+    Opt("m", "parallel", "N", "parts in flight (1 to 16; 8)"),
+    Opt("C", "copy-range-offloading", "", "let the host copy between plain files"),
+    Opt("", "salvage", "", "write zeroes where a source cannot be read"),
+    Opt("W", "oob-writes", "", "write out of order"),
+    POLICY,
+    OBJECT,
+)
+
+
+def main(call: Call, argv: list[str]) -> int:
+    """Copy disks into a new image."""
+    args = arguments(call, argv, OPTIONS, "SOURCE... TARGET", "Copy disks into a new image.")
+    if args is None:
+        return 0
+    if "source-image-opts" in args:
+        args.options.append(("image-opts", ""))
+    given = args.all("target-options")
+    fmt = args.get("target-format") or "raw"
+    if any(wants_list(text) for text in given):
+        return list_options(call, fmt, args.operands[-1] if args.operands else None)
+    progress = Progress.wanted(call, args)
+    complete = False
+    try:
+        status = _convert(call, args, fmt, collect(given), progress)
+        complete = status == 0
+        return status
+    finally:
+        progress.finish(complete)
+
+
+def _numbers(args: Args) -> dict[str, Any]:
+    out: dict[str, Any] = {}
+    text = args.get("sparse-size")
+    if text is not None:
+        sparse = bounded("buffer size for sparse output", text)
+        if sparse % 512 or sparse > 16 << 20:
+            raise UsageError(
+                "Invalid buffer size for sparse output specified. Valid sizes are multiples of "
+                f"512 up to {16 << 20}. Select 0 to disable sparse detection (fully allocates "
+                "output)."
+            )
+        out["sparse"] = sparse
+    text = args.get("parallel")
+    if text is not None:
+        out["workers"] = bounded("number of coroutines", text, 1, 16, suffixes=False)
+    text = args.get("rate")
+    if text is not None:
+        out["rate"] = bounded("rate limit", text, 0, INT64_MAX)
+    return out
+
+
+def _refused(args: Args, fmt: str) -> None:
+    """Raise for what this version does not do, and for what excludes each other."""
+    if "target-image-opts" in args and "no-create" not in args:
+        raise UsageError("--target-image-opts requires use of -n flag")
+    if "target-is-zero" in args and "no-create" not in args:
+        raise UsageError("--target-is-zero requires use of -n flag")
+    if "copy-range-offloading" in args:
+        if "sparse-size" in args:
+            raise UsageError("Cannot enable copy offloading when -S is used")
+        if "salvage" in args:
+            raise UsageError("Cannot use copy offloading in salvaging mode")
+    if "target-image-opts" in args and "target-format" in args:
+        raise UsageError("--image-opts and --format are mutually exclusive")
+    if "no-create" in args and "target-options" in args:
+        raise UsageError("-o has no effect when skipping image creation")
+
+
+def _later(args: Args, fmt: str) -> None:
+    if "compress" in args:
+        if fmt == "raw":
+            raise UsageError("Compression not supported for this file format")
+        raise NotSupported("Writing compressed images (-c) is not supported")
+    if "source-snapshot" in args:
+        raise NotSupported("Failed to load snapshot: internal snapshots are not supported")
+    if "bitmaps" in args:
+        raise NotSupported("Copying persistent bitmaps (--bitmaps) is not supported")
+
+
+def _convert(call: Call, args: Args, fmt: str, options: dict[str, Any], progress: Progress) -> int:
+    numbers = _numbers(args)
+    _refused(args, fmt)
+    if len(args.operands) < 2:
+        raise UsageError("Must specify image file name")
+    *names, target_name = args.operands
+    source_cache = cache_mode(args, "source-cache", "writeback", "Invalid source cache option")
+    typed = (args.get("backing") or "", str(options.get("backing_file") or ""))
+    sources = [spec(args, name, format_key="source-format", cache=source_cache) for name in names]
+    from ..ops import convert as ops
+    from ..ops.create import creatable
+
+    create = "no-create" not in args
+    call.on_interrupt = (
+        f"interrupted: '{target_name}' is a valid image, but not complete; "
+        "run the command again to make it anew"
+    )
+
+    def prepared() -> None:
+        """What is wrong with the target is told after what is wrong with the sources."""
+        if create:
+            creatable(fmt)
+            overlay(options, args.get("backing"), None)
+            if args.get("backing-format") is not None:
+                options["backing_fmt"] = args.get("backing-format")
+            if options.get("backing_file") and len(names) > 1:
+                raise UsageError(
+                    "Having a backing file for the target makes no sense when concatenating "
+                    "multiple input images"
+                )
+            if options.get("backing_file") and fmt == "raw":
+                raise UsageError("Backing file not supported for file format 'raw'")
+            if options.get("backing_file") and not options.get("backing_fmt"):
+                raise UsageError("Use of backing file requires explicit backing format")
+            try:
+                check_names(fmt, target_name, options)
+            except UsageError as error:
+                if "cannot be used without" in str(error):
+                    raise UsageError(
+                        f"{target_name}: error while converting {fmt}: {error}"
+                    ) from None
+                raise
+        _later(args, fmt)
+        cache_mode(args, "target-cache", "unsafe", "Invalid cache option")
+
+    async def work(driver: Any) -> int:
+        target = spec(
+            args,
+            target_name,
+            format_key="" if "target-image-opts" in args else "target-format",
+            opts_key="target-image-opts",
+            cache=args.get("target-cache") or "unsafe",
+        )
+        target = target._replace(force_share=False, gate=gate(args, *filter(None, typed)))
+        if target.format is None and "target-image-opts" not in args:
+            target = target._replace(format=fmt)
+        settings = ops.Settings(
+            options=options,
+            create=create,
+            overlay=bool(args.get("backing") or (create and options.get("backing_file"))),
+            target_is_zero="target-is-zero" in args,
+            in_order="oob-writes" not in args,
+            offload="copy-range-offloading" in args,
+            salvage="salvage" in args,
+            **numbers,
+        )
+        await ops.convert(
+            driver,
+            sources,
+            target,
+            settings,
+            on_sources=prepared,
+            on_progress=progress,
+            on_lost=lost,
+        )
+        return 0
+
+    def lost(offset: int, error: OSError) -> None:
+        call.error(f"warning: error while reading offset {offset}: {strerror(error)}")
+
+    try:
+        status: int = run(work)
+        return status
+    except ops.TargetFailed as error:
+        raise call.fail(
+            f"{error.name}: error while converting {error.fmt}: {creation_failed(error.cause)}"
+        ) from error
+    except ops.CopyFailed as error:
+        doing = "reading" if error.side == "read" else "writing"
+        raise call.fail(
+            f"error while {doing} at byte {error.offset}: {_plain(error.cause)}"
+        ) from error
+
+
+def _plain(error: OSError | DiskError) -> str:
+    """Why a part could not be moved; the file was named before."""
+    if isinstance(error, OSError) and error.errno:
+        return strerror(error)
+    return reason(error)

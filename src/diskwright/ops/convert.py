@@ -1,0 +1,263 @@
+"""Copying disks into a new or existing image of any format."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ..engine.copy import CopyFailed, CopyOptions, Segment, copy
+from ..engine.kernel import BaseDriver
+from ..errors import DiskError, ImageInUse, UsageError
+from ..graph.graph import chain, leaf_of, primary
+from ..graph.names import parse
+from ..graph.node import Node
+from ..graph.opener import close_disk, discard_disk
+from ..graph.status import block_status
+from ..units import SECTOR, align_up
+from .create import create
+from .images import ImageSpec, OpenFailed, close_all
+
+BUFFER = 2 << 20
+SPARSE = 4096
+
+
+class TargetFailed(DiskError):
+    """The target could not be made; ``cause`` says why."""
+
+    def __init__(self, name: str, fmt: str, cause: OSError | DiskError) -> None:
+        self.name, self.fmt, self.cause = name, fmt, cause
+        super().__init__(f"{name}: error while converting {fmt}: {cause}")
+
+
+class Settings(NamedTuple):
+    """How to convert.
+
+    ``options``: creation options of the target.  ``create``: make the target (otherwise it exists
+    and is written into).  ``overlay``: the target has a backing file, so what the source's own top
+    layer does not hold is left out.  ``sparse``: look for zeroes in blocks of so many bytes (0:
+    allocate everything).  ``target_is_zero``: the caller vouches for it.  ``offload``: let the
+    host copy between plain files.  ``rate``: bytes a second, 0 for no limit.
+    """
+
+    options: Mapping[str, Any] = {}
+    create: bool = True
+    overlay: bool = False
+    sparse: int = SPARSE
+    target_is_zero: bool = False
+    in_order: bool = True
+    workers: int = 8
+    rate: int = 0
+    offload: bool = False
+    salvage: bool = False
+
+
+async def convert(
+    driver: BaseDriver,
+    sources: Sequence[ImageSpec],
+    target: ImageSpec,
+    settings: Settings,
+    *,
+    on_sources: Callable[[], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+    on_lost: Callable[[int, OSError], None] | None = None,
+) -> int:
+    """Copy ``sources``, one behind the other, to ``target``; returns the bytes of data copied.
+
+    ``target.format`` is the format to make or to open.  Unless the target's cache mode is
+    ``unsafe``, file and directory are durable when this returns.  Raises OpenFailed, TargetFailed,
+    CopyFailed, UsageError.  ``on_sources`` is called when the sources are open.
+    """
+    nodes: list[Node] = []
+    try:
+        for spec in sources:
+            nodes.append(await spec.open(driver))
+        if on_sources is not None:
+            on_sources()
+        total = sum(align_up(node.size, SECTOR) for node in nodes)
+        if settings.create:
+            await _make(driver, nodes, target, total, settings)
+        elif isinstance(target.reference, str):
+            try:
+                _refuse_itself(nodes, target.reference, target.name)
+            except ImageInUse as error:
+                raise OpenFailed(target.name, error) from error
+        out = await target.open(driver, writable=True)
+        try:
+            if not settings.create and out.size < total:
+                raise UsageError("output file is smaller than input file")
+            done = await _copy(driver, nodes, out, settings, on_progress, on_lost)
+            if target.cache != "unsafe":
+                await out.flush()
+        except BaseException:
+            await discard_disk(out)
+            raise
+        await close_disk(out)
+        return done
+    finally:
+        await close_all(nodes)
+
+
+async def _make(
+    driver: BaseDriver, nodes: list[Node], target: ImageSpec, total: int, settings: Settings
+) -> None:
+    assert target.format is not None and isinstance(target.reference, str)
+    name = target.reference
+    options = {key: value for key, value in settings.options.items() if key != "size"}
+    try:
+        _refuse_itself(nodes, name, name)
+        await create(
+            driver,
+            name,
+            target.format,
+            total,
+            options,
+            gate=target.gate,
+            look_at_backing=False,
+        )
+    except (OSError, DiskError) as error:
+        raise TargetFailed(target.name, target.format, error) from error
+
+
+def _refuse_itself(nodes: list[Node], reference: str, name: str) -> None:
+    """Raise ImageInUse when a source is read from the very file that would be written."""
+    where = parse(reference)[0]
+    path = where.get("filename") if where.get("driver") in ("file", "host_device") else None
+    if path is None:
+        return
+    try:
+        wanted = os.stat(path)
+    except OSError:
+        return
+    for top in nodes:
+        for layer in chain(top):
+            held = leaf_of(layer).options.get("filename")
+            try:
+                found = os.stat(held) if held else None
+            except OSError:
+                continue
+            if found is not None and os.path.samestat(found, wanted):
+                raise ImageInUse(name, "write")
+
+
+async def _copy(
+    driver: BaseDriver,
+    nodes: list[Node],
+    out: Node,
+    settings: Settings,
+    on_progress: Callable[[int, int], None] | None,
+    on_lost: Callable[[int, OSError], None] | None,
+) -> int:
+    zero = settings.target_is_zero or (
+        settings.create and not settings.overlay and _new_is_zero(out, settings)
+    )
+    target = out
+    if settings.offload:
+        target = _plain_file(out) or out
+    base, covered = None, 0
+    if settings.overlay:
+        below = out.child("backing")
+        base, covered = _base_of(nodes, below), below.size if below is not None else 0
+    source = _Sources(nodes, settings.sparse > 0, base, covered, target is not out)
+    total = await source.data() if on_progress is not None else 0
+    done = 0
+
+    def moved(length: int, zero: bool) -> None:
+        nonlocal done
+        if not zero:
+            done += length
+            if on_progress is not None:
+                on_progress(min(done, total), total)
+
+    options = CopyOptions(
+        sparse=settings.sparse,
+        target_zero=zero and settings.sparse > 0,
+        in_order=settings.in_order,
+        workers=settings.workers,
+        buffer=BUFFER,
+        rate=settings.rate,
+        offload=target is not out,
+        salvage=settings.salvage,
+    )
+    lost = None if on_lost is None else (lambda offset, _, error: on_lost(offset, error))
+    await copy(driver, target, source.segments(), options, moved, lost)
+    return done
+
+
+class _Sources:
+    """The sources as one range of bytes, cut into what is data and what is zero."""
+
+    def __init__(
+        self, nodes: list[Node], sparse: bool, base: Node | None, covered: int, deep: bool
+    ) -> None:
+        self.nodes = nodes
+        self.sparse = sparse
+        self.base = base
+        self.covered = covered
+        """Bytes for which the target's backing file stands for ``base``."""
+        self.deep = deep
+        """Name the files that hold the data, so that the host can copy between them."""
+
+    async def data(self) -> int:
+        """Bytes that will be read."""
+        return sum([part.length async for part in self.segments() if not part.zero])
+
+    async def segments(self) -> AsyncIterator[Segment]:
+        """What to copy, in order."""
+        start = 0
+        for node in self.nodes:
+            offset = 0
+            while offset < node.size:
+                inside = self.base is not None and offset < self.covered
+                length = (min(self.covered, node.size) if inside else node.size) - offset
+                found = await block_status(node, offset, length, base=self.base if inside else None)
+                for part in found:
+                    offset += part.length
+                    if inside and not (part.present or part.zero or part.data):
+                        continue
+                    source, at = node, part.start
+                    if self.deep and part.data and not part.zero and part.offset >= 0:
+                        source, at = part.node or node, part.offset
+                    zero = part.zero and self.sparse
+                    yield Segment(source, at, start + part.start, part.length, zero)
+            start += align_up(node.size, SECTOR)
+
+
+def _new_is_zero(out: Node, settings: Settings) -> bool:
+    """Whether an image that was just made reads as zeroes."""
+    if leaf_of(out).driver_name in ("file", "memory"):
+        return True
+    preallocated = settings.options.get("preallocation") not in (None, "off")
+    return out.driver_name != "raw" and not preallocated
+
+
+def _plain_file(out: Node) -> Node | None:
+    """The file whose bytes are those of ``out``."""
+    format = getattr(out, "format", None)
+    shift: int = getattr(format, "offset", 0)
+    if out.driver_name != "raw" or shift:
+        return None
+    below = primary(out)
+    return below if below is not None and below.driver_name == "file" else None
+
+
+def _base_of(nodes: list[Node], below: Node | None) -> Node | None:
+    """The layer of the source that the target's backing file ``below`` stands for: the same file
+    if it is in the source's chain, otherwise what is directly below the source."""
+    (top,) = nodes
+    layers = list(chain(top))[1:]
+    for layer in layers:
+        if below is not None and _same_file(layer, below):
+            return layer
+    return layers[0] if layers else None
+
+
+def _same_file(one: Node, other: Node) -> bool:
+    a, b = leaf_of(one).options.get("filename"), leaf_of(other).options.get("filename")
+    try:
+        return a is not None and b is not None and os.path.samefile(a, b)
+    except OSError:
+        return False
+
+
+__all__ = ["BUFFER", "SPARSE", "CopyFailed", "Settings", "TargetFailed", "convert"]
