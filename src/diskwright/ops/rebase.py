@@ -1,0 +1,186 @@
+"""Putting an image on top of another backing file."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from ..engine.copy import CopyOptions, Segment, copy
+from ..engine.kernel import BaseDriver
+from ..errors import DiskError, NotSupported, UsageError
+from ..graph import registry
+from ..graph.closing import discard_disk, explain
+from ..graph.display import base_of
+from ..graph.names import protocol_of, resolve
+from ..graph.node import Node
+from ..graph.opener import close_disk, open_disk
+from ..graph.status import allocated_above, block_status
+from ..units import align_down
+from .commit import same_file
+from .images import ImageSpec
+
+WINDOW = 1 << 20
+
+
+async def rebase(
+    driver: BaseDriver,
+    spec: ImageSpec,
+    backing: str | None,
+    backing_format: str | None,
+    *,
+    unsafe: bool = False,
+    backing_cache: str = "writeback",
+    on_open: Callable[[Node], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
+) -> None:
+    """Make ``backing`` (None: nothing) the backing file of ``spec``.
+
+    What the disk reads stays the same: where the old and the new backing file differ, the old
+    content is written into the image first, and is durable before the header changes.  ``unsafe``
+    changes the header alone.  Raises OpenFailed, UsageError, OSError, DiskError.
+    """
+    if backing_format is not None:
+        try:
+            registry.driver(backing_format)
+        except DiskError:
+            raise UsageError(f"Invalid format name: '{backing_format}'") from None
+    if backing is not None:
+        spec = spec._replace(gate=spec.gate.allowing(backing))
+    top: Any = await spec.open(driver, writable=True, backing=not unsafe)
+    new: Node | None = None
+    try:
+        if on_open is not None:
+            on_open(top)
+        change = getattr(top.format, "change_backing", None)
+        problem = f"Could not change the backing file to '{backing or ''}'"
+        if change is None:
+            raise NotSupported(f"{problem}: Operation not supported")
+        if backing is not None and backing_format is None:
+            raise UsageError(f"{problem}: backing format must be specified")
+        if not unsafe:
+            if backing is not None:
+                new = await _open_new(driver, top, spec, backing, backing_format, backing_cache)
+            await _keep(driver, top, new, on_progress)
+        try:
+            await top.run_procedure(change(backing, backing_format if backing else None))
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise UsageError(
+                    f"{problem}: No space left in the file header for the new name"
+                ) from error
+            raise
+    except BaseException:
+        if new is not None:
+            await discard_disk(new)
+        await discard_disk(top)
+        raise
+    if new is not None:
+        await close_disk(new)
+    await close_disk(top)
+
+
+async def _open_new(
+    driver: BaseDriver, top: Node, spec: ImageSpec, backing: str, fmt: str | None, cache: str
+) -> Node:
+    """The new backing file; a relative name is relative to the image, as it will be read later."""
+    name = backing
+    if not protocol_of(name) and not name.startswith("/"):
+        name = resolve(base_of(top), name)
+    try:
+        return await open_disk(driver, name, format=fmt, cache=cache, gate=spec.gate)
+    except (OSError, DiskError) as error:
+        raise UsageError(
+            f"Could not open new backing file '{backing}': {explain(error)}"
+        ) from error
+
+
+async def _keep(
+    driver: BaseDriver,
+    top: Any,
+    new: Node | None,
+    on_progress: Callable[[int, int], None] | None,
+) -> None:
+    """Write into the image what it would not read from the new backing file."""
+    old = top.child("backing")
+    below = None if new is None else _within(old, new)
+    total = top.size
+    unit = max(int(top.format.unit), 512)
+    window = max(WINDOW, unit)
+
+    async def changed() -> AsyncIterator[Segment]:
+        offset = 0
+        while offset < total:
+            length = min(window - offset % window, total - offset)
+            _, length, held = (await allocated_above(top, old, offset, length))[0]
+            if not held and below is not None and old is not None and offset < old.size:
+                # The new backing file is a layer of the old chain: what no layer above it holds
+                # stays the same.
+                if below is old:
+                    length, held = min(length, old.size - offset), True
+                else:
+                    inner = min(length, old.size - offset)
+                    _, length, above = (await allocated_above(old, below, offset, inner))[0]
+                    held = not above
+            if not held:
+                for segment in await _differing(top, old, new, offset, length, unit):
+                    yield segment
+            offset += length
+            if on_progress is not None:
+                on_progress(offset, total)
+
+    await copy(driver, top, changed(), CopyOptions(sparse=unit, workers=1))
+
+
+async def _differing(
+    top: Node, old: Node | None, new: Node | None, offset: int, length: int, unit: int
+) -> list[Segment]:
+    """The parts of a range (in units) where the two backing files differ."""
+    if await _zero(old, offset, length):
+        if await _zero(new, offset, length):
+            return []
+        before = memoryview(bytes(length))
+    else:
+        before = await _content(old, offset, length)
+    after = await _content(new, offset, length)
+    out: list[Segment] = []
+    position = offset
+    while position < offset + length:
+        end = min(align_down(position, unit) + unit, offset + length)
+        part = slice(position - offset, end - offset)
+        if bytes(before[part]) != bytes(after[part]):
+            if out and out[-1].target_offset + out[-1].length == position:
+                last = out[-1]
+                out[-1] = last._replace(length=last.length + end - position)
+            else:
+                # The old content is what the image reads now.
+                out.append(Segment(top, position, position, end - position))
+        position = end
+    return out
+
+
+async def _zero(node: Node | None, offset: int, length: int) -> bool:
+    """Whether the map says that the range reads as zeroes (also behind the end)."""
+    if node is None or offset >= node.size:
+        return True
+    length = min(length, node.size - offset)
+    (first, *_) = await block_status(node, offset, length)
+    return first.zero and first.length == length
+
+
+async def _content(node: Node | None, offset: int, length: int) -> memoryview:
+    """The bytes of a backing file, zeroes behind its end."""
+    target = memoryview(bytearray(length))
+    inside = 0 if node is None else max(0, min(length, node.size - offset))
+    if node is not None and inside:
+        await node.read([offset], [inside], [target[:inside]])
+    return target
+
+
+def _within(old: Node | None, new: Node) -> Node | None:
+    """The layer of the old chain that is the same image as ``new``."""
+    while old is not None:
+        if old.driver_name == new.driver_name and same_file(old, base_of(new)):
+            return old
+        old = old.child("backing")
+    return None
