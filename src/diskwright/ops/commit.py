@@ -59,7 +59,7 @@ async def commit(
 
 
 def layer(top: Node, name: str, base: str | None) -> Node:
-    """The layer below ``top`` that ``base`` names; without, its backing file.  Raises UsageError."""
+    """The layer below ``top`` that ``base`` names, or its backing file.  Raises UsageError."""
     below = top.child("backing")
     if below is None:
         raise UsageError("Image does not have a backing file")
