@@ -120,12 +120,13 @@ async def _not_zero(nodes: tuple[Node, Node], side: int, offset: int, length: in
 
 def _difference(a: memoryview, b: memoryview) -> int:
     """The first sector that differs; -1 for none."""
-    if a == b:
+    # Views compare item by item, a hundred times slower than the bytes themselves.
+    if bytes(a) == bytes(b):
         return -1
     low, high = 0, len(a)
     while high - low > SECTOR:
         middle = low + max(SECTOR, align_down((high - low) // 2, SECTOR))
-        if a[low:middle] != b[low:middle]:
+        if bytes(a[low:middle]) != bytes(b[low:middle]):
             high = middle
         else:
             low = middle
