@@ -74,8 +74,13 @@ class Run:
             offset %= 1024
         return offset, min(length, size - offset)
 
-    async def _finish(self, requests: list[Request], coro: Coroutine[Any, Any, None], fua: bool,
-                      exact: bool = True) -> None:
+    async def _finish(
+        self,
+        requests: list[Request],
+        coro: Coroutine[Any, Any, None],
+        fua: bool,
+        exact: bool = True,
+    ) -> None:
         ok = False
         try:
             await coro
@@ -195,14 +200,17 @@ class Run:
         for _ in range(self.turns):
             action = self.rng.choice(menu)
             task = self.driver.spawn(action(), name=action.__name__)
-            if self.cancels and self.rng.random() < 0.2 and action not in whole:
-                self.driver.later(self.rng.randrange(60), task.cancel)
+            may_cancel = self.cancels and self.rng.random() < 0.35 and action not in whole
+            if may_cancel:
+                self.driver.later(self.rng.randrange(40), task.cancel)
             self.stats["requests"] += 1
             try:
                 await task
             except OSError as error:
                 self._expected(error)
             except Cancelled:
+                if not may_cancel:
+                    raise Damage(f"{action.__name__} was cancelled, and nobody asked") from None
                 self.stats["cancelled"] += 1
 
     def _expected(self, error: OSError) -> None:
@@ -243,9 +251,26 @@ class Run:
         begun = self.driver.tick()
         await self._whole("final")
         if not self._failure():
-            await self.flush()
+            try:
+                await self.flush()
+            except OSError as error:
+                self._expected(error)
             await self._whole("after the flush")
+        await self._refill()
         self.last = self.driver.tick()
+
+    async def _refill(self) -> None:
+        """Give all space back and take it again at once: what is in quarantine must come free."""
+        if self._failure() or not isinstance(self.format, Toy) or any(self.format.snapshots):
+            return
+        if self.case.capacity:
+            return
+        size = self.case.size
+        request = self.model.zero(0, size)
+        await self._finish([request], self.node.discard([0], [size]), False)
+        request, data = self.model.write(0, size)
+        await self._finish([request], self.node.write([0], [data]), False)
+        self.stats["refilled"] += 1
 
     async def _whole(self, what: str) -> None:
         begun = self.driver.tick()
@@ -325,9 +350,9 @@ class Reopened:
         if isinstance(node.format, Qcow2):
             lazy = node.format.dirty
             if result.corruptions and not lazy:
-                raise Damage(f"{self.what}: check: {result}")
+                raise Damage(f"{self.what}: check: {result.findings[:4]}")
             if self.leaks and (result.leaks or lazy):
-                raise Damage(f"{self.what}: {result}, dirty {lazy}")
+                raise Damage(f"{self.what}: {result.findings[:4]}, dirty {lazy}")
             return
         if result.corruptions:
             raise Damage(f"{self.what}: check: {result.corruptions[:4]}")
@@ -381,7 +406,7 @@ def run_seeds(
     for seed in range(first, first + count):
         try:
             total.update(Run(name, seed).go(crashes))
-        except Exception as error:
+        except (Exception, Cancelled) as error:
             total["seeds"] += 1
             last = traceback.extract_tb(error.__traceback__)[-1]
             text = f"{type(error).__name__}: {error} ({last.filename.split('/')[-1]}:{last.lineno})"

@@ -28,7 +28,7 @@ class SeededDriver(BaseDriver):
     the seed, so that both ways are met.  ``steps`` bounds the callbacks of one :meth:`run`.
     """
 
-    def __init__(self, seed: int, eager: bool | None = False, steps: int = 400_000) -> None:
+    def __init__(self, seed: int, eager: bool | None = False, steps: int = 100_000) -> None:
         super().__init__()
         self.rng = random.Random(seed)
         self.eager = self.rng.random() < 0.4 if eager is None else eager

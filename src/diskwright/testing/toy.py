@@ -252,6 +252,9 @@ class Toy(ToyProcedures):
                 cluster = following
                 following += 1
                 if cluster >= self.limit or cluster // COUNTS >= _ROOTS:
+                    if self.owed:  # what is owed may come free with its block
+                        missing |= {self.directory[c // COUNTS] for c in self.owed}
+                        break
                     raise NoSpace
             index = cluster // COUNTS
             if not self.directory[index] and index not in blocks:
