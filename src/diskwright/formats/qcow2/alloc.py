@@ -9,13 +9,15 @@ table that the search needs is installed empty and never taken back.
 
 from __future__ import annotations
 
+from array import array
+from bisect import bisect_left
 from collections.abc import Iterable
 
 from ...contract import NeedMeta, Table
 from ...errors import CorruptImage, NoSpace
 from ...ondisk import zeros
 from ...units import align_up
-from .core import REFBLOCK_LOAD, SLOT
+from .core import OFFSET, REFBLOCK_LOAD, SLOT
 from .header import MAX_REFTABLE_BYTES
 from .mapping import Mapping
 from .refblock import empty
@@ -36,11 +38,13 @@ class Allocator(Mapping):
     moved_reftable = False
     """The refcount table has a new place that the header does not name yet."""
     reftable_offset = 0
+    _tables_at_open: array[int] | None = None
 
     def reserve_structures(self) -> None:
         """Never hand out what the header points to, whatever the counts say."""
         h, bits = self.header, self.cluster_bits
         self.reftable_offset = h.reftable_offset
+        self._tables_at_open = None
         self.reserved.remove(0, 1 << 62)
         self.reserved.add(0, 1)
         l1_end = h.l1_offset + 8 * h.l1_size
@@ -58,6 +62,15 @@ class Allocator(Mapping):
             miss = self._scan()
             if miss is not None:
                 return miss
+        zero = not self.free.starts
+        pool = self.clean if zero else self.free
+        start = pool.starts[0]
+        end = start + count
+        if end <= pool.ends[0] and start >> self.block_shift == (end - 1) >> self.block_shift:
+            offset = self.block_offset(start >> self.block_shift)
+            if self.block_table(offset) is None:
+                return NeedMeta(SLOT, [(offset, self.cluster_size)], REFBLOCK_LOAD)
+            return [(start, end, zero)]
         chosen: list[Choice] = []
         left = count
         for pool, zero in ((self.free, False), (self.clean, True)):
@@ -220,7 +233,6 @@ class Allocator(Mapping):
             ]
             return NeedMeta(SLOT, [(at, self.cluster_size) for at in ahead], REFBLOCK_LOAD)
         block = self.block(table)
-        own = offset >> self.cluster_bits
         at = self.cursor - base
         for _ in range(_SCAN_RUNS):
             run = block.zero_run(at)
@@ -228,20 +240,40 @@ class Allocator(Mapping):
                 at = self.per_block
                 break
             at = run[1]
-            self._found(base + run[0], base + run[1], own)
+            self._found(base + run[0], base + run[1])
         self.cursor = base + at
         return None
 
-    def _found(self, start: int, end: int, own: int) -> None:
+    def _found(self, start: int, end: int) -> None:
         """Counts of zero: into the pools, but for what is in quarantine and for structures that a
         broken image counts as free."""
         end = min(end, self.max_clusters)
         for a, b in self.quarantine.outside(start, end):
             for c, d in self.reserved.outside(a, b):
-                for e, f in ((c, min(d, own)), (max(c, own + 1), d)) if c <= own < d else ((c, d),):
+                for e, f in self._without_tables(c, d):
                     split = min(max(self.fresh, e), f)
                     self.free.add(e, split)
                     self.clean.add(split, f)
+
+    def _without_tables(self, start: int, end: int) -> list[Run]:
+        """[start, end) without the tables that the image had when the search began: only a broken
+        image counts one of them as free."""
+        if self._tables_at_open is None:
+            clusters = {entry & OFFSET for entry in self.l1}
+            clusters.update(self.reftable)
+            bits = self.cluster_bits
+            self._tables_at_open = array("Q", sorted(entry >> bits for entry in clusters))
+        known = self._tables_at_open
+        out = []
+        i = bisect_left(known, start)
+        while i < len(known) and known[i] < end:
+            if start < known[i]:
+                out.append((start, known[i]))
+            start = known[i] + 1
+            i += 1
+        if start < end:
+            out.append((start, end))
+        return out
 
     def _new_block(self, index: int) -> None:
         """Install a refcount block at the first cluster that it counts from the cursor on."""

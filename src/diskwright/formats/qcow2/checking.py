@@ -106,8 +106,10 @@ class Checker(Walker):
     def check_copied(self) -> Procedure:
         """COPIED must say exactly that the count is one."""
         cache: dict[int, RefBlock | None] = {}
-        offsets = []
+        offsets: dict[int, None] = {}
         for l1_index, entry in enumerate(self.image.l1):
+            if l1_index % _SLICE == 0:
+                yield Progress(l1_index, len(self.image.l1))
             offset = entry & OFFSET
             if not offset or offset & (self.size - 1):
                 continue
@@ -118,7 +120,7 @@ class Checker(Walker):
                     f"refcount={count}"
                 )
             if offset >> self.bits < self.file_clusters:
-                offsets.append(offset)
+                offsets[offset] = None
         if self.external:
             return
         for done, offset in enumerate(offsets):

@@ -76,6 +76,7 @@ class Core:
         self.size = h.size
         self.cluster_bits = bits = h.cluster_bits
         self.unit = self.cluster_size = 1 << bits
+        self.cluster_mask = self.cluster_size - 1
         self.l2_bits = bits - 3
         self.l2_mask = (1 << self.l2_bits) - 1
         self.l1_shift = bits + self.l2_bits

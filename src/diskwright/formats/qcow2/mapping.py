@@ -40,7 +40,7 @@ class Mapping(Core):
             self._generation = self.tables.generation
             self._short.clear()
         found = self._short.get(l1_index)
-        if found is None and l1_index < len(self.l1):
+        if found is None and l1_index < len(self.l1) and self.refuse_io is None:
             offset = self.l1[l1_index] & OFFSET
             if offset:
                 table = self.tables.get(SLOT, offset)
@@ -73,7 +73,7 @@ class Mapping(Core):
             # A standard cluster of our own is its host offset and COPIED alone.
             entry = table[offset >> bits & l2_mask] ^ COPIED
             inside = offset & mask
-            if 0 < entry < MAX_OFFSET and not entry & mask and inside + length <= size:
+            if mask < entry < MAX_OFFSET and not entry & mask and inside + length <= size:
                 append(entry + inside)
             else:
                 append(self.map_one(offset, length, write))
@@ -81,28 +81,27 @@ class Mapping(Core):
 
     def map_one(self, offset: int, length: int, write: bool) -> int:
         """Host offset of one request whose bytes are contiguous plain data; otherwise -1."""
-        if self.refuse_io is not None or (write and not self.ready):
-            return -1
-        table = None
-        if self._generation == self.tables.generation:
-            table = self._short.get(offset >> self.l1_shift)
-        if table is None:
-            table = self._shortcut(offset >> self.l1_shift)
+        l1_index = offset >> self.l1_shift
+        table = self._short.get(l1_index)
+        if table is None or self._generation != self.tables.generation:
+            table = self._shortcut(l1_index)
             if table is None:
                 return -1
-        size = self.cluster_size
-        mask = size - 1
+        mask = self.cluster_mask
         inside = offset & mask
         entry = table[offset >> self.cluster_bits & self.l2_mask] ^ COPIED
-        if not 0 < entry < MAX_OFFSET or entry & mask:
-            entry ^= COPIED
-            if write or not 0 < entry < MAX_OFFSET or entry & mask:
+        if mask < entry < MAX_OFFSET and not entry & mask:
+            if write and not self.ready:
                 return -1
-        host = entry + inside
-        length -= size - inside
-        if length > 0:
-            return self._contiguous(offset - inside, entry, length, host, write)
-        return host
+        else:
+            # Not ours alone, but it can be read in place.
+            entry ^= COPIED
+            if write or not mask < entry < MAX_OFFSET or entry & mask:
+                return -1
+        if inside + length > mask + 1:
+            left = inside + length - mask - 1
+            return self._contiguous(offset - inside, entry, left, entry + inside, write)
+        return entry + inside
 
     def _contiguous(self, guest: int, entry: int, left: int, host: int, write: bool) -> int:
         """``host`` if the clusters behind ``guest`` (at ``entry``) continue it for ``left``."""

@@ -176,8 +176,22 @@ class Walker:
             self.add_region(h.reftable_offset, h.reftable_clusters << self.bits)
         if h.nb_snapshots:
             yield from self._snapshot_table()
-        offsets = []
-        for entry in self.image.l1:
+        offsets: dict[int, None] = {}  # a table that two entries share is walked once
+        for start in range(0, len(self.image.l1), _SLICE):
+            self._count_l1(self.image.l1[start : start + _SLICE], offsets)
+            yield Progress(start, len(self.image.l1))
+        tables = list(offsets)
+        for start in range(0, len(tables), self.batch):
+            yield from self._l2_batch(tables[start : start + self.batch], start, len(tables))
+        if refcounts:
+            yield from self._refcount_blocks()
+
+    def _count_l1(self, entries: array[int], offsets: dict[int, None]) -> None:
+        """Count what these L1 entries refer to; usable L2 tables go into ``offsets``."""
+        if entries.count(0) == len(entries):
+            return
+        result = self.result
+        for entry in entries:
             if not entry:
                 continue
             if entry & _L1_RESERVED:
@@ -189,15 +203,9 @@ class Walker:
                 result.corruption(
                     f"l2_offset={offset:x}: Table is not cluster aligned; L1 entry corrupted"
                 )
-                continue
-            if not self.add_region(offset, self.size):
-                continue
-            self.uncopied |= not entry & COPIED
-            offsets.append(offset)
-        for start in range(0, len(offsets), self.batch):
-            yield from self._l2_batch(offsets[start : start + self.batch], start, len(offsets))
-        if refcounts:
-            yield from self._refcount_blocks()
+            elif self.add_region(offset, self.size):
+                self.uncopied |= not entry & COPIED
+                offsets[offset] = None
 
     def add_region(self, offset: int, length: int) -> bool:
         """Count a reference to every cluster of the region, unless it is outside the file."""
@@ -298,8 +306,19 @@ class Walker:
 
     def _refcount_blocks(self) -> Procedure:
         """Count the refcount blocks; more than one reference to one is a corruption."""
-        good = []
-        for index, entry in enumerate(self.image.reftable):
+        reftable = self.image.reftable
+        for start in range(0, len(reftable), _SLICE):
+            part = reftable[start : start + _SLICE]
+            if part.count(0) < len(part):
+                self._count_blocks(part, start)
+            yield Progress(start, len(reftable))
+        for index, offset in self.blocks.items():
+            count = self.counts.get(offset >> self.bits)
+            if count != 1:
+                self.result.corruption(f"refcount block {index} refcount={count}")
+
+    def _count_blocks(self, entries: array[int], first: int) -> None:
+        for index, entry in enumerate(entries, first):
             if not entry:
                 continue
             offset = entry & REFTABLE_OFFSET_MASK
@@ -311,11 +330,4 @@ class Walker:
                 self.result.corruption(f"refcount block {index} is outside image")
             else:
                 self.counts.add(offset >> self.bits)
-                good.append((index, offset))
-        self.blocks = dict(good)
-        for index, offset in good:
-            count = self.counts.get(offset >> self.bits)
-            if count != 1:
-                self.result.corruption(f"refcount block {index} refcount={count}")
-        yield Progress(0, 0)
-
+                self.blocks[index] = offset

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 _SECTOR = 512
 # L2 tables between two flushes.
 _TABLES = 64
+# Empty L1 entries between two yields.
+_SLICE = 8192
 
 
 def drop_clusters(image: Qcow2, start: int, end: int, unmap: bool) -> Procedure:
@@ -40,6 +42,8 @@ def drop_clusters(image: Qcow2, start: int, end: int, unmap: bool) -> Procedure:
     for l1_index in range(start >> shift, last):
         offset = image.l2_offset(l1_index)
         if not offset:
+            if l1_index % _SLICE == 0:
+                yield Progress(l1_index, last)
             continue
         base = l1_index * per_table
         first = max(first_cluster - base, 0)

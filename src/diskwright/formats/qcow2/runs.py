@@ -50,6 +50,10 @@ class RunSet:
         if start >= end:
             return
         starts, ends = self.starts, self.ends
+        if starts and starts[0] == start and end < ends[0]:
+            starts[0] = end  # what an allocator takes
+            self.total -= end - start
+            return
         first = bisect_right(ends, start)
         last = bisect_left(starts, end)
         if first >= last:
