@@ -312,8 +312,9 @@ class Writer:
                 elif step.op == OP_DISCARD:
                     try:
                         await child.discard([step.host], [step.length])
-                    except OSError:
-                        pass  # advisory
+                    except OSError as error:
+                        if error.errno != errno.ENOTSUP:
+                            raise
         if not data:
             return
         assert overlay is not None
