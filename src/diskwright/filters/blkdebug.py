@@ -136,7 +136,6 @@ class BlkdebugNode(Node):
         if write:
             if self.read_only:
                 raise PermissionError(errno.EPERM, "Operation not permitted: node is read-only")
-            self._unflushed = True
 
     async def _each(self, work: list[Callable[[], Awaitable[None]]], apart: bool) -> None:
         """Requests of one batch are independent unless they overlap (then the later wins)."""
@@ -245,6 +244,7 @@ class BlkdebugNode(Node):
     async def _put(self, offset: int, data: memoryview, flags: int) -> None:
         for start, count in cut(offset, len(data), self.limits.max_transfer):
             await self._check("write", start, count)
+            self._unflushed = True
             await self.image.write([start], [data[start - offset :][:count]], flags)
 
     async def zero(self, offsets: Sequence[int], lengths: Sequence[int], flags: int = 0) -> None:
@@ -279,6 +279,7 @@ class BlkdebugNode(Node):
         for at, length, whole in by_unit(start, end, unit, self.limits.max_zero):
             if whole:
                 await self._check("write-zeroes", at, length)
+                self._unflushed = True
                 await self.image.zero([at], [length], flags)
                 continue
             if flags & NO_FALLBACK:
@@ -303,6 +304,7 @@ class BlkdebugNode(Node):
         for at, length, whole in by_unit(start, end, unit, self.limits.max_discard):
             if whole:
                 await self._check("discard", at, length)
+                self._unflushed = True
                 await self.image.discard([at], [length])
 
     async def flush(self) -> None:
@@ -330,6 +332,7 @@ class BlkdebugNode(Node):
 
     async def truncate(self, size: int, preallocation: str = "off") -> None:
         self._check_open(True)
+        self._unflushed = True
         await self.image.truncate(size, preallocation)
         self.changed()
 

@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from importlib import import_module
 from typing import NamedTuple
 
-from ..engine.kernel import BaseDriver, Task
+from ..engine.kernel import BaseDriver, Future
 from ..errors import DiskError
 from ..graph.closing import explain
 from ..graph.gate import Gate
@@ -115,7 +115,7 @@ class Session:
         self.on_open = on_open
         self.opened: Opened | None = None
         self.finished = False
-        self.pending: list[Task[None]] = []
+        self.pending: list[Future[None]] = []
 
     @property
     def node(self) -> Node:
@@ -176,10 +176,11 @@ class Session:
         if self.on_open is not None:
             self.on_open(opened)
 
-    def start(self, task: Task[None]) -> None:
+    def start(self, request: Future[None]) -> None:
         """Remember a request that runs beside the commands."""
-        self.pending.append(task)
-        task.callbacks.append(lambda _: self.pending.remove(task))
+        if not request.done:
+            self.pending.append(request)
+            request.callbacks.append(self.pending.remove)
 
     async def drain(self) -> None:
         """Wait until every request that was started has ended."""

@@ -235,7 +235,7 @@ async def run_length(session: Session, name: str, words: list[str]) -> None:
 async def run_truncate(session: Session, name: str, words: list[str]) -> None:
     """Change the size of the disk."""
     flags = getopt(name, words, "m:")
-    if len(flags.operands) != 1:
+    if not flags.operands:
         raise Complaint("", usage=True)
     mode = flags.values.get("m", "off")
     if mode not in ("off", "metadata", "falloc", "full"):
@@ -357,13 +357,9 @@ async def run_remove_break(session: Session, name: str, words: list[str]) -> Non
 
 
 async def run_resume(session: Session, name: str, words: list[str]) -> None:
-    """Let a stopped request go on, and see how far it comes at once."""
+    """Let a stopped request go on."""
     failure = "Could not resume request"
-    found = _filter(session, failure)
-    # Like the other requests it may have been started without having come to its event yet.
-    await session.driver.turn()
-    _known(found.resume(words[0]), failure)
-    await session.driver.turn()
+    _known(_filter(session, failure).resume(words[0]), failure)
 
 
 async def run_wait_break(session: Session, name: str, words: list[str]) -> None:

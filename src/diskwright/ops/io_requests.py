@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Callable, Coroutine
+from collections.abc import Coroutine
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..contract import FUA, MAY_UNMAP, NO_FALLBACK
@@ -55,6 +55,13 @@ class Transfer(NamedTuple):
         )
 
 
+class Outcome(NamedTuple):
+    """Whether a request did what was asked, and what to tell of it."""
+
+    good: bool
+    lines: list[str]
+
+
 class _Check(NamedTuple):
     """Bytes that must be ``byte``: ``length`` of them, ``start`` behind the request's offset."""
 
@@ -77,8 +84,8 @@ def _pieces(offset: int, length: int) -> list[tuple[int, int]]:
 
 async def _read(
     session: Session, offset: int, length: int, check: _Check | None, flags: Flags
-) -> bool:
-    """Read, verify, dump and report; False when the bytes are not the pattern."""
+) -> Outcome:
+    """Read, verify and dump; not good when the bytes are not the pattern."""
     node = session.node
     began = time.perf_counter()
     _inside(node, offset, length)
@@ -96,16 +103,12 @@ async def _read(
                 good = view == bytes([check.byte]) * (last - first)
         if "v" in flags and "q" not in flags:
             shown += dump(data, at)
-    if check is not None and not good:
-        session.emit(
-            f"Pattern verification failed at offset {offset + check.start}, {check.length} bytes",
-            "out",
-        )
     if "q" not in flags:
-        if shown:
-            session.emit("\n".join(shown), "out")
-        session.emit(Transfer("read", offset, length, seconds).lines("C" in flags), "out")
-    return good
+        shown.append(Transfer("read", offset, length, seconds).lines("C" in flags))
+    if check is not None and not good:
+        where = f"at offset {offset + check.start}, {check.length} bytes"
+        shown.insert(0, f"Pattern verification failed {where}")
+    return Outcome(good, shown)
 
 
 async def _write(
@@ -144,20 +147,27 @@ def _reason(error: Exception) -> str:
     return explain(error)
 
 
-async def _reported(session: Session, name: str, work: Coroutine[None, None, bool]) -> bool:
-    """The outcome of ``work``; its failure is told in the name of the command."""
+async def _outcome(name: str, work: Coroutine[None, None, Outcome]) -> Outcome:
+    """The outcome of ``work``; a failure is worded in the name of the command."""
     try:
         return await work
     except (OSError, DiskError) as error:
-        session.emit(f"{name} failed: {_reason(error)}", "out")
-        return False
+        return Outcome(False, [f"{name} failed: {_reason(error)}"])
 
 
-async def _shown(session: Session, work: Coroutine[None, None, Transfer], flags: Flags) -> bool:
+def _tell(session: Session, outcome: Outcome) -> bool:
+    for line in outcome.lines:
+        session.emit(line, "out")
+    return outcome.good
+
+
+async def _reported(session: Session, name: str, work: Coroutine[None, None, Outcome]) -> bool:
+    return _tell(session, await _outcome(name, work))
+
+
+async def _moved(work: Coroutine[None, None, Transfer], flags: Flags) -> Outcome:
     transfer = await work
-    if "q" not in flags:
-        session.emit(transfer.lines("C" in flags), "out")
-    return True
+    return Outcome(True, [] if "q" in flags else [transfer.lines("C" in flags)])
 
 
 def _length(text: str, limit: bool = True, without: str = "") -> int:
@@ -220,7 +230,7 @@ async def run_readv(session: Session, name: str, words: list[str]) -> bool:
     return await _reported(session, "readv", _vectored_read(session, flags))
 
 
-async def _vectored_read(session: Session, flags: Flags) -> bool:
+async def _vectored_read(session: Session, flags: Flags) -> Outcome:
     offset = cvtnum(flags.operands[0])
     length = _total(flags.operands[1:])
     pattern = _pattern(flags)
@@ -257,7 +267,7 @@ async def run_write(session: Session, name: str, words: list[str]) -> bool:
         raise Complaint("write failed: compressed writes are not supported by this version")
     else:
         work = _write(session, offset, length, _source(flags), flags)
-    return await _reported(session, "write", _shown(session, work, flags))
+    return await _reported(session, "write", _moved(work, flags))
 
 
 def _source(flags: Flags) -> bytes:
@@ -281,7 +291,7 @@ async def run_writev(session: Session, name: str, words: list[str]) -> bool:
     offset = cvtnum(flags.operands[0])
     length = _total(flags.operands[1:])
     work = _write(session, offset, length, _source(flags), flags)
-    return await _reported(session, "writev", _shown(session, work, flags))
+    return await _reported(session, "writev", _moved(work, flags))
 
 
 async def run_discard(session: Session, name: str, words: list[str]) -> bool:
@@ -290,7 +300,7 @@ async def run_discard(session: Session, name: str, words: list[str]) -> bool:
     offset = cvtnum(flags.operands[0])
     length = _length(flags.operands[1])
     work = _discard(session, offset, length)
-    return await _reported(session, "discard", _shown(session, work, flags))
+    return await _reported(session, "discard", _moved(work, flags))
 
 
 async def _discard(session: Session, offset: int, length: int) -> Transfer:
@@ -314,24 +324,29 @@ async def run_flush(session: Session, name: str, words: list[str]) -> bool:
 # -- requests that run beside the commands
 
 
-def _start(session: Session, name: str, make: Callable[[], Coroutine[None, None, bool]]) -> None:
-    async def run() -> None:
-        await _reported(session, name, make())
+def _start(session: Session, name: str, work: Coroutine[None, None, Outcome]) -> None:
+    """Let ``work`` go as far as it comes at once; what became of it is told when the commands
+    wait for something."""
 
-    session.start(session.driver.spawn(run(), name=name, io=True))
+    async def run() -> None:
+        outcome = await _outcome(name, work)
+        await session.driver.turn()
+        _tell(session, outcome)
+
+    session.start(session.driver.start(run(), name=name, io=True))
 
 
 async def run_aio_read(session: Session, name: str, words: list[str]) -> None:
     """Start a read; it tells its own outcome."""
     flags = _flags(name, words, "CP:iqrv", 2, len(words))
     if "i" in flags:
-        raise_invalid(session, "read")
+        _invalid(session, "read")
         return
     offset = cvtnum(flags.operands[0])
     length = _total(flags.operands[1:])
     pattern = _pattern(flags)
     check = None if pattern is None else _Check(pattern, 0, length)
-    _start(session, "readv", lambda: _read(session, offset, length, check, flags))
+    _start(session, "readv", _read(session, offset, length, check, flags))
 
 
 async def run_aio_write(session: Session, name: str, words: list[str]) -> None:
@@ -342,7 +357,7 @@ async def run_aio_write(session: Session, name: str, words: list[str]) -> None:
     if "u" in flags and "z" not in flags:
         raise Complaint("-u requires -z to be specified")
     if "i" in flags:
-        raise_invalid(session, "write")
+        _invalid(session, "write")
         return
     offset = cvtnum(flags.operands[0])
     if "z" in flags:
@@ -350,7 +365,7 @@ async def run_aio_write(session: Session, name: str, words: list[str]) -> None:
         _start(
             session,
             "aio_write",
-            lambda: _shown(session, _zero(session, offset, span, flags), flags),
+            _moved(_zero(session, offset, span, flags), flags),
         )
         return
     length = _total(flags.operands[1:])
@@ -358,11 +373,11 @@ async def run_aio_write(session: Session, name: str, words: list[str]) -> None:
     _start(
         session,
         "aio_write",
-        lambda: _shown(session, _write(session, offset, length, source, flags), flags),
+        _moved(_write(session, offset, length, source, flags), flags),
     )
 
 
-def raise_invalid(session: Session, kind: str) -> None:
+def _invalid(session: Session, kind: str) -> None:
     """Say that a request was refused before it was issued (``-i``, for statistics)."""
     session.emit(f"injecting invalid {kind} request", "out")
 
