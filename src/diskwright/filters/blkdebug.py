@@ -133,9 +133,8 @@ class BlkdebugNode(Node):
     def _check_open(self, write: bool) -> None:
         if self.closed:
             raise NodeClosed(f"node '{self.name}' is closed")
-        if write:
-            if self.read_only:
-                raise PermissionError(errno.EPERM, "Operation not permitted: node is read-only")
+        if write and self.read_only:
+            raise PermissionError(errno.EPERM, "Operation not permitted: node is read-only")
 
     async def _each(self, work: list[Callable[[], Awaitable[None]]], apart: bool) -> None:
         """Requests of one batch are independent unless they overlap (then the later wins)."""
