@@ -58,10 +58,11 @@ async def compare(
     if strict and common != total:
         return Comparison(False, sizes_differ=True)
     left, right = bytearray(BUFFER), bytearray(BUFFER)
+    cursors = (_Cursor(nodes, 0), _Cursor(nodes, 1))
     offset = 0
     while offset < common:
-        first = await _status(nodes, 0, offset, common - offset)
-        second = await _status(nodes, 1, offset, common - offset)
+        first = (await cursors[0].at(offset)).part(offset, common)
+        second = (await cursors[1].at(offset)).part(offset, common)
         length = min(first.length, second.length)
         if strict and first[3:6] != second[3:6]:
             return Comparison(False, status_offset=offset)
@@ -86,7 +87,7 @@ async def compare(
         on_sizes_differ()
     side = 0 if one.size > other.size else 1
     while offset < total:
-        part = await _status(nodes, side, offset, total - offset)
+        part = await cursors[side].at(offset)
         length = part.length
         if not part.zero:
             length = min(length, BUFFER)
@@ -99,11 +100,24 @@ async def compare(
     return Comparison(True, sizes_differ=True)
 
 
-async def _status(nodes: tuple[Node, Node], side: int, offset: int, length: int) -> Status:
-    try:
-        return (await block_status(nodes[side], offset, length))[0]
-    except (OSError, DiskError) as error:
-        raise ReadFailed(side, offset, length, error, True) from error
+class _Cursor:
+    """What the ranges of one disk are, asked once for each."""
+
+    def __init__(self, nodes: tuple[Node, Node], side: int) -> None:
+        self.nodes, self.side = nodes, side
+        self.last: Status | None = None
+
+    async def at(self, offset: int) -> Status:
+        """The status from ``offset`` on."""
+        last = self.last
+        if last is None or not last.start <= offset < last.start + last.length:
+            node = self.nodes[self.side]
+            length = node.size - offset
+            try:
+                last = self.last = (await block_status(node, offset, length))[0]
+            except (OSError, DiskError) as error:
+                raise ReadFailed(self.side, offset, length, error, True) from error
+        return last.part(offset, last.start + last.length)
 
 
 async def _read(
