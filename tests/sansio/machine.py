@@ -7,6 +7,7 @@ made from any prefix.
 
 from __future__ import annotations
 
+import errno
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -95,6 +96,8 @@ class Machine:
         return bytes(self.slots[slot][offset : offset + length]).ljust(length, b"\0")
 
     def pwrite(self, offset: int, data: bytes) -> None:
+        if offset + len(data) > self.limit:
+            raise OSError(errno.EFBIG, "File too large")
         self.log.append(("write", offset, bytes(data)))
         put(self.slots["file"], offset, data)
 
