@@ -90,15 +90,23 @@ class Writeback:
             await self.flush_slots({write.slot for write in group})
 
     async def before(self, groups: Groups) -> None:
-        """Make a plan's `before` groups durable; shared by all plans that need them."""
+        """Make a plan's `before` groups durable; shared by all plans that need them.
+
+        It has an epoch of its own: whoever asked may be gone, and a procedure that takes the
+        groups back must not meet them on their way.
+        """
+        engine = self.engine
+        epoch = engine.epochs.enter()
         try:
             for group in groups.groups:
                 await self.issue(group)
                 await self.flush_slots({write.slot for write in group})
+            engine.format.settle(groups.token)
         except OSError as error:
-            self.engine.fail(error)
+            engine.fail(error)
             raise
-        self.engine.format.settle(groups.token)
+        finally:
+            engine.epochs.leave(epoch)
 
     async def issue(self, writes: Sequence[MetaWrite]) -> None:
         """Write all of ``writes``, unordered, each announced by its tag."""
