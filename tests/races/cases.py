@@ -65,6 +65,8 @@ class Case:
     exact_discard = True
     unit = 256
     faults = True
+    idle = False
+    """Mostly withdrawals and cancelled first writes."""
 
     def __init__(self, rng: random.Random) -> None:
         self.base = b""
@@ -130,6 +132,9 @@ class ToyCase(Case):
         self.images = [create_toy(self.size)]
         if "x" in kind:
             self.images = [Crypt.image(create_toy(self.size))]
+        if "i" in kind:
+            self.idle, self.faults = True, False
+            self.limit = 1 << 20
         if "l" in kind:  # the leaf is what is full
             self.limit = 1 << 20
             self.capacity = [rng.choice([70, 60]) * 256]
@@ -299,6 +304,7 @@ CASES: dict[str, Callable[[random.Random], Case]] = {
     "toy-aligned": lambda rng: ToyCase(rng, "ab"),
     "toy-cipher": lambda rng: ToyCase(rng, "cb"),
     "toy-full": lambda rng: ToyCase(rng, "lb"),
+    "toy-idle": lambda rng: ToyCase(rng, "i"),
     "toy-on-cipher": lambda rng: ToyCase(rng, "xb"),
     "cipher": CryptCase,
     "extents": ExtentsCase,

@@ -54,7 +54,7 @@ class Run:
         self.kept: list[Kept] = []
         self.idles: list[list[int]] = []
         self.busy = False
-        self.cancels = self.rng.random() < 0.5
+        self.cancels = self.rng.random() < 0.5 or self.case.idle
         self.heavy = self.rng.random() < 0.3
         self.last = 0
         self.faulty = False
@@ -186,6 +186,8 @@ class Run:
 
     # -- clients
     def _menu(self) -> Sequence[Any]:
+        if self.case.idle:
+            return [self.write, self.write, self.withdraw, self.withdraw, self.flush]
         menu = [self.write] * 6 + [self.read] * 4 + [self.zero, self.discard, self.discard]
         menu += [self.flush, self.flush]
         if self.case.snapshots:
@@ -248,7 +250,6 @@ class Run:
         for leaf in self.graph.leaves:
             leaf.fail_at = {}
             self.faulty |= bool(leaf.failed) or bool(self.case.capacity)
-        begun = self.driver.tick()
         await self._whole("final")
         if not self._failure():
             try:

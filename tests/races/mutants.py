@@ -1,5 +1,5 @@
-"""Each correctness rule broken on purpose: a patched method of the engine or of the toy, under which
-the races must fail."""
+"""Each correctness rule broken on purpose: a patched method of the engine or of the toy, under
+which the races must fail."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def a_lease_is_queued_for_each_range(stack: ExitStack) -> None:
     put(stack, Writer, "_allocate", _allocate(each=True))
 
 
-@mutant(2)
+@mutant(2, ("toy", "toy-aligned"), seeds=400)
 def writes_in_place_take_no_lease(stack: ExitStack) -> None:
     take, try_take = Leases.take, Leases.try_take
 
@@ -348,7 +348,7 @@ def cancelling_a_waiter_cancels_the_before_group_that_others_share(stack: ExitSt
     put(stack, Shared, "run", lambda self, key, make: Fragile(original(self, key, make)))
 
 
-@mutant(4)
+@mutant(4, ("toy", "toy-full"), seeds=400)
 def a_group_ends_with_its_first_error(stack: ExitStack) -> None:
     async def wait_all(pending: Any) -> list[Any]:
         return await _hasty(pending, True, False)
@@ -529,6 +529,17 @@ def data_move_while_the_before_group_is_on_its_way(stack: ExitStack) -> None:
 
     async def before(self: Writeback, groups: Groups) -> None:
         self.engine.driver.spawn(original(self, groups), name="before, unawaited")
+
+    put(stack, Writeback, "before", before)
+
+
+@mutant(7, ("toy-idle",), seeds=500)
+def a_withdrawal_meets_a_before_group_whose_askers_are_gone(stack: ExitStack) -> None:
+    async def before(self: Writeback, groups: Groups) -> None:
+        for group in groups.groups:
+            await self.issue(group)
+            await self.flush_slots({write.slot for write in group})
+        self.engine.format.settle(groups.token)
 
     put(stack, Writeback, "before", before)
 
