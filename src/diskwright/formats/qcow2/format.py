@@ -102,3 +102,9 @@ class Qcow2(Writeback):
         from .rewrite import change_backing
 
         return change_backing(self, name, fmt)
+
+    def referenced_clusters(self) -> Procedure:
+        """How many clusters of the file are in use; see :mod:`.usage`."""
+        from .usage import referenced_clusters
+
+        return referenced_clusters(self)
