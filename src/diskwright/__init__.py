@@ -9,11 +9,33 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .api import Disk, create, open
+    from .api import (
+        Disk,
+        check,
+        commit,
+        compare,
+        convert,
+        create,
+        info,
+        info_chain,
+        open,
+        rebase,
+    )
 
 __version__ = "0.1.0"
 
-__all__ = ["Disk", "create", "open"]
+__all__ = [
+    "Disk",
+    "open",
+    "create",
+    "info",
+    "info_chain",
+    "check",
+    "convert",
+    "compare",
+    "commit",
+    "rebase",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -12,14 +12,16 @@ opened.  A cancelled request is waited for until its I/O has ended.
 from __future__ import annotations
 
 import asyncio
+import functools
 import os
 from collections.abc import Callable, Coroutine, Generator, Mapping
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
-from .api import Path, Source, reference_of
+from .api import OPERATIONS, Path, Source, reference_of
 from .contract import FUA, MAY_UNMAP
 from .engine.aio_driver import AsyncioDriver
+from .engine.kernel import BaseDriver
 from .errors import NodeClosed, UsageError
 from .graph.display import display_name
 from .graph.gate import Gate
@@ -27,6 +29,7 @@ from .graph.node import Buffer, Node
 from .graph.opener import close_disk, create_image, discard_disk, open_disk
 from .graph.status import Status, all_status
 
+P = ParamSpec("P")
 T = TypeVar("T")
 
 
@@ -49,6 +52,39 @@ async def create(
 ) -> int:
     """Make an image; see :func:`diskwright.api.create`."""
     return await run(lambda driver: create_image(driver, os.fsdecode(path), format, size, options))
+
+
+def awaitable(
+    call: Callable[Concatenate[BaseDriver, P], Coroutine[Any, Any, T]],
+) -> Callable[P, Coroutine[Any, Any, T]]:
+    """An operation of the engine as a coroutine function of asyncio."""
+
+    @functools.wraps(call)
+    async def awaited(*arguments: P.args, **named: P.kwargs) -> T:
+        return await run(lambda driver: call(driver, *arguments, **named))
+
+    return awaited
+
+
+if TYPE_CHECKING:
+    from .ops import calls
+
+    info = awaitable(calls.info)
+    info_chain = awaitable(calls.info_chain)
+    check = awaitable(calls.check)
+    convert = awaitable(calls.convert)
+    compare = awaitable(calls.compare)
+    commit = awaitable(calls.commit)
+    rebase = awaitable(calls.rebase)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in OPERATIONS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .ops import calls
+
+    found = globals()[name] = awaitable(getattr(calls, name))
+    return found
 
 
 async def run(make: Callable[[AsyncioDriver], Coroutine[Any, Any, T]]) -> T:

@@ -14,16 +14,17 @@ a disk: there it is closed, as :class:`~diskwright.errors.NodeClosed` says.
 from __future__ import annotations
 
 import atexit
+import functools
 import os
 import threading
 import warnings
 from collections.abc import Callable, Coroutine, Mapping
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 from weakref import WeakSet
 
 from .contract import FUA, MAY_UNMAP
-from .engine.kernel import Driver
+from .engine.kernel import BaseDriver, Driver
 from .errors import NodeClosed, UsageError
 from .graph.display import display_name
 from .graph.gate import Gate
@@ -31,7 +32,11 @@ from .graph.node import Buffer, Node
 from .graph.opener import close_disk, create_image, open_disk
 from .graph.status import Status, all_status
 
+P = ParamSpec("P")
 T = TypeVar("T")
+
+OPERATIONS = ("info", "info_chain", "check", "convert", "compare", "commit", "rebase")
+"""Functions of :mod:`diskwright.ops.calls`, which is imported with the first of them."""
 
 Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
 Source = Path | Mapping[str, Any]
@@ -95,6 +100,39 @@ def create(
     among them ``size`` may be left out.  An existing file is overwritten.
     """
     return run(lambda driver: create_image(driver, os.fsdecode(path), format, size, options))
+
+
+def blocking(
+    call: Callable[Concatenate[BaseDriver, P], Coroutine[Any, Any, T]],
+) -> Callable[P, T]:
+    """An operation of the engine as a plain function, run on a driver of its own."""
+
+    @functools.wraps(call)
+    def blocked(*arguments: P.args, **named: P.kwargs) -> T:
+        return run(lambda driver: call(driver, *arguments, **named))
+
+    return blocked
+
+
+if TYPE_CHECKING:
+    from .ops import calls
+
+    info = blocking(calls.info)
+    info_chain = blocking(calls.info_chain)
+    check = blocking(calls.check)
+    convert = blocking(calls.convert)
+    compare = blocking(calls.compare)
+    commit = blocking(calls.commit)
+    rebase = blocking(calls.rebase)
+
+
+def __getattr__(name: str) -> Any:
+    if name not in OPERATIONS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .ops import calls
+
+    found = globals()[name] = blocking(getattr(calls, name))
+    return found
 
 
 def run(make: Callable[[Driver], Coroutine[Any, Any, T]]) -> T:

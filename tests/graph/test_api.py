@@ -265,6 +265,47 @@ def test_cancelling_leaves_nothing_behind() -> None:
     asyncio.run(work())
 
 
+# -- whole images
+
+
+def test_operations_on_whole_images(here: Path, peer: Any) -> None:
+    diskwright.create("a", "qcow2", 1 << 20)
+    with diskwright.open("a", writable=True) as disk:
+        disk.write(70_000, b"content" * 1000)
+    assert diskwright.convert("a", "b.raw") > 0
+    shell(here, peer("qemu-img"), "compare", "a", "b.raw")
+    assert diskwright.compare("a", "b.raw", other_format="raw").equal
+    assert diskwright.check("a").leaks == 0
+    found = diskwright.info("a")
+    assert (found.format, found.virtual_size, found.filename) == ("qcow2", 1 << 20, "a")
+    diskwright.create("top", "qcow2", None, {"backing_file": "a", "backing_fmt": "qcow2"})
+    assert [one.filename for one in diskwright.info_chain("top", policy="trusted")] == ["top", "a"]
+    with pytest.raises(Refused):
+        diskwright.convert("top", "c.raw")
+    with diskwright.open("top", writable=True, policy="trusted") as disk:
+        disk.write(0, b"above")
+    assert not diskwright.compare("top", "a", policy="trusted").equal
+    diskwright.commit("top", policy="trusted")
+    with diskwright.open("a") as disk:
+        assert disk.read(0, 5) == b"above"
+    diskwright.rebase("top", None, policy="trusted")
+    with diskwright.open("top") as disk:
+        assert disk.read(0, 5) == b"above"
+
+    async def work() -> None:
+        assert (await aio.info("top")).backing_name is None
+        assert (await aio.compare("top", "a")).equal
+        with pytest.raises(FileNotFoundError):
+            await aio.info("nowhere")
+
+    asyncio.run(work())
+    with pytest.raises(FileNotFoundError):
+        diskwright.info("nowhere")
+    for module in (api, aio):
+        with pytest.raises(AttributeError):
+            module.nonsense  # noqa: B018
+
+
 # -- both against a model
 
 SIZE = 300_000

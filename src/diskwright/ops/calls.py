@@ -1,0 +1,205 @@
+"""Whole-image operations called with plain arguments: what both Python APIs offer.
+
+A disk is given as the graph takes it: a file name, a ``json:`` or ``proto:`` name, or a dict of
+options.  ``policy`` is that of :meth:`diskwright.graph.gate.Gate.from_environment`.  What cannot be
+opened raises its own error (OSError, ImageError, Refused, ...).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from ..engine.kernel import BaseDriver
+from ..graph.gate import Gate
+from .images import ImageSpec, OpenFailed, close_all
+
+if TYPE_CHECKING:
+    from .compare import Comparison
+    from .info import NodeInfo
+
+Source = str | bytes | os.PathLike[str] | os.PathLike[bytes] | Mapping[str, Any]
+OnProgress = Callable[[int, int], None]
+
+
+def spec_of(
+    source: Source,
+    format: str | None = None,
+    policy: str | None = None,
+    cache: str = "writeback",
+    force_share: bool = False,
+) -> ImageSpec:
+    """The description of a disk that the operations take."""
+    reference = source if isinstance(source, Mapping) else os.fsdecode(source)
+    name = reference if isinstance(reference, str) else str(dict(reference))
+    return ImageSpec(name, reference, format, cache, force_share, Gate.from_environment(policy))
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    try:
+        yield
+    except OpenFailed as error:
+        raise error.cause from None
+
+
+async def info(
+    driver: BaseDriver,
+    source: Source,
+    *,
+    format: str | None = None,
+    policy: str | None = None,
+    force_share: bool = False,
+) -> NodeInfo:
+    """What an image is: format, sizes, backing file, and what its format tells of itself.
+
+    The backing file is named, not opened.
+    """
+    from .info import info
+
+    with _plain_errors():
+        return await info(driver, spec_of(source, format, policy, force_share=force_share))
+
+
+async def info_chain(
+    driver: BaseDriver,
+    source: Source,
+    *,
+    format: str | None = None,
+    policy: str | None = None,
+    force_share: bool = False,
+) -> list[NodeInfo]:
+    """:func:`info` of an image and of everything below it, which passes the gate."""
+    from .info import info_chain
+
+    with _plain_errors():
+        return await info_chain(driver, spec_of(source, format, policy, force_share=force_share))
+
+
+async def check(
+    driver: BaseDriver,
+    source: Source,
+    *,
+    format: str | None = None,
+    force_share: bool = False,
+    on_progress: OnProgress | None = None,
+) -> Any:
+    """Check an image without changing it; returns what its format found (leaks, corruptions).
+
+    Raises NotSupported for a format that has nothing to check.
+    """
+    from .check import check
+
+    with _plain_errors():
+        spec = spec_of(source, format, "untrusted", force_share=force_share)
+        return (await check(driver, spec, on_progress))[2]
+
+
+async def convert(
+    driver: BaseDriver,
+    source: Source,
+    target: Source,
+    target_format: str = "raw",
+    *,
+    format: str | None = None,
+    policy: str | None = None,
+    options: Mapping[str, Any] | None = None,
+    create: bool = True,
+    cache: str = "writeback",
+    force_share: bool = False,
+    sparse: int | None = None,
+    target_is_zero: bool = False,
+    on_progress: OnProgress | None = None,
+) -> int:
+    """Copy a disk to ``target``, which is made (or, with ``create=False``, written into).
+
+    ``options`` are creation options; ``sparse`` is the size in bytes of the blocks in which zeroes
+    are looked for (0: allocate everything).  Returns the bytes of data that were copied.  File and
+    directory are durable when it returns, unless ``cache`` is ``unsafe``.
+    """
+    from .convert import SPARSE, Settings, convert
+
+    settings = Settings(
+        options=options or {},
+        create=create,
+        sparse=SPARSE if sparse is None else sparse,
+        target_is_zero=target_is_zero,
+    )
+    with _plain_errors():
+        return await convert(
+            driver,
+            [spec_of(source, format, policy, force_share=force_share)],
+            spec_of(target, target_format, policy, cache),
+            settings,
+            on_progress=on_progress,
+        )
+
+
+async def compare(
+    driver: BaseDriver,
+    one: Source,
+    other: Source,
+    *,
+    format: str | None = None,
+    other_format: str | None = None,
+    policy: str | None = None,
+    strict: bool = False,
+    on_progress: OnProgress | None = None,
+) -> Comparison:
+    """Compare what two disks read as; a shorter one counts as followed by zeroes.
+
+    ``strict``: sizes and allocated ranges must be the same, too.
+    """
+    from .compare import compare
+
+    nodes = []
+    try:
+        with _plain_errors():
+            nodes.append(await spec_of(one, format, policy).open(driver))
+            nodes.append(await spec_of(other, other_format, policy).open(driver))
+        return await compare(*nodes, strict=strict, on_progress=on_progress)
+    finally:
+        await close_all(nodes)
+
+
+async def commit(
+    driver: BaseDriver,
+    source: Source,
+    *,
+    base: str | None = None,
+    keep: bool = False,
+    format: str | None = None,
+    policy: str | None = None,
+    on_progress: OnProgress | None = None,
+) -> None:
+    """Write what an overlay holds into its backing file (or into ``base`` further down), and
+    empty it unless ``keep`` is set or ``base`` is named."""
+    from .commit import commit
+
+    with _plain_errors():
+        spec = spec_of(source, format, policy)
+        await commit(driver, spec, base=base, keep=keep, on_progress=on_progress)
+
+
+async def rebase(
+    driver: BaseDriver,
+    source: Source,
+    backing: str | None,
+    backing_format: str | None = None,
+    *,
+    unsafe: bool = False,
+    format: str | None = None,
+    policy: str | None = None,
+    on_progress: OnProgress | None = None,
+) -> None:
+    """Give an image another backing file (None: none) without changing what the disk reads.
+
+    ``unsafe`` changes the name alone.
+    """
+    from .rebase import rebase
+
+    with _plain_errors():
+        spec = spec_of(source, format, policy)
+        await rebase(driver, spec, backing, backing_format, unsafe=unsafe, on_progress=on_progress)
