@@ -130,7 +130,8 @@ def test_all_entries_alike() -> None:
     machine.write(0, b"x" * 512)
     file = bytearray(machine.close())
     h = machine.format.header
-    file[h.l1_offset : h.l1_offset + 8 * h.l1_size] = file[h.l1_offset : h.l1_offset + 8] * h.l1_size
+    first = file[h.l1_offset : h.l1_offset + 8]
+    file[h.l1_offset : h.l1_offset + 8 * h.l1_size] = first * h.l1_size
     attack(bytes(file))
     result = own_check(bytes(file))
     assert result.corruptions > 0 and len(result.findings) <= 10_000
@@ -162,7 +163,8 @@ def test_random_damage(seed: int) -> None:
     for _ in range(25):
         broken = bytearray(file)
         for _ in range(rng.choice([1, 3, 20])):
-            broken[rng.randrange(0, head)] = rng.choice([0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)])
+            value = rng.choice([0, 1, 0x7F, 0x80, 0xFF, rng.randrange(256)])
+            broken[rng.randrange(0, head)] = value
         attack(bytes(broken))
 
 
