@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 
 import diskwright
-from diskwright.engine.kernel import Driver
+from diskwright.engine.kernel import Cancelled, Driver
 from diskwright.errors import ImageInUse
 from diskwright.graph.gate import Gate
+from diskwright.graph.graph import Graph
 from diskwright.graph.names import parse_image_opts
 from diskwright.graph.opener import close_disk, open_disk
 from diskwright.graph.perms import ALL
@@ -134,6 +135,54 @@ def test_a_users_refusal_to_share_reaches_the_file() -> None:
         await close_disk(node)
 
     run(work)
+
+
+def test_a_shared_file_gives_up_what_nobody_needs_any_more() -> None:
+    async def work(driver: Driver) -> None:
+        graph = Graph(driver)
+        low = {"driver": "file", "filename": "r", "node-name": "low"}
+        reader = await open_disk(
+            driver, {"driver": "raw", "file": low}, writable=False, graph=graph
+        )
+        assert locked("r") == {100}
+        await close_disk(reader)
+        writer = await open_disk(driver, {"driver": "raw", "file": low}, writable=True, graph=graph)
+        second = await open_disk(
+            driver, {"driver": "raw", "read-only": "on", "file": "low"}, graph=graph
+        )
+        assert locked("r") == {100, 101}
+        await close_disk(writer)
+        assert locked("r") == {100}
+        assert (await second.read([0], [1]))[0] == b"\0"
+        await close_disk(second)
+
+    run(work)
+
+
+def test_a_cancelled_open_or_close_holds_nothing() -> None:
+    for turns in range(0, 40, 3):
+
+        async def work(driver: Driver, turns: int = turns) -> None:
+            task = driver.spawn(open_disk(driver, "b", writable=True, gate=Gate("trusted")))
+            for _ in range(turns):
+                await driver.turn()
+            task.cancel()
+            try:
+                node = await task
+            except Cancelled:
+                pass
+            else:
+                closing = driver.spawn(close_disk(node))
+                for _ in range(1 + turns % 5):  # one that has not begun closes nothing
+                    await driver.turn()
+                closing.cancel()
+                try:
+                    await closing
+                except Cancelled:
+                    pass
+            assert not locked("a") and not locked("b")
+
+        run(work)
 
 
 def test_reopening_changes_the_locks() -> None:

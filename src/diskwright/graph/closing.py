@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 
+from ..engine.kernel import Cancelled
+from ..errors import DiskError
 from .graph import Graph
 from .node import Node
 
@@ -32,10 +34,11 @@ async def _close(top: Node) -> BaseException | None:
     while closing:
         node = closing.pop()
         if node.parents or (graph is not None and node in graph.roots):
+            _relax(graph, node)
             continue
         try:
             await node.close()
-        except Exception as error:
+        except (Exception, Cancelled) as error:
             first = first or error
         for slot in list(node.children):
             child = node.detach(slot)
@@ -44,6 +47,15 @@ async def _close(top: Node) -> BaseException | None:
         if graph is not None:
             graph.remove(node)
     return first
+
+
+def _relax(graph: Graph | None, node: Node) -> None:
+    """A node that stays gives up what only the closed disk needed of it."""
+    if graph is not None and graph.nodes.get(node.name) is node:
+        try:
+            graph.refresh(node)
+        except (OSError, DiskError):
+            pass  # it holds more than it needs
 
 
 def explain(error: BaseException, *, top: str = "") -> str:
