@@ -10,7 +10,7 @@ PYTEST_ARGS ?=
 .DEFAULT_GOAL := test
 
 demo: peers
-	PYTHONPATH=src $(PYTHON) demo/demo.py
+	$(PYTHON) demo/demo.py
 
 peers:
 	@PYTHON=$(PYTHON) tools/install-peers
@@ -40,7 +40,7 @@ test-long: $(BIN)/.ready peers
 	$(BIN)/python -m pytest -n $(WORKERS) --long --timeout=3600 $(PYTEST_ARGS)
 
 bench: $(BIN)/.ready peers
-	PYTHONPATH=src $(BIN)/python bench/nbd.py
+	$(BIN)/python bench/nbd.py
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

