@@ -1,0 +1,235 @@
+"""Random qcow2 workloads, and everything that a loss of power could leave of them."""
+
+from __future__ import annotations
+
+import random
+import sys
+import time
+from collections import Counter
+from typing import Any, NamedTuple
+
+from diskwright.contract import FUA, MAY_UNMAP
+from diskwright.engine.kernel import Driver
+from diskwright.engine.tables import Tables
+from diskwright.formats import qcow2
+from diskwright.graph.mapped import MappedNode
+from diskwright.testing.memory import POISON, RecordingNode
+from diskwright.testing.model import Mismatch, Model
+from diskwright.testing.scheduler import SeededDriver
+from races.cases import qcow2_image, random_base
+
+CLUSTER = 512
+KINDS = ("plain", "backing", "lazy", "v2", "narrow", "wide", "zeroing")
+
+
+class Saved(NamedTuple):
+    """A crash state for other programs: the image, its backing file, and the guest's bytes."""
+
+    kind: str
+    seed: int
+    moment: int
+    image: bytes
+    base: bytes
+    content: bytes
+    dirty: bool
+
+
+class Workload:
+    """One seed: a client that writes, zeroes, discards, resizes and flushes a small disk."""
+
+    def __init__(self, kind: str, seed: int, steps: int = 30) -> None:
+        self.kind, self.seed = kind, seed
+        self.rng = rng = random.Random(f"{kind} {seed}")
+        self.driver = SeededDriver(seed, eager=None)
+        self.size = rng.choice([60 * CLUSTER, 160 * CLUSTER])
+        self.smallest = 40 * CLUSTER
+        options: dict[str, Any] = {"size": self.size, "cluster_size": CLUSTER}
+        self.base = b""
+        if kind == "backing":
+            self.base = random_base(rng, rng.choice([self.smallest, 20 * CLUSTER + 100]))
+            options["backing_file"], options["backing_fmt"] = "base", "raw"
+        if kind == "lazy":
+            options["lazy_refcounts"] = True
+        if kind == "v2":
+            options["compat"] = "0.10"
+        if kind in ("narrow", "wide"):
+            options["refcount_bits"] = 1 if kind == "narrow" else 64
+        self.leaf = RecordingNode(
+            self.driver,
+            qcow2_image(*sorted(options.items())),
+            delay=10,
+            zeroes_discards=kind == "zeroing",
+        )
+        self.node, self.opening = self._node(self.driver, self.leaf, 1600)
+        self.model = Model(self.base[: self.size].ljust(400 * CLUSTER, b"\0"), self.driver.tick)
+        self.sizes: list[tuple[int, int, int]] = [(-1, -1, self.size)]
+        """(begun, ended, size) of the resizes that succeeded."""
+        self.steps = steps
+        self.stats: Counter[str] = Counter()
+        self.last = 0
+
+    def _node(self, driver: Any, leaf: RecordingNode, budget: int, **more: Any) -> Any:
+        slots = {"file": leaf}
+        options = {"writable": True, **more}
+        if self.base:
+            slots["backing"] = RecordingNode(driver, self.base)
+            options["backing"] = "given"
+        assert qcow2.DRIVER.open is not None
+        format, opening = qcow2.DRIVER.open(options)
+        return MappedNode(driver, "qcow2", format, slots, Tables(budget)), opening
+
+    # -- the workload
+    def _range(self) -> tuple[int, int]:
+        rng = self.rng
+        length = rng.choice([1, 100, CLUSTER, CLUSTER, 700, 4 * CLUSTER, 9 * CLUSTER])
+        offset = rng.randrange(self.size)
+        if rng.random() < 0.6:
+            offset -= offset % CLUSTER
+        return offset, min(length, self.size - offset)
+
+    async def _write(self) -> None:
+        requests, offsets, buffers = [], [], []
+        for _ in range(self.rng.choice([1, 1, 3])):
+            offset, length = self._range()
+            request, data = self.model.write(offset, length)
+            requests.append(request)
+            offsets.append(offset)
+            buffers.append(data)
+        fua = len(requests) == 1 and self.rng.random() < 0.15
+        await self.node.write(offsets, buffers, FUA if fua else 0)
+        for request in requests:
+            request.finish(self.driver.tick(), True, fua)
+
+    async def _zero(self) -> None:
+        offset, length = self._range()
+        request = self.model.zero(offset, length)
+        await self.node.zero([offset], [length], self.rng.choice([0, MAY_UNMAP]))
+        request.finish(self.driver.tick(), True)
+
+    async def _discard(self) -> None:
+        offset, length = self._range()
+        start, end = -(-offset // CLUSTER) * CLUSTER, offset + length
+        end -= 0 if end == self.size else end % CLUSTER
+        request = self.model.zero(start, end - start) if start < end else None
+        await self.node.discard([offset], [length])
+        if request is not None:
+            request.finish(self.driver.tick(), True)
+
+    async def _flush(self) -> None:
+        begun = self.driver.tick()
+        await self.node.flush()
+        self.model.flushed(begun)
+
+    async def _resize(self) -> None:
+        size = self.rng.choice([self.smallest, 100 * CLUSTER, 200 * CLUSTER, 300 * CLUSTER])
+        low, high = sorted((size, self.size))
+        request = self.model.zero(low, high - low)
+        begun = self.driver.tick()
+        await self.node.truncate(size)
+        self.size = size
+        self.sizes.append((begun, self.driver.tick(), size))
+        request.finish(self.driver.tick(), True, True)
+
+    async def main(self) -> None:
+        await self.node.run_procedure(self.opening, whole_image=False)
+        menu = [self._write] * 7 + [self._zero, self._discard, self._discard]
+        menu += [self._flush, self._flush, self._resize]
+        beside = None
+        for _ in range(self.steps):
+            action = self.rng.choice(menu)
+            self.stats[action.__name__.lstrip("_")] += 1
+            await action()
+            if beside is not None:
+                await beside
+                beside = None
+            if self.rng.random() < 0.2:
+                beside = self.driver.spawn(self._flush(), name="flush beside")
+        if beside is not None:
+            await beside
+        await self.node.close()
+        self.last = self.driver.tick()
+        self.model.flushed(self.last)
+        self.last = self.driver.tick()
+
+    # -- the crashes
+    def states(self, each: int) -> list[tuple[int, int, bytes]]:
+        """(moment, sector, image): ``each`` for every prefix of the log, at both sector sizes."""
+        moments = {change.issued for change in self.leaf.log}
+        moments |= {change.done for change in self.leaf.log}
+        moments |= {ended for _, ended in self.leaf.barriers}
+        moments.add(self.last)
+        out = []
+        for moment in sorted(moments):
+            for i in range(each):
+                sector = (512, 4096)[(moment + i) % 2]
+                out.append((moment, sector, self.leaf.crash_state(moment, self.rng, sector)))
+        return out
+
+    def look(self, moment: int, sector: int, image: bytes) -> Saved:
+        """Open, check and read a crash state; raises when anything is not as it must be."""
+        what = f"{self.kind} seed {self.seed}: power lost at {moment}, sectors of {sector}"
+        driver = Driver()
+        leaf = RecordingNode(driver, image)
+        node, opening = self._node(driver, leaf, 1 << 20)
+        dirty = bool(image[79] & 1) and image[7] > 2
+        content = driver.run(self._look(node, opening, what))
+        sizes = [s for begun, ended, s in self.sizes if begun <= moment]
+        settled = max(i for i, (_, ended, _) in enumerate(self.sizes) if ended <= moment)
+        if len(content) not in {s for _, _, s in self.sizes[settled : len(sizes)]}:
+            begun = [s for b, _, s in self.sizes if b <= moment]
+            raise Mismatch(f"{what}: size {len(content)}, sizes were {begun}")
+        if POISON in content:
+            raise Mismatch(f"{what}: bytes of a freed cluster at {content.index(POISON):#x}")
+        self.model.check_crash(content, moment, what)
+        return Saved(self.kind, self.seed, moment, image, self.base, content, dirty)
+
+    async def _look(self, node: Any, opening: Any, what: str) -> bytes:
+        await node.run_procedure(opening, whole_image=False)
+        result = await node.run_procedure(node.format.check(), whole_image=False)
+        if result.corruptions or result.check_errors:
+            raise Mismatch(f"{what}: check: {result.findings[:4]}")
+        self.stats["leaks"] += bool(result.leaks)
+        (content,) = await node.read([0], [node.size])
+        return bytes(content)
+
+
+def explore(kind: str, seed: int, each: int, keep: int) -> tuple[Counter[str], list[Saved], str]:
+    """One seed: counts, up to ``keep`` states for other programs, and what went wrong."""
+    work = Workload(kind, seed)
+    kept: list[Saved] = []
+    try:
+        work.driver.run(work.main())
+        states = work.states(each)
+        chosen = set(work.rng.sample(range(len(states)), min(keep, len(states))))
+        for i, state in enumerate(states):
+            saved = work.look(*state)
+            work.stats["states"] += 1
+            if i in chosen:
+                kept.append(saved)
+    except Exception as error:
+        return work.stats, kept, f"{kind} seed {seed}: {type(error).__name__}: {error}"
+    work.stats["workloads"] += 1
+    return work.stats, kept, ""
+
+
+def main(arguments: list[str]) -> int:
+    """``python -m crash.explorer KIND[,KIND]|all COUNT [FIRST]``."""
+    kinds = KINDS if arguments[0] == "all" else tuple(arguments[0].split(","))
+    first = int(arguments[2]) if len(arguments) > 2 else 0
+    for kind in kinds:
+        started = time.monotonic()
+        total: Counter[str] = Counter()
+        problems = []
+        for seed in range(first, first + int(arguments[1])):
+            stats, _, problem = explore(kind, seed, 2, 0)
+            total.update(stats)
+            if problem:
+                problems.append(problem)
+        print(f"{kind}: {time.monotonic() - started:.1f} s {dict(total)}", flush=True)
+        for problem in problems[:3]:
+            print(f"  {problem[:600]}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

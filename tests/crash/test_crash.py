@@ -1,0 +1,129 @@
+"""Losses of power at every moment of random qcow2 workloads, here and in qemu-img.
+
+``DISKWRIGHT_CRASHES`` sets the workloads of each kind of image, ``--long`` makes it 60.  Whatever
+was given back is poisoned on the disk, so a byte of a freed cluster would show.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from races.mutants import MUTANTS, applied
+from races.pool import executor, show
+
+from .explorer import KINDS, Saved, explore
+
+SEEDS = int(os.environ.get("DISKWRIGHT_CRASHES", "3"))
+LONG = int(os.environ.get("DISKWRIGHT_CRASHES", "60"))
+TO_OTHERS = 252
+
+
+def one(job: tuple[str, int, int, int]) -> tuple[Counter[str], list[Saved], str]:
+    """In a worker."""
+    return explore(*job)
+
+
+def run(seeds: int, first: int, each: int, keep: int) -> tuple[Counter[str], list[Saved]]:
+    jobs = [(kind, seed, each, keep) for kind in KINDS for seed in range(first, first + seeds)]
+    total: Counter[str] = Counter()
+    saved: list[Saved] = []
+    problems = []
+    with executor() as pool:
+        for stats, kept, problem in pool.map(one, jobs):
+            total.update(stats)
+            saved += kept
+            if problem:
+                problems.append(problem)
+    assert not problems, "\n".join(problems)
+    return total, saved
+
+
+def told(total: Counter[str]) -> str:
+    work = ", ".join(f"{total[k]} {k}" for k in ("write", "zero", "discard", "resize", "flush"))
+    return f"{total['states']} states of {total['workloads']} workloads ({work})"
+
+
+@pytest.mark.timeout(600)
+def test_crash_states(
+    peer: Callable[[str], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    total, saved = run(SEEDS, 0, 1, -(-TO_OTHERS // (SEEDS * len(KINDS))))
+    assert total["states"] >= 1000 * SEEDS
+    assert total["leaks"] > 0 and total["resize"] > 0 and total["discard"] > 0
+    qemu_img = peer("qemu-img")
+
+    def agrees(numbered: tuple[int, Saved]) -> str:
+        return in_qemu(qemu_img, tmp_path / str(numbered[0]), numbered[1])
+
+    with ThreadPoolExecutor(2) as pool:
+        problems = [text for text in pool.map(agrees, enumerate(saved)) if text]
+    show(capsys, f"crashes: {told(total)}; {len(saved)} of them opened in qemu-img, too")
+    assert not problems, "\n".join(problems)
+    assert len(saved) >= 200
+
+
+@pytest.mark.long
+@pytest.mark.timeout(0)
+def test_crash_states_long(capsys: pytest.CaptureFixture[str]) -> None:
+    total, _ = run(LONG, 1000, 4, 0)
+    show(capsys, f"crashes: {told(total)}")
+
+
+def in_qemu(qemu_img: str, folder: Path, saved: Saved) -> str:
+    """Check the image with qemu-img and compare the bytes that it reads; what is wrong."""
+    what = f"{saved.kind} seed {saved.seed} at {saved.moment}"
+    folder.mkdir()
+    if saved.base:
+        (folder / "base").write_bytes(saved.base.ljust(-(-len(saved.base) // 512) * 512, b"\0"))
+    image = folder / "image.qcow2"
+    image.write_bytes(saved.image)
+
+    def call(*arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [qemu_img, *arguments], cwd=folder, capture_output=True, text=True, timeout=60
+        )
+
+    if saved.dirty:  # its counts are made anew by whoever opens it for writing
+        call("check", "-q", "-r", "all", image.name)
+    check = call("check", "-q", image.name)
+    if check.returncode not in (0, 3):
+        return f"{what}: check: {check.returncode} {check.stdout}{check.stderr}"
+    convert = call("convert", "-O", "raw", image.name, "out")
+    if convert.returncode:
+        return f"{what}: convert: {convert.stderr}"
+    content = (folder / "out").read_bytes()
+    for file in folder.iterdir():
+        file.unlink()
+    if content != saved.content:
+        pairs = zip(content, saved.content, strict=False)
+        at = next((i for i, (a, b) in enumerate(pairs) if a != b), -1)
+        lengths = f"{len(content)} and {len(saved.content)} bytes"
+        return f"{what}: qemu-img reads other bytes at {at:#x} ({lengths})"
+    return ""
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    "name",
+    [
+        "metadata are written before the data are flushed",
+        "no barriers between the groups",
+        "the groups are written backwards",
+        "freed space is used before the metadata are on disk",
+    ],
+)
+def test_a_broken_rule_shows(name: str) -> None:
+    one_of = next(m for m in MUTANTS if m.name == name)
+    with applied(one_of):
+        for seed in range(12):
+            for kind in ("backing", "narrow", "plain"):
+                if explore(kind, seed, 1, 0)[2]:
+                    return
+    raise AssertionError("no crash state was wrong")
