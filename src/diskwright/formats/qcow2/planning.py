@@ -283,6 +283,8 @@ class Planner(Allocator):
         """Collect the host clusters that entries [first, stop) will let go."""
         data: array[int] = table.data
         bits = self.cluster_bits
+        if _no_hosts(data[first:stop].tobytes()):
+            return
         for index in range(first, stop):
             entry = data[index]
             if not entry:
@@ -316,6 +318,17 @@ class Planner(Allocator):
         data: array[int] = table.data
         bits = self.cluster_bits
         holes_stay, mode = mode & _HOLES_STAY, mode & ~_HOLES_STAY
+        before = data[first:stop].tobytes()
+        if _no_hosts(before):
+            after = before
+            if mode == _DROP:
+                after = bytes(len(before))
+            elif not holes_stay:
+                after = array("Q", [ZERO_FLAG]).tobytes() * (stop - first)
+            if after != before:
+                data[first:stop] = array("Q", after)
+                self.touch_l2(table, first, stop)
+            return
         low, high = stop, first
         for index in range(first, stop):
             old = data[index]
@@ -360,6 +373,12 @@ class Planner(Allocator):
         return incompatible, h.autoclear & (hd.BITMAPS | hd.RAW_DATA_FILE)
 
     _old_tables: list[int]
+
+
+def _no_hosts(raw: bytes) -> bool:
+    """True for L2 entries that are all unallocated or plain zeroes; told without a loop, since a
+    discard of a whole disk meets little else."""
+    return not raw.strip(b"\0\1")
 
 
 def _as_runs(supply: list[tuple[int, bool]]) -> list[Choice]:
