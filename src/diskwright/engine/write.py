@@ -144,11 +144,12 @@ class Writer:
         end = offset + length
         inner = (align_up(offset, unit), end if end >= size else align_down(end, unit))
         ragged: list[Span] = []
-        if inner[0] >= inner[1]:
+        if inner[0] > inner[1]:
             ragged.append((offset, end))
-        else:
+        else:  # the ends are judged each by itself, also where no whole unit is between them
             ragged += [s for s in ((offset, inner[0]), (inner[1], end)) if s[0] < s[1]]
-            await self._zero_units([(inner[0], inner[1] - inner[0])], kind, flags)
+            if inner[0] < inner[1]:
+                await self._zero_units([(inner[0], inner[1] - inner[0])], kind, flags)
         for start, stop in ragged:
             await self._zero_ragged(start, stop, kind, flags)
 
@@ -358,15 +359,20 @@ class Writer:
                 sources.append(target)
                 at += step.length
             if holes:
+                for slot in {step.slot for step in steps}:
+                    if self.engine.slots[slot].wants_events:
+                        await self.engine.announce(slot, "cow_read")
                 await self.engine.reader.inside(
                     [h[0] for h in holes], [len(h[1]) for h in holes], [h[1] for h in holes]
                 )
-            await self._put(steps, sources, "cow_write" if holes else "write_aio")
+            # One write carries both the request and what was copied around it.
+            tags = ("write_aio", "cow_write") if holes else ("write_aio",)
+            await self._put(steps, sources, *tags)
         finally:
             if len(stage) == _STAGE and len(self._stages) < _MOST_STAGES:
                 self._stages.append(stage)
 
-    async def _put(self, steps: Sequence[Step], sources: Sequence[Buffer], tag: str) -> None:
+    async def _put(self, steps: Sequence[Step], sources: Sequence[Buffer], *tags: str) -> None:
         """Write ``sources`` to the hosts of ``steps``, encoded, one column batch per slot."""
         engine = self.engine
         parts: dict[str, tuple[list[int], list[Buffer]]] = {}
@@ -380,7 +386,8 @@ class Writer:
             columns[1].append(source)
         for slot in parts:
             if engine.slots[slot].wants_events:
-                await engine.announce(slot, tag)
+                for tag in tags:
+                    await engine.announce(slot, tag)
         if len(parts) == 1:
             ((slot, columns),) = parts.items()
             await engine.slots[slot].write(*columns)
