@@ -21,7 +21,7 @@ from ..graph.node import Buffer, Node
 from ..protocols.bounce import Bounce
 from ..units import align_down, align_up
 from .blkdebug_config import make_rules, option_sections, read_config
-from .blkdebug_limits import apart, by_unit, cut, limits_of
+from .blkdebug_limits import Busy, apart, by_unit, cut, limits_of
 from .blkdebug_rules import Machine
 
 SLOT = "image"
@@ -43,6 +43,7 @@ class BlkdebugNode(Node):
         self.on_message: Callable[[str], None] | None = None
         self._own = limits
         self._unflushed = False
+        self._busy = Busy()
         self.closed = False
         self._bounce = Bounce(limits.alignment, self._read_aligned, self._write_aligned)
         self.attach(SLOT, child)
@@ -201,20 +202,21 @@ class BlkdebugNode(Node):
         )
 
     async def _write_one(self, offset: int, buffer: Buffer, flags: int) -> None:
-        """One write; its ragged ends are read first, under an exclusive lease on its units.
+        """One write; its ragged ends are read first, while it has its units alone.
 
         :meth:`Bounce.write` does the same without announcing each step, hence not called here.
         """
         bounce = self._bounce
         if not len(buffer):
             return
-        lease = await bounce.lock([offset], [len(buffer)])
+        ragged = not bounce.aligned([offset], [len(buffer)])
+        mine = await self._busy.take(*bounce.widen(offset, len(buffer)), ragged)
         try:
-            if not bounce.aligned([offset], [len(buffer)]):
+            if ragged:
                 offset, buffer = await self._fill_up(offset, buffer)
             await self._write_aligned([offset], [buffer], flags)
         finally:
-            bounce.leases.drop(lease)
+            self._busy.drop(mine)
 
     async def _fill_up(self, offset: int, buffer: Buffer) -> tuple[int, Buffer]:
         """Widen a write to whole units (not beyond the end of the disk, unless it goes there)."""
@@ -263,13 +265,13 @@ class BlkdebugNode(Node):
             return
         if start < first:
             await self._write_one(start, bytes(first - start), flags & ~NO_FALLBACK)
-        lease = await self._bounce.lock([first], [last - first])
+        mine = await self._busy.take(first, last, False)
         try:
             await self._announce("pwritev_zero")
             await self._zero_whole(first, last, flags)
             await self._announce("pwritev_done")
         finally:
-            self._bounce.leases.drop(lease)
+            self._busy.drop(mine)
         if last < end:
             await self._write_one(last, bytes(end - last), flags & ~NO_FALLBACK)
 

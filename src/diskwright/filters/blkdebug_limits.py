@@ -6,10 +6,37 @@ from itertools import pairwise
 from typing import Any
 
 from ..contract import Limits
+from ..engine.kernel import Condition
 from ..errors import UsageError
 from ..units import align_down, align_up, is_power_of_two
 
 _INT_MAX = (1 << 31) - 1
+
+
+class Busy:
+    """The ranges that writes work on just now.
+
+    A write of ragged ends needs its units alone, others share them.  Unlike the engine's leases
+    this is no queue: a request waits only for those at work, not for one that itself still waits,
+    because which of two stopped requests goes first is what breakpoints are there to decide.
+    """
+
+    def __init__(self) -> None:
+        self._held: list[tuple[int, int, bool]] = []
+        self._changed = Condition()
+
+    async def take(self, start: int, end: int, alone: bool) -> tuple[int, int, bool]:
+        """Wait until ``start`` ... ``end`` can be worked on; give the result to :meth:`drop`."""
+        while any(s < end and start < e and (alone or a) for s, e, a in self._held):
+            await self._changed.wait()
+        mine = (start, end, alone)
+        self._held.append(mine)
+        return mine
+
+    def drop(self, mine: tuple[int, int, bool]) -> None:
+        """The work on a range has ended."""
+        self._held.remove(mine)
+        self._changed.notify()
 
 
 def cut(offset: int, length: int, most: int) -> list[tuple[int, int]]:
