@@ -4,25 +4,59 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
-from ..engine.kernel import Driver
-from ..export.nbd import NbdExport, listen_tcp, listen_unix
-from ..export.nbd_service import serve_until_signalled, tune_collector
-from ..graph.gate import Gate
-from ..graph.opener import close_disk, open_disk
+from ..errors import UsageError
+from .images import READ_CACHES, arguments, gate, warn_if_guessed
+from .options import FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, POLICY, Args, Opt
+from .output import Call, UsageProblem, reason, to_stderr
+
+if TYPE_CHECKING:
+    import socket
+
+    from ..engine.kernel import Driver
+    from ..graph.gate import Gate
+    from ..graph.names import Reference
 
 DEFAULT_PORT = 10809
+
+OPTIONS = (
+    FORMAT,
+    IMAGE_OPTS,
+    Opt("k", "socket", "PATH", "listen on a unix socket"),
+    Opt("p", "port", "PORT", "listen on a TCP port (default 10809)"),
+    Opt("b", "bind", "ADDRESS", "address to listen on"),
+    Opt("r", "read-only", "", "let nobody write"),
+    Opt("t", "persistent", "", "go on when the last client has left"),
+    Opt("e", "shared", "NUM", "clients at a time (default 1, 0 for any number)"),
+    Opt("x", "export-name", "NAME", "name of the export (default: empty)"),
+    Opt("D", "description", "TEXT", "description of the export"),
+    Opt("", "handshake-limit", "SECONDS", "time for a client's handshake (default 10)"),
+    Opt("", "cache", "MODE", "cache mode of the image (default writeback)"),
+    Opt("n", "nocache", "", "the same as --cache=none"),
+    Opt("", "aio", "MODE"),
+    Opt("", "discard", "MODE", "ignore or unmap (default; qemu-nbd: ignore)"),
+    Opt("", "detect-zeroes", "MODE", "off (default), on or unmap"),
+    Opt("", "fork", "", "return when clients can connect, and serve in the background"),
+    Opt("", "pid-file", "PATH", "write the server's process id there"),
+    Opt("v", "verbose", "", "report why clients were dropped"),
+    FORCE_SHARE,
+    POLICY,
+    OBJECT,
+)
 
 
 class Settings(NamedTuple):
     """What was asked for."""
 
     image: str
+    reference: Reference
+    gate: Gate
     format: str | None = None
     socket: str = ""
-    address: str = ""
-    port: int = DEFAULT_PORT
+    address: str = "localhost"
+    port: str = str(DEFAULT_PORT)
     read_only: bool = False
     persistent: bool = False
     clients: int = 1
@@ -32,32 +66,114 @@ class Settings(NamedTuple):
     discard: str = "unmap"
     detect_zeroes: str = "off"
     force_share: bool = False
-    policy: str | None = None
     handshake_seconds: float = 10.0
+    pid_file: str = ""
+    verbose: bool = False
 
 
-def serve(settings: Settings) -> None:
-    """Serve until the last client has left or a signal came; raises what opening raises."""
+def main(call: Call, argv: list[str]) -> int:
+    """Serve a disk until its last client has left or a signal comes."""
+    if argv in (["-V"], ["--version"]):
+        from .main import version
+
+        call.out(version(call.name))
+        return 0
+    args = arguments(call, argv, OPTIONS, "FILENAME", "Serve a disk over NBD.")
+    if args is None:
+        return 0
+    settings = _settings(call, args)
+    if "fork" in args:
+        return _in_background(call, settings)
+    serve(call, settings, lambda: None)
+    return 0
+
+
+def _settings(call: Call, args: Args) -> Settings:
+    if len(args.operands) != 1:
+        raise UsageProblem("Invalid number of arguments")
+    image = args.operands[0]
+    reference: Reference = image
+    if "image-opts" in args:
+        from ..graph.names import parse_image_opts
+
+        if "format" in args:
+            raise UsageError("--image-opts and -f are mutually exclusive")
+        reference = parse_image_opts(image)
+    cache = args.get("cache") or ("none" if "nocache" in args else "writeback")
+    if cache not in READ_CACHES:
+        raise UsageError(f"Invalid cache mode `{cache}'")
+    ours = not call.name.startswith("qemu-nbd")
+    discard = args.get("discard") or ("unmap" if ours else "ignore")
+    if discard not in ("ignore", "off", "unmap", "on"):
+        raise UsageError(f"Invalid discard mode `{discard}'")
+    zeroes = args.get("detect-zeroes") or "off"
+    if zeroes not in ("off", "on", "unmap"):
+        raise UsageError(f"Failed to parse detect_zeroes mode: invalid parameter value: {zeroes}")
+    return Settings(
+        image=image,
+        reference=reference,
+        gate=gate(args),
+        format=args.get("format"),
+        socket=args.get("socket") or "",
+        # qemu-nbd listens everywhere; a disk that nobody asked to publish stays at home
+        address=args.get("bind") or ("localhost" if ours else "0.0.0.0"),
+        port=args.get("port") or str(DEFAULT_PORT),
+        read_only="read-only" in args,
+        persistent="persistent" in args,
+        clients=_count(args, "shared", 1, "Invalid shared device number"),
+        name=args.get("export-name") or "",
+        description=args.get("description") or "",
+        cache=cache,
+        discard=discard,
+        detect_zeroes=zeroes,
+        force_share="force-share" in args,
+        handshake_seconds=_count(args, "handshake-limit", 10, "Invalid handshake limit"),
+        pid_file=args.get("pid-file") or "",
+        verbose="verbose" in args,
+    )
+
+
+def _count(args: Args, key: str, default: int, message: str) -> int:
+    text = args.get(key)
+    if text is None:
+        return default
+    if not text.isdecimal() or len(text) > 9:
+        raise UsageError(f"{message} '{text}'")
+    return int(text)
+
+
+def serve(call: Call, settings: Settings, listening: Callable[[], None]) -> None:
+    """Serve; ``listening`` is called when clients can connect.  Raises what opening raises."""
+    from ..engine.kernel import Driver
+
     driver = Driver()
     try:
-        driver.run(_serve(driver, settings))
+        driver.run(_serve(driver, call, settings, listening))
     finally:
         driver.close()
 
 
-async def _serve(driver: Driver, settings: Settings) -> None:
+async def _serve(
+    driver: Driver, call: Call, settings: Settings, listening: Callable[[], None]
+) -> None:
+    from ..export.nbd import NbdExport
+    from ..export.nbd_service import serve_until_signalled, tune_collector
+    from ..graph.opener import close_disk, open_disk
+
     node = await open_disk(
         driver,
-        settings.image,
+        settings.reference,
         format=settings.format,
         writable=not settings.read_only,
         cache=settings.cache,
         force_share=settings.force_share,
-        gate=Gate.from_environment(settings.policy),
+        gate=settings.gate,
         discard=settings.discard,
         detect_zeroes=settings.detect_zeroes,
     )
     try:
+        if not settings.read_only:
+            warn_if_guessed(call, settings.image, node)
         export = NbdExport(
             driver,
             node,
@@ -66,28 +182,51 @@ async def _serve(driver: Driver, settings: Settings) -> None:
             read_only=settings.read_only,
             clients=settings.clients,
             persistent=settings.persistent,
-            handshake_seconds=settings.handshake_seconds,
+            handshake_seconds=settings.handshake_seconds or 1e9,
         )
-        export.on_error = _report
-        if settings.socket:
-            listener = listen_unix(settings.socket)
-        else:
-            listener = listen_tcp(settings.address, settings.port)
-        undo = tune_collector()
+        export.on_error = lambda error: call.error(f"a request failed: {reason(error)}")
+        if settings.verbose:
+            export.on_left = lambda why: call.error(f"a client left: {why}")
+        listener = _listen(settings)
         try:
+            if settings.pid_file:
+                _write_pid(settings.pid_file)
             if sys.stdout.isatty():
-                print(f"serving {uri(settings)}", flush=True)
-            await serve_until_signalled(driver, export, listener)
+                print(f"serving {uri(settings, listener)}", flush=True)
+            listening()
+            undo = tune_collector()
+            try:
+                await serve_until_signalled(driver, export, listener)
+            finally:
+                undo()
         finally:
-            undo()
-            if settings.socket:
-                _unlink(settings.socket)
+            listener.close()
+            for path in filter(None, (settings.socket, settings.pid_file)):
+                _unlink(path)
     finally:
         await close_disk(node)
 
 
-def _report(error: BaseException) -> None:
-    print(f"serve: a client was dropped: {error!r}", file=sys.stderr, flush=True)
+def _listen(settings: Settings) -> socket.socket:
+    from ..export.nbd import listen_tcp, listen_unix
+
+    if settings.socket:
+        try:
+            return listen_unix(settings.socket)
+        except OSError as error:
+            raise UsageError(
+                f"Failed to bind socket to {settings.socket}: {error.strerror or error}"
+            ) from error
+    try:
+        return listen_tcp(settings.address, settings.port)
+    except OSError as error:
+        where = f"{settings.address}:{settings.port}"
+        raise UsageError(f"Failed to listen on {where}: {error.strerror or error}") from error
+
+
+def _write_pid(path: str) -> None:
+    with open(path, "w") as file:
+        file.write(f"{os.getpid()}\n")
 
 
 def _unlink(path: str) -> None:
@@ -97,14 +236,40 @@ def _unlink(path: str) -> None:
         pass
 
 
-def uri(settings: Settings) -> str:
+def _in_background(call: Call, settings: Settings) -> int:
+    """Serve in a child of its own session; the status is the child's until it listens."""
+    reader, writer = os.pipe()
+    if os.fork():
+        os.close(writer)
+        with open(reader, "rb") as told:
+            return 0 if told.read(1) else call.failure
+    os.close(reader)
+    os.setsid()
+
+    def listening() -> None:
+        null = os.open(os.devnull, os.O_RDWR)
+        for descriptor in (0, 1, 2):
+            os.dup2(null, descriptor)
+        os.close(null)
+        os.write(writer, b"\1")
+        os.close(writer)
+
+    try:
+        serve(call, settings, listening)
+    except Exception as error:
+        to_stderr(f"{call.name}: {reason(error)}\n")
+        os._exit(call.failure)
+    os._exit(0)
+
+
+def uri(settings: Settings, listener: socket.socket) -> str:
     """Where clients find it."""
     from urllib.parse import quote
 
     name = quote(os.fsencode(settings.name), safe="")
     if settings.socket:
-        return f"nbd+unix:///{name}?socket={quote(os.fsencode(settings.socket))}"
-    host = settings.address or "localhost"
+        return f"nbd+unix:///{name}?socket={quote(os.path.abspath(settings.socket))}"
+    host, number = listener.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
-    port = "" if settings.port == DEFAULT_PORT else f":{settings.port}"
+    port = "" if number == DEFAULT_PORT else f":{number}"
     return f"nbd://{host}{port}/{name}"

@@ -56,6 +56,8 @@ class NbdExport:
             description,
             multi_conn=clients != 1,
         )
+        self.on_left: Callable[[str], None] = lambda reason: None
+        """Told why a client left."""
         self.connections: set[Connection] = set()
         self.stopping = False
         self._listener: socket.socket | None = None
@@ -138,6 +140,7 @@ class NbdExport:
 
     def _left(self, connection: Connection) -> None:
         self.connections.discard(connection)
+        self.on_left(connection.reason)
         self._served = self._served or connection.negotiated
         if self._room is not None:
             self._room.set()
@@ -193,8 +196,9 @@ def _take_name(temporary: str, path: str) -> None:
     os.unlink(temporary)
 
 
-def listen_tcp(address: str, port: int) -> socket.socket:
-    """A listening TCP socket on ``address`` (a name or a number; empty for all)."""
+def listen_tcp(address: str, port: int | str) -> socket.socket:
+    """A listening TCP socket on ``address`` (a name or a number; empty for all) and ``port`` (a
+    number or a service's name)."""
     found = socket.getaddrinfo(
         address or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
     )
