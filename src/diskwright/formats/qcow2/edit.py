@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...contract import Barrier, NeedMeta, Procedure, Punch, Read, Table, Write
 from .core import OFFSET, PACKED
-from .planning import BEFORE
+from .reserve import BEFORE
 from .runs import Run
 
 if TYPE_CHECKING:

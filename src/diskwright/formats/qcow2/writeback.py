@@ -10,7 +10,8 @@ from ...contract import Barrier, Groups, HostRange, MetaWrite, Procedure, Table,
 from ...ondisk import big_endian_bytes
 from . import header as hd
 from .core import SLOT
-from .planning import BEFORE, Planner
+from .planning import Planner
+from .reserve import BEFORE
 from .runs import Run
 
 

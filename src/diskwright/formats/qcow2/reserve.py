@@ -1,0 +1,121 @@
+"""What every kind of plan needs: L2 tables of the image's own, and what must be durable first."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from ...contract import (
+    Groups,
+    MetaWrite,
+    NeedMeta,
+    Plan,
+    Table,
+)
+from ...ondisk import zeros
+from . import header as hd
+from .alloc import Allocator, Choice
+from .core import COPIED, L2_LOAD, SLOT
+from .runs import Run
+
+BEFORE = "before"
+
+
+class State:
+    """What commit and abort need of a plan."""
+
+    __slots__ = ("entries", "reserved", "spans")
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[Table, int, int]] = []
+        """(L2 table, index, new entry)"""
+        self.spans: list[tuple[Table, int, int, int]] = []
+        """(L2 table, first index, end, what to do)"""
+        self.reserved: list[Choice] = []
+        """Data clusters to give back on abort."""
+
+
+class Reserver(Allocator):
+    """L2 tables and `before` groups."""
+
+    _old_tables: list[int]
+
+    def _l2_tables(
+        self, l1_indexes: Sequence[int]
+    ) -> tuple[dict[int, Table], list[int], NeedMeta | None]:
+        """The L2 tables in memory by L1 index, the L1 indexes that need one of their own (none
+        yet, or shared), and what must be loaded."""
+        tables: dict[int, Table] = {}
+        fresh: list[int] = []
+        missing = []
+        for l1_index in l1_indexes:
+            offset = self.l2_offset(l1_index)
+            if not offset:
+                fresh.append(l1_index)
+                continue
+            table = self.l2_table(offset)
+            if table is None:
+                missing.append((offset, self.cluster_size))
+            else:
+                tables[l1_index] = table
+                if not self.l1[l1_index] & COPIED:
+                    fresh.append(l1_index)
+        return tables, fresh, NeedMeta(SLOT, missing, L2_LOAD) if missing else None
+
+    def _install_l2(
+        self, tables: dict[int, Table], fresh: Sequence[int], hosts: Sequence[tuple[int, bool]]
+    ) -> None:
+        """Give each of ``fresh`` an L2 table of its own, empty or a copy of the shared one."""
+        for l1_index, (cluster, zero) in zip(fresh, hosts, strict=True):
+            old = tables.get(l1_index)
+            data = zeros(64, self.l2_mask + 1) if old is None else old.data[:]
+            offset = cluster << self.cluster_bits
+            table = self.tables.put(SLOT, offset, data, self.cluster_size)
+            self._parts[offset] = set()
+            self._new_l2.add(offset)
+            self._asked_blocks.discard(offset)
+            if old is not None or not zero:
+                self.touch_l2(table, 0, len(data))
+            else:
+                # It reads as zeroes already, but the file must reach to its end before an L1
+                # entry says so.
+                self.touch_l2(table, len(data) - 1, len(data))
+            if old is not None:
+                shared = old.offset >> self.cluster_bits
+                self.free_later(shared, shared + 1)
+                self._old_tables.append(old.offset)
+            self.set_l1(l1_index, offset | COPIED)
+            tables[l1_index] = table
+
+    def drop_l2(self, offset: int) -> None:
+        """Forget an L2 table whose L1 entry is gone, with the changes that were made to it."""
+        table = self.tables.get(SLOT, offset)
+        if table is not None:
+            table.dirty = False
+        self._parts.pop(offset, None)
+        self._new_l2.discard(offset)
+        self._old_tables.append(offset)
+
+    def _finish(self, plan: Plan, tables: dict[int, Table], freed: list[Run]) -> Plan:
+        plan.pins += tables.values()
+        for start, end in freed:
+            plan.pins += [span[0] for span in self.block_spans(start, end)]
+        if not self.announced:
+            plan.before = self.before()
+        return plan
+
+    def before(self) -> Groups:
+        """The header with the dirty bit (lazy refcounts) and without autoclear bits that this
+        version does not keep true."""
+        h = self.header
+        kept = h.incompatible, h.autoclear
+        h.incompatible, h.autoclear = self.features_in_use()
+        data = h.features()
+        h.incompatible, h.autoclear = kept
+        return Groups([[MetaWrite(SLOT, hd.FEATURES_OFFSET, data)]], BEFORE)
+
+    def features_in_use(self) -> tuple[int, int]:
+        """The incompatible and autoclear bits that must be on disk while the map changes."""
+        h = self.header
+        incompatible = h.incompatible | (hd.DIRTY if self.lazy else 0)
+        return incompatible, h.autoclear & (hd.BITMAPS | hd.RAW_DATA_FILE)
+
