@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -19,6 +20,8 @@ Reference = str | Mapping[str, Any]
 
 _DEPTH = 64
 """Deepest nesting of a description that is taken."""
+
+_STRING = re.compile(r'"(?:[^"\\]|\\.)*"' r"|'(?:[^'\\]|\\.)*'", re.DOTALL)
 
 
 def protocol_of(name: str) -> str:
@@ -90,14 +93,24 @@ def check_path(name: Any) -> str:
 
 
 def parse_json(text: str) -> Options:
-    """The object of a ``json:`` name; its keys may be dotted, nested or both."""
+    """The object of a ``json:`` name; its keys may be dotted, nested or both.
+
+    Strings may stand in single quotes, as qemu's tools take them.
+    """
     try:
-        value = json.loads(text)
+        value = json.loads(_STRING.sub(_double_quoted, text) if "'" in text else text)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"Could not parse the JSON options: {error}") from None
     if not isinstance(value, dict):
         raise UsageError("Invalid JSON object given")
     return nest(flatten(value))
+
+
+def _double_quoted(match: re.Match[str]) -> str:
+    word = match.group()
+    if word[0] == '"':
+        return word
+    return '"' + word[1:-1].replace("\\'", "'").replace('"', '\\"') + '"'
 
 
 def parse_image_opts(text: str) -> Options:

@@ -244,8 +244,9 @@ class Opening:
             if isinstance(given, dict):
                 if "driver" not in given and wanted.format:
                     given = {"driver": wanted.format, **given}
-                node.attach(slot, await self.node(given, mode, wanted.chain))
-                return
+                if not wanted.reference or not _lacks_file(given):
+                    node.attach(slot, await self.node(given, mode, wanted.chain))
+                    return
         elif node.child(slot) is not None:
             return
         by = display_name(node)
@@ -265,7 +266,12 @@ class Opening:
                 raise ImageError(
                     f"{role.capitalize()} '{admitted}' creates an infinite loop", file=by
                 )
-            below = await self.disk(parsed, plain, wanted.format, mode, chain)
+            if slot == "backing" and isinstance(given, dict):
+                # The caller said how, not where: the place is still what the image names.
+                options = names.merged({"file": parsed} if plain else parsed, given)
+                below = await self.node(options, mode, chain)
+            else:
+                below = await self.disk(parsed, plain, wanted.format, mode, chain)
         except (OSError, DiskError) as error:
             error.add_note(f"Could not open {role}")
             raise
@@ -275,6 +281,14 @@ class Opening:
         """Close a child whose parent could not be opened, unless others use it."""
         if not node.parents and node not in self.graph.roots and node.graph is not None:
             await discard_disk(node)
+
+
+def _lacks_file(options: Options) -> bool:
+    """True when a backing file's options say how to open it, but not which file it is."""
+    if "file" in options or "filename" in options:
+        return False
+    driver = options.get("driver")
+    return driver is None or registry.kind(str(driver)) == "format"
 
 
 async def _head(node: Node) -> bytes:
