@@ -154,10 +154,24 @@ async def run_open(session: Session, name: str, words: list[str]) -> None:
             raise OpenFailed(path, error) from error
     if path is None:
         opened.reference, opened.options = opened.options, {}
+    elif opened.options.get("driver") == names.protocol_of(path) != "":
+        opened.reference, opened.options = _inside(path, opened.options), {}
     else:
         driver = opened.options.pop("driver", None)
         opened.format = str(driver) if driver is not None else None
     await session.open(opened)
+
+
+def _inside(path: str, options: dict[str, Any]) -> dict[str, Any]:
+    """``path`` with options of its own protocol; one that puts a format into the slot ``image``
+    moves what the path names below that."""
+    from ..graph.registry import kind
+
+    described = names.from_filename(path)
+    image = options.get("image")
+    if isinstance(image, dict) and "driver" in image and kind(str(image["driver"])) == "format":
+        described["image"] = {"file": described["image"]}
+    return names.merged(described, options)
 
 
 async def run_close(session: Session, name: str, words: list[str]) -> bool:

@@ -9,7 +9,7 @@ from collections.abc import Coroutine
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..contract import FUA, MAY_UNMAP, NO_FALLBACK
-from ..errors import DiskError
+from ..errors import DiskError, ImageError
 from ..graph.closing import explain
 from ..graph.node import Node
 from .io_text import (
@@ -147,10 +147,15 @@ def _reason(error: Exception) -> str:
     return explain(error)
 
 
-async def _outcome(name: str, work: Coroutine[None, None, Outcome]) -> Outcome:
+async def _outcome(session: Session, name: str, work: Coroutine[None, None, Outcome]) -> Outcome:
     """The outcome of ``work``; a failure is worded in the name of the command."""
     try:
         return await work
+    except ImageError as error:
+        # Whoever reads the answers knows the image's faults as I/O errors; which one it is goes
+        # to standard error.
+        session.emit(str(error), "report")
+        return Outcome(False, [f"{name} failed: {os.strerror(errno.EIO)}"])
     except (OSError, DiskError) as error:
         return Outcome(False, [f"{name} failed: {_reason(error)}"])
 
@@ -162,7 +167,7 @@ def _tell(session: Session, outcome: Outcome) -> bool:
 
 
 async def _reported(session: Session, name: str, work: Coroutine[None, None, Outcome]) -> bool:
-    return _tell(session, await _outcome(name, work))
+    return _tell(session, await _outcome(session, name, work))
 
 
 async def _moved(work: Coroutine[None, None, Transfer], flags: Flags) -> Outcome:
@@ -329,7 +334,7 @@ def _start(session: Session, name: str, work: Coroutine[None, None, Outcome]) ->
     wait for something."""
 
     async def run() -> None:
-        outcome = await _outcome(name, work)
+        outcome = await _outcome(session, name, work)
         await session.driver.turn()
         _tell(session, outcome)
 
