@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import UsageError
-from .images import arguments, cache_mode, one_image, run, spec
+from .images import READ_CACHES, arguments, one_image, run, spec
 from .options import FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, POLICY, QUIET, Args, Opt
 from .output import Call, strerror
 from .sizes import bounded
@@ -63,7 +63,9 @@ def main(call: Call, argv: list[str]) -> int:
     aio = "native" if "native" in args else args.get("aio")
     if aio not in (None, "threads", "native", "io_uring"):
         raise UsageError(f"Invalid aio option: {aio}")
-    cache = cache_mode(args, "cache", "writeback", "Invalid cache mode")
+    cache = args.get("cache") or "writeback"
+    if cache not in READ_CACHES:
+        raise UsageError("Invalid cache mode")
     image = spec(args, one_image(args), cache=cache)
 
     async def timed(driver: Any) -> float:

@@ -187,11 +187,17 @@ def _convert(call: Call, args: Args, fmt: str, options: dict[str, Any], progress
             on_sources=prepared,
             on_progress=progress,
             on_lost=lost,
+            on_unknown=unknown,
         )
         return 0
 
     def lost(offset: int, error: OSError) -> None:
         call.error(f"warning: error while reading offset {offset}: {strerror(error)}")
+
+    def unknown(offset: int, error: OSError) -> None:
+        call.error(
+            f"warning: error while reading block status at offset {offset}: {strerror(error)}"
+        )
 
     try:
         status: int = run(work)

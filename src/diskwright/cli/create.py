@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DiskError, UsageError
@@ -78,6 +79,7 @@ def _create(
         if fmt == "qcow2" and "extended_l2" not in complete:
             shown.insert(2, "extended_l2=off")
         call.out(" ".join(shown))
+        sys.stdout.flush()  # before any error of the creation itself
 
     run(
         lambda driver: ops.create(

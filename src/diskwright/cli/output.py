@@ -74,10 +74,6 @@ class Call:
 def to_stderr(text: str) -> None:
     """Write to standard error, which may be closed."""
     try:
-        sys.stdout.flush()
-    except (OSError, ValueError):
-        pass  # whoever reads results has gone; errors may still be read
-    try:
         sys.stderr.write(text)
         sys.stderr.flush()
     except (OSError, ValueError):

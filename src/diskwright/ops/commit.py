@@ -8,7 +8,7 @@ from typing import Any
 
 from ..engine.copy import CopyOptions, Segment, copy
 from ..engine.kernel import BaseDriver
-from ..errors import UsageError
+from ..errors import DiskError, UsageError
 from ..graph.closing import discard_disk
 from ..graph.display import base_of
 from ..graph.node import Node
@@ -16,6 +16,10 @@ from ..graph.opener import close_disk
 from ..graph.reopen import reopen
 from ..graph.status import block_status
 from .images import ImageSpec
+
+
+class NotEmptied(DiskError):
+    """Everything was written into the base, but the overlay still holds it, too."""
 
 
 async def commit(
@@ -51,7 +55,11 @@ async def commit(
         if not keep and base is None:
             make_empty = getattr(top.format, "make_empty", None)
             if make_empty is not None:
-                await top.run_procedure(make_empty())
+                try:
+                    await top.run_procedure(make_empty())
+                except (OSError, DiskError) as error:
+                    why = error.strerror if isinstance(error, OSError) else None
+                    raise NotEmptied(f"Failed to empty {spec.name}: {why or error}") from error
     except BaseException:
         await discard_disk(top)
         raise

@@ -13,7 +13,7 @@ from ..graph.graph import chain, leaf_of, primary
 from ..graph.names import parse
 from ..graph.node import Node
 from ..graph.opener import close_disk, discard_disk
-from ..graph.status import block_status
+from ..graph.status import Status, block_status
 from ..units import SECTOR, align_up
 from .create import create
 from .images import ImageSpec, OpenFailed, close_all
@@ -61,12 +61,15 @@ async def convert(
     on_sources: Callable[[], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     on_lost: Callable[[int, OSError], None] | None = None,
+    on_unknown: Callable[[int, OSError], None] | None = None,
 ) -> int:
     """Copy ``sources``, one behind the other, to ``target``; returns the bytes of data copied.
 
     ``target.format`` is the format to make or to open.  Unless the target's cache mode is
     ``unsafe``, file and directory are durable when this returns.  Raises OpenFailed, TargetFailed,
     CopyFailed, UsageError.  ``on_sources`` is called when the sources are open.
+    While salvaging, ``on_lost`` is told each sector that could not be read, ``on_unknown`` each of
+    which nobody could say what it is.
     """
     nodes: list[Node] = []
     try:
@@ -86,7 +89,7 @@ async def convert(
         try:
             if not settings.create and out.size < total:
                 raise UsageError("output file is smaller than input file")
-            done = await _copy(driver, nodes, out, settings, on_progress, on_lost)
+            done = await _copy(driver, nodes, out, settings, on_progress, on_lost, on_unknown)
             if target.cache != "unsafe":
                 await out.flush()
         except BaseException:
@@ -147,6 +150,7 @@ async def _copy(
     settings: Settings,
     on_progress: Callable[[int, int], None] | None,
     on_lost: Callable[[int, OSError], None] | None,
+    on_unknown: Callable[[int, OSError], None] | None,
 ) -> int:
     zero = settings.target_is_zero or (
         settings.create and not settings.overlay and _new_is_zero(out, settings)
@@ -158,7 +162,8 @@ async def _copy(
     if settings.overlay:
         below = out.child("backing")
         base, covered = _base_of(nodes, below), below.size if below is not None else 0
-    source = _Sources(nodes, settings.sparse > 0, base, covered, target is not out)
+    unknown = on_unknown if settings.salvage else None
+    source = _Sources(nodes, settings.sparse > 0, base, covered, target is not out, unknown)
     total = await source.data() if on_progress is not None else 0
     done = 0
 
@@ -188,7 +193,13 @@ class _Sources:
     """The sources as one range of bytes, cut into what is data and what is zero."""
 
     def __init__(
-        self, nodes: list[Node], sparse: bool, base: Node | None, covered: int, deep: bool
+        self,
+        nodes: list[Node],
+        sparse: bool,
+        base: Node | None,
+        covered: int,
+        deep: bool,
+        on_unknown: Callable[[int, OSError], None] | None,
     ) -> None:
         self.nodes = nodes
         self.sparse = sparse
@@ -197,6 +208,9 @@ class _Sources:
         """Bytes for which the target's backing file stands for ``base``."""
         self.deep = deep
         """Name the files that hold the data, so that the host can copy between them."""
+        self.on_unknown = on_unknown
+        """Told where nobody can say what a sector is, which is then read; None: that is an
+        error."""
 
     async def data(self) -> int:
         """Bytes that will be read."""
@@ -207,10 +221,24 @@ class _Sources:
         start = 0
         for node in self.nodes:
             offset = 0
+            most = node.size
             while offset < node.size:
                 inside = self.base is not None and offset < self.covered
-                length = (min(self.covered, node.size) if inside else node.size) - offset
-                found = await block_status(node, offset, length, base=self.base if inside else None)
+                end = min(self.covered, node.size) if inside else node.size
+                length = min(most, end - offset)
+                try:
+                    found = await block_status(
+                        node, offset, length, base=self.base if inside else None
+                    )
+                except OSError as error:
+                    if self.on_unknown is None:
+                        raise
+                    if length > SECTOR:  # half of it may be known
+                        most = align_up(length // 2, SECTOR)
+                        continue
+                    self.on_unknown(start + offset, error)
+                    found = [Status(offset, length, 0, True, False, True)]
+                most = node.size
                 for part in found:
                     offset += part.length
                     if inside and not (part.present or part.zero or part.data):

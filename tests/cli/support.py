@@ -1,0 +1,113 @@
+"""Running the command line as people do, beside the real tools, and comparing what both did."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+SOURCE = Path(__file__).resolve().parents[2] / "src"
+
+RUNNER = """\
+import sys
+sys.path.insert(0, {source!r})
+from diskwright.cli.main import main
+sys.exit(main(sys.argv[1], sys.argv[2:]))
+"""
+
+
+class Result(NamedTuple):
+    status: int
+    out: bytes
+    err: bytes
+
+
+def environment(policy: str = "trusted") -> dict[str, str]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "DISKWRIGHT"))}
+    env.update(LC_ALL="C", DISKWRIGHT_POLICY=policy)
+    return env
+
+
+def command(name: str = "qemu-img") -> list[str]:
+    """The program under a called name, without installing it."""
+    return [sys.executable, "-c", RUNNER.format(source=str(SOURCE)), name]
+
+
+def ours(
+    *args: str | bytes,
+    cwd: Path | str | None = None,
+    name: str = "qemu-img",
+    policy: str = "trusted",
+    prefix: tuple[str, ...] = (),
+    timeout: float = 60,
+) -> Result:
+    done = subprocess.run(
+        [*prefix, *command(name), *args],
+        cwd=cwd,
+        env=environment(policy),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=timeout,
+    )
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def real(tool: str, *args: str | bytes, cwd: Path | str | None = None) -> Result:
+    done = subprocess.run(
+        [Path(tool).name, *args],
+        executable=tool,
+        cwd=cwd,
+        env=environment(),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        timeout=60,
+    )
+    return Result(done.returncode, done.stdout, done.stderr)
+
+
+def masked(text: bytes) -> bytes:
+    """Without what may differ between two runs of one program: how much the file system allocated
+    and how long it took."""
+    text = re.sub(rb'disk size: .*|"actual-size": \d+', b"disk size", text)
+    return re.sub(rb"in [0-9.]+ seconds", b"in N seconds", text)
+
+
+class Pair:
+    """Two copies of one directory: the real tool works in one, ours in the other."""
+
+    def __init__(self, folder: Path, tool: str, build: Callable[[Path], None]) -> None:
+        self.tool = tool
+        self.theirs, self.mine = folder / "theirs", folder / "mine"
+        self.theirs.mkdir()
+        build(self.theirs)
+        # Holes are part of what is compared: both copies must have the same.
+        subprocess.run(["cp", "-a", "--sparse=auto", self.theirs, self.mine], check=True)
+
+    def same(self, *args: str) -> Result:
+        """Run a command line in both; everything that it prints must be the same."""
+        expected = real(self.tool, *args, cwd=self.theirs)
+        found = ours(*args, cwd=self.mine)
+        assert b"Traceback" not in found.err, found.err.decode(errors="replace")
+        shown = (found.status, masked(found.out), masked(found.err))
+        assert shown == (expected.status, masked(expected.out), masked(expected.err)), args
+        return found
+
+    def equal(self, name: str, *, allocation: bool = False) -> None:
+        """The disk ``name`` has the same content in both copies, and checks clean in ours; with
+        ``allocation`` both have as many clusters."""
+        told = real(
+            self.tool, "compare", str(self.theirs / name), str(self.mine / name), cwd=self.mine
+        )
+        assert told.status == 0, (name, told)
+        checked = [
+            real(self.tool, "check", "--output=json", name, cwd=folder)
+            for folder in (self.mine, self.theirs)
+        ]
+        assert checked[0].status in (0, 63), (name, checked)
+        if allocation:
+            mine, theirs = (re.findall(rb'"allocated-clusters": \d+', c.out) for c in checked)
+            assert mine == theirs, name
