@@ -1,0 +1,174 @@
+"""The built-in drivers as subjects of the conformance suite."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Coroutine, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ..engine.futures import BaseDriver
+from ..engine.node import Node
+from ..errors import NotSupported
+from ..graph.opener import close_disk, create_image, open_disk
+from ..protocols.memory import MemoryNode
+from ..protocols.null import NullNode
+from .conformance import Subject, Unavailable
+from .model import pattern
+
+SIZE = (1 << 20) + 1536
+_BASE_SIZE = 700_000
+
+
+async def _close(node: Node) -> None:
+    await node.close()
+
+
+class _Opened:
+    """A disk in a file, made once and opened again by the graph."""
+
+    def __init__(self, format: str, portable: bool = False, **create: Any) -> None:
+        self.format, self.create = format, create
+        self.backing = "backing_file" in create
+        self.debug = create.pop("blkdebug", False)
+        self.offset = create.pop("offset", 0)
+        self.cache = create.pop("cache", "writeback")
+
+    async def __call__(self, driver: BaseDriver, folder: Path, fresh: bool) -> Node:
+        path = folder / "disk"
+        base = folder / "base"
+        if fresh and self.backing:
+            base.write_bytes(pattern(900, 0, _BASE_SIZE))
+        if fresh and self.format == "file":
+            path.write_bytes(bytes(SIZE))
+        elif fresh:
+            options = dict(self.create)
+            if self.backing:
+                options["backing_file"] = str(base)
+            size = SIZE + self.offset
+            await create_image(driver, str(path), self.format, size, options)
+        reference = self._reference(path, base)
+        try:
+            return await open_disk(driver, reference, writable=True, resize=True, cache=self.cache)
+        except (NotSupported, OSError) as error:
+            if self.cache in ("none", "directsync") and fresh:
+                raise Unavailable(f"cache={self.cache}: {error}") from error
+            raise
+
+    def _reference(self, path: Path, base: Path) -> dict[str, Any]:
+        file: dict[str, Any] = {"driver": "file", "filename": str(path)}
+        if self.debug:
+            file = {"driver": "blkdebug", "image": file}
+        if self.format == "file":
+            return file
+        out: dict[str, Any] = {"driver": self.format, "file": file}
+        if self.offset:
+            out["offset"] = self.offset
+        if self.backing:
+            # The caller's own words, so nothing that the image names has to be opened.
+            out["backing"] = {"driver": "raw", "file": {"driver": "file", "filename": str(base)}}
+        return out
+
+
+def _filed(name: str, format: str, portable: bool = False, **more: Any) -> Subject:
+    unit = more.pop("unit", 0)
+    opened = _Opened(format, **more)
+    return Subject(
+        name + (" (portable)" if portable else ""),
+        opened,
+        close_disk,
+        SIZE,
+        first=pattern(900, 0, _BASE_SIZE) if opened.backing else b"",
+        leaf=format == "file",
+        resizes=not opened.offset,
+        unit=unit,
+        portable=portable,
+    )
+
+
+async def _memory(driver: BaseDriver, folder: Path, fresh: bool) -> Node:
+    return MemoryNode(driver, bytes(SIZE))
+
+
+async def _null(driver: BaseDriver, folder: Path, fresh: bool) -> Node:
+    return NullNode(driver, SIZE, read_zeroes=True)
+
+
+def subjects() -> list[Subject]:
+    """Every driver, in the configurations that differ in what they do."""
+    out = [
+        Subject("memory", _memory, _close, SIZE, keeps=False, leaf=True),
+        Subject("null", _null, _close, SIZE, keeps=False, stores=False, leaf=True, resizes=False),
+    ]
+    for portable in (False, True):
+        out += [
+            _filed("file", "file", portable),
+            _filed("raw", "raw", portable),
+            _filed("qcow2", "qcow2", portable, unit=65536),
+        ]
+    out += [
+        _filed("file, cache=none", "file", cache="none"),
+        _filed("file, cache=directsync", "file", cache="directsync"),
+        _filed("raw at an offset", "raw", offset=66048),
+        _filed("qcow2, clusters of 512", "qcow2", cluster_size=512, unit=512),
+        _filed("qcow2, clusters of 2 MiB", "qcow2", cluster_size=2 << 20, unit=2 << 20),
+        _filed("qcow2 v2", "qcow2", compat="0.10", unit=65536),
+        _filed("qcow2, lazy refcounts", "qcow2", lazy_refcounts=True, unit=65536),
+        _filed("qcow2, refcounts of 1 bit", "qcow2", refcount_bits=1, unit=65536),
+        _filed("qcow2, refcounts of 64 bits", "qcow2", refcount_bits=64, unit=65536),
+        _filed(
+            "qcow2 over a backing file", "qcow2", backing_file="", backing_fmt="raw", unit=65536
+        ),
+        _filed("qcow2, metadata preallocated", "qcow2", preallocation="metadata", unit=65536),
+        _filed("qcow2, cache=none", "qcow2", cache="none", cluster_size=4096, unit=4096),
+        _filed("raw over blkdebug", "raw", blkdebug=True),
+        _filed("qcow2 over blkdebug", "qcow2", blkdebug=True, cluster_size=4096, unit=4096),
+    ]
+    return out
+
+
+@contextmanager
+def portable_mode(wanted: bool) -> Iterator[None]:
+    """The file protocol with nothing but what every system has."""
+    before = os.environ.get("DISKWRIGHT_PORTABLE")
+    if wanted:
+        os.environ["DISKWRIGHT_PORTABLE"] = "1"
+    try:
+        yield
+    finally:
+        if wanted:
+            if before is None:
+                del os.environ["DISKWRIGHT_PORTABLE"]
+            else:
+                os.environ["DISKWRIGHT_PORTABLE"] = before
+
+
+def run_plain(work: Any) -> None:
+    """Run ``work(driver)`` on the plain driver."""
+    from ..engine.kernel import Driver
+
+    driver = Driver()
+    try:
+        driver.run(work(driver))
+    finally:
+        driver.close()
+
+
+def run_asyncio(work: Any) -> None:
+    """Run ``work(driver)`` on an asyncio loop."""
+    from ..engine.aio_driver import AsyncioDriver
+
+    async def main() -> None:
+        driver = AsyncioDriver()
+        coro: Coroutine[Any, Any, None] = work(driver)
+        try:
+            await driver.bridge(coro)
+        finally:
+            driver.stop_pool()
+
+    asyncio.run(main())
+
+
+RUNNERS = {"plain": run_plain, "asyncio": run_asyncio}
