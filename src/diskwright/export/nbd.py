@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import stat
 from collections.abc import Callable
 
 from ..engine.kernel import BaseDriver, Cancelled, Future, Task
@@ -165,8 +166,7 @@ def listen_unix(path: str) -> socket.socket:
     A socket that is there already and that nobody listens to is replaced, any other file is not
     (``EADDRINUSE``).
     """
-    directory, base = os.path.split(path)
-    temporary = os.path.join(directory, f".{base[:60]}.{os.getpid()}")
+    temporary = os.path.join(os.path.dirname(path), f".nbd{os.getpid():x}")
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         listener.bind(temporary)
@@ -186,6 +186,8 @@ def _take_name(temporary: str, path: str) -> None:
     try:
         os.link(temporary, path)  # unlike a rename this cannot take a name away from anybody
     except FileExistsError:
+        if not stat.S_ISSOCK(os.lstat(path).st_mode):
+            raise
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
             try:
                 probe.connect(path)
