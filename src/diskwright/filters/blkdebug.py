@@ -300,13 +300,15 @@ class BlkdebugNode(Node):
         )
 
     async def _discard_one(self, start: int, end: int) -> None:
-        """Parts that are less than a unit of discarding are dropped: it is advisory."""
-        unit = max(self._own.alignment, self._own.discard_alignment)
-        for at, length, whole in by_unit(start, end, unit, self.limits.max_discard):
-            if whole:
-                await self._check("discard", at, length)
-                self._unflushed = True
-                await self.image.discard([at], [length])
+        """Ends that are less than the alignment are dropped, since it is advisory; those that
+        only do not suit discarding are passed on apart."""
+        alignment = self._own.alignment
+        start, end = align_up(start, alignment), align_down(end, alignment)
+        unit = max(alignment, self._own.discard_alignment)
+        for at, length, _ in by_unit(start, end, unit, self.limits.max_discard):
+            await self._check("discard", at, length)
+            self._unflushed = True
+            await self.image.discard([at], [length])
 
     async def flush(self) -> None:
         self._check_open(False)

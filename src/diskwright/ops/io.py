@@ -11,7 +11,7 @@ from importlib import import_module
 from typing import NamedTuple
 
 from ..engine.kernel import BaseDriver, Future
-from ..errors import DiskError
+from ..errors import DiskError, FlushFailed
 from ..graph.closing import explain
 from ..graph.gate import Gate
 from ..graph.node import Node
@@ -115,6 +115,8 @@ class Session:
         self.on_open = on_open
         self.opened: Opened | None = None
         self.finished = False
+        self.failed = False
+        """True once a request has failed and that was told."""
         self.pending: list[Future[None]] = []
 
     @property
@@ -204,6 +206,10 @@ class Session:
         self.opened = None
         try:
             await opened.close()
+        except FlushFailed as error:
+            if not self.failed:
+                self.emit(explain(error), "report")
+            return False
         except (OSError, DiskError) as error:
             self.emit(f"error while closing: {explain(error)}", "report")
             return False

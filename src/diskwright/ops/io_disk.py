@@ -11,7 +11,7 @@ from ..errors import DiskError, UsageError
 from ..graph import names
 from ..graph.closing import close_disk, explain
 from ..graph.gate import Gate
-from ..graph.graph import primary
+from ..graph.graph import chain, primary
 from ..graph.names import Reference
 from ..graph.node import Node
 from ..graph.opener import open_disk
@@ -289,10 +289,19 @@ def _nested(data: dict[str, Any], indent: str) -> list[str]:
     return lines
 
 
-async def run_alloc(session: Session, name: str, words: list[str]) -> None:
-    """How many bytes of a range this image holds itself."""
+async def _held(node: Node, start: int, length: int) -> list[tuple[int, int, bool]]:
+    """(start, length, held) for a prefix of a range: whether the top layer of the chain, below
+    any filters, holds it."""
     from ..graph.status import allocated_above
 
+    top = next(chain(node))
+    if top is not node:
+        await node.extents(start, length)  # a filter may refuse to say
+    return await allocated_above(top, top.child("backing"), start, length)
+
+
+async def run_alloc(session: Session, name: str, words: list[str]) -> None:
+    """How many bytes of a range this image holds itself."""
     node = session.node
     start = cvtnum(words[0])
     count = cvtnum(words[1]) if len(words) > 1 else _ALLOC_STEP
@@ -300,9 +309,7 @@ async def run_alloc(session: Session, name: str, words: list[str]) -> None:
     held, at = 0, start
     try:
         while at < end:
-            for first, length, allocated in await allocated_above(
-                node, node.child("backing"), at, end - at
-            ):
+            for first, length, allocated in await _held(node, at, end - at):
                 held += length if allocated else 0
                 at = first + length
     except OSError as error:
@@ -314,15 +321,11 @@ async def run_alloc(session: Session, name: str, words: list[str]) -> None:
 
 async def run_map(session: Session, name: str, words: list[str]) -> None:
     """The ranges that this image holds itself, and those that it does not."""
-    from ..graph.status import allocated_above
-
     node = session.node
     at, begin, held = 0, 0, False
     try:
         while at < node.size:
-            for first, length, allocated in await allocated_above(
-                node, node.child("backing"), at, node.size - at
-            ):
+            for first, length, allocated in await _held(node, at, node.size - at):
                 if first and allocated != held:
                     _tell_range(session, begin, first, held)
                     begin = first

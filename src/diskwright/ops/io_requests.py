@@ -9,7 +9,7 @@ from collections.abc import Coroutine
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..contract import FUA, MAY_UNMAP, NO_FALLBACK
-from ..errors import DiskError, ImageError
+from ..errors import DiskError, ImageError, UnsupportedFeature
 from ..graph.closing import explain
 from ..graph.node import Node
 from .io_text import (
@@ -151,12 +151,15 @@ async def _outcome(session: Session, name: str, work: Coroutine[None, None, Outc
     """The outcome of ``work``; a failure is worded in the name of the command."""
     try:
         return await work
+    except UnsupportedFeature as error:
+        return Outcome(False, [f"{name} failed: {error}"])
     except ImageError as error:
         # Whoever reads the answers knows the image's faults as I/O errors; which one it is goes
         # to standard error.
         session.emit(str(error), "report")
         return Outcome(False, [f"{name} failed: {os.strerror(errno.EIO)}"])
     except (OSError, DiskError) as error:
+        session.failed = True
         return Outcome(False, [f"{name} failed: {_reason(error)}"])
 
 
