@@ -6,6 +6,7 @@ import asyncio
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -38,6 +39,7 @@ class Serve:
     def __init__(self, image: Path, *options: str, format: str = "raw") -> None:
         self.socket = image.parent / f"{image.name}.sock"
         self.uri = f"nbd+unix:///?socket={self.socket}"
+        left_behind = self.socket.exists()  # by a server that was killed
         command = [sys.executable, "-m", "diskwright", "serve", "-k", str(self.socket)]
         self.process = subprocess.Popen(
             [*command, "-f", format, *options, str(image)],
@@ -45,7 +47,14 @@ class Serve:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
-        wait_for(lambda: self.socket.exists() or self.process.poll() is not None, "serve to listen")
+
+        def listens() -> bool:
+            if self.process.poll() is not None or not left_behind:
+                return self.process.returncode is not None or self.socket.exists()
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                return probe.connect_ex(str(self.socket)) == 0
+
+        wait_for(listens, "serve to listen")
 
     def end(self, number: int = signal.SIGTERM) -> tuple[int, str]:
         """Signal it; its status, and all that it wrote."""
