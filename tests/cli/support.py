@@ -82,10 +82,12 @@ class Pair:
     def __init__(self, folder: Path, tool: str, build: Callable[[Path], None]) -> None:
         self.tool = tool
         self.theirs, self.mine = folder / "theirs", folder / "mine"
-        self.theirs.mkdir()
-        build(self.theirs)
-        # Holes are part of what is compared: both copies must have the same.
-        subprocess.run(["cp", "-a", "--sparse=auto", self.theirs, self.mine], check=True)
+        origin = folder / "origin"
+        origin.mkdir()
+        build(origin)
+        # Holes of the files are part of what is compared: both copies must have the same ones.
+        for copy in (self.theirs, self.mine):
+            subprocess.run(["cp", "-a", "--sparse=auto", origin, copy], check=True)
 
     def same(self, *args: str) -> Result:
         """Run a command line in both; everything that it prints must be the same."""

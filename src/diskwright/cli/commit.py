@@ -36,6 +36,9 @@ def main(call: Call, argv: list[str]) -> int:
     image = spec(args, name, cache=cache)
     from ..ops.commit import commit
 
+    call.on_interrupt = (
+        f"interrupted: '{name}' still has its content; run the command again to finish"
+    )
     progress = Progress.wanted(call, args)
     complete = False
     try:

@@ -43,6 +43,10 @@ def main(call: Call, argv: list[str]) -> int:
     image = spec(args, name, cache=cache)._replace(force_share=False)
     from ..ops.rebase import rebase
 
+    call.on_interrupt = (
+        f"interrupted: '{name}' still has its old backing file and content; "
+        "run the command again to finish"
+    )
     progress = Progress.wanted(call, args)
     complete = False
     try:

@@ -111,20 +111,24 @@ async def _keep(
     async def changed() -> AsyncIterator[Segment]:
         offset = 0
         while offset < total:
-            length = min(window - offset % window, total - offset)
-            _, length, held = (await allocated_above(top, old, offset, length))[0]
-            if not held and below is not None and old is not None and offset < old.size:
+            _, length, same = (await allocated_above(top, old, offset, total - offset))[0]
+            if not same and below is not None and old is not None and offset < old.size:
                 # The new backing file is a layer of the old chain: what no layer above it holds
                 # stays the same.
-                if below is old:
-                    length, held = min(length, old.size - offset), True
+                length = min(length, old.size - offset)
+                same = below is old
+                if not same:
+                    _, length, above = (await allocated_above(old, below, offset, length))[0]
+                    same = not above
+            if not same:
+                # Both read as zeroes: passed over at once, however long.
+                zeroes = min(await _zeroes(old, offset, length), await _zeroes(new, offset, length))
+                if zeroes:
+                    length = zeroes
                 else:
-                    inner = min(length, old.size - offset)
-                    _, length, above = (await allocated_above(old, below, offset, inner))[0]
-                    held = not above
-            if not held:
-                for segment in await _differing(top, old, new, offset, length, unit):
-                    yield segment
+                    length = min(window - offset % window, length)
+                    for segment in await _differing(top, old, new, offset, length, unit):
+                        yield segment
             offset += length
             if on_progress is not None:
                 on_progress(offset, total)
@@ -136,12 +140,7 @@ async def _differing(
     top: Node, old: Node | None, new: Node | None, offset: int, length: int, unit: int
 ) -> list[Segment]:
     """The parts of a range (in units) where the two backing files differ."""
-    if await _zero(old, offset, length):
-        if await _zero(new, offset, length):
-            return []
-        before = memoryview(bytes(length))
-    else:
-        before = await _content(old, offset, length)
+    before = await _content(old, offset, length)
     after = await _content(new, offset, length)
     out: list[Segment] = []
     position = offset
@@ -159,13 +158,13 @@ async def _differing(
     return out
 
 
-async def _zero(node: Node | None, offset: int, length: int) -> bool:
-    """Whether the map says that the range reads as zeroes (also behind the end)."""
+async def _zeroes(node: Node | None, offset: int, length: int) -> int:
+    """How many bytes of the range, from its beginning, the map says are zeroes (also behind the
+    end)."""
     if node is None or offset >= node.size:
-        return True
-    length = min(length, node.size - offset)
-    (first, *_) = await block_status(node, offset, length)
-    return first.zero and first.length == length
+        return length
+    (first, *_) = await block_status(node, offset, min(length, node.size - offset))
+    return first.length if first.zero else 0
 
 
 async def _content(node: Node | None, offset: int, length: int) -> memoryview:
