@@ -55,6 +55,14 @@ def answer(sock: socket.socket, machine: NbdServer, batch: Batch, headers: objec
 
 def serve(sock: socket.socket, size: int) -> None:
     """One client, until it leaves."""
+    try:
+        converse(sock, size)
+    except OSError:
+        pass  # it left without a word
+
+
+def converse(sock: socket.socket, size: int) -> None:
+    """Handshake and requests."""
     machine = NbdServer([Export(b"", size)])
     send(sock, [memoryview(part) for part in machine.take()])
     headers: reply.ReadHeaders | None = None
