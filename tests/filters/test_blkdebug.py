@@ -524,5 +524,5 @@ def test_qcow2_announces_its_steps(tmp_path: Path) -> None:
 
     driver.run(scene())
     driver.close()
-    assert {"write_aio", "l2_update", "flush_to_disk"} <= set(seen[0])
+    assert {"write_aio", "l2_alloc_write", "refblock_load", "flush_to_disk"} <= set(seen[0])
     assert set(seen[0]) <= EVENTS

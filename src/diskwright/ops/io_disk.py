@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ..engine.kernel import BaseDriver
-from ..errors import DiskError, UsageError
+from ..errors import DiskError, ImageError, UsageError
 from ..graph import names
 from ..graph.closing import close_disk, explain
 from ..graph.gate import Gate
@@ -32,7 +32,10 @@ class OpenFailed(DiskError):
     def __init__(self, name: str | None, cause: BaseException) -> None:
         self.cause = cause
         device = f" device {name}" if name is not None else ""
-        super().__init__(f"can't open{device}: {explain(cause)}")
+        text = explain(cause)
+        if isinstance(cause, ImageError) and cause.file == name:
+            text = text.replace(f"{name}: ", "", 1)  # said already
+        super().__init__(f"can't open{device}: {text}")
 
 
 class Opened:
