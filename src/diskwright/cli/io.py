@@ -14,7 +14,7 @@ from ..ops.io_disk import Opened, OpenFailed
 from .images import gate, warn_if_guessed
 from .options import FORCE_SHARE, FORMAT, HELP, IMAGE_OPTS, OBJECT, POLICY, Args, Opt, help_text
 from .options import parse as parse_options
-from .output import Call, reason, to_stderr
+from .output import Call, hush, output_failed, reason, to_stderr
 
 PROMPT = "qemu-io> "
 
@@ -117,15 +117,27 @@ def _described(args: Args) -> Opened | None:
 def _emitter(call: Call) -> Emit:
     def emit(text: str, stream: str) -> None:
         if stream == "out":
-            sys.stdout.write(text + "\n")
+            _say(text + "\n")
         elif stream == "err":
             to_stderr(text + "\n")
         elif stream == "report":
             call.error(text)
         else:
-            sys.stdout.flush()
+            _say("", now=True)
 
     return emit
+
+
+def _say(text: str, *, now: bool = False) -> None:
+    """Write to standard output; that nobody reads it keeps no command from its work."""
+    try:
+        sys.stdout.write(text)
+        if now:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        hush()
+    except OSError as error:
+        raise output_failed(error) from error
 
 
 def _opened(call: Call, opened: Opened) -> None:
@@ -160,8 +172,7 @@ async def _lines(session: Session) -> AsyncIterator[str]:
     kept = b""
     ended = False
     while True:
-        sys.stdout.write(PROMPT)
-        sys.stdout.flush()
+        _say(PROMPT, now=True)
         while b"\n" not in kept and not ended:
             chunk = await _more(session)
             ended = not chunk

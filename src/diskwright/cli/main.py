@@ -66,7 +66,7 @@ def main(argv0: str, argv: Sequence[str]) -> int:
         status = _guarded(call, list(argv))
     except KeyboardInterrupt:
         status = 130
-    late = finish()
+    late = finish(call)
     return status or late
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import os
 import sys
-from typing import TextIO
 
 from ..errors import DiskError
 
@@ -51,7 +50,10 @@ class Call:
     def out(self, text: str, end: str = "\n") -> None:
         """Write to standard output, unless quiet."""
         if not self.quiet:
-            sys.stdout.write(text + end)
+            try:
+                sys.stdout.write(text + end)
+            except OSError as error:
+                raise output_failed(error) from error
 
     def error(self, text: str) -> None:
         """One error, its line starting with the called name; survives a closed standard error."""
@@ -94,8 +96,21 @@ def strerror(error: OSError) -> str:
     return error.strerror or (os.strerror(error.errno) if error.errno else str(error))
 
 
+def output_failed(error: OSError) -> OSError:
+    """The same failure, said to be that of standard output and not of an image."""
+    if isinstance(error, BrokenPipeError):
+        return error
+    return OSError(error.errno, f"standard output: {strerror(error)}")
+
+
 def prepare_streams() -> None:
-    """File names are bytes: what the locale cannot decode is written back as it came."""
+    """Make standard input, output and error ready for file names and for being closed.
+
+    File names are bytes: what the locale cannot decode is written back as it came.  Descriptors
+    0, 1 and 2 that the caller closed are taken, or an image would get one of them, and then the
+    messages as well.
+    """
+    _fill_standard_descriptors()
     encoding = sys.getfilesystemencoding()
     for stream in (sys.stdout, sys.stderr, sys.stdin):
         reconfigure = getattr(stream, "reconfigure", None)
@@ -103,9 +118,23 @@ def prepare_streams() -> None:
             reconfigure(encoding=encoding, errors="surrogateescape")
 
 
-def finish(stream: TextIO | None = None) -> int:
+def _fill_standard_descriptors() -> None:
+    for fd in (0, 1, 2):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free: this one
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)
+    if sys.stdout is None:
+        sys.stdout = open(os.devnull, "w")
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w")
+
+
+def finish(call: Call) -> int:
     """Flush standard output at the end; returns 0, or the status of a failed write."""
-    stream = stream or sys.stdout
+    stream = sys.stdout
     try:
         stream.flush()
     except BrokenPipeError:
@@ -115,6 +144,7 @@ def finish(stream: TextIO | None = None) -> int:
         hush()
         if error.errno == errno.EBADF:
             return 0
+        call.error(reason(output_failed(error)))
         return 1
     except ValueError:
         return 0
