@@ -19,6 +19,8 @@ from .base import Buffer
 
 Writable = bytearray | memoryview
 
+OFFSET_MAX = (1 << 63) - 1  # of off_t
+
 
 class Device(NamedTuple):
     """What a descriptor is: ``kind`` is ``file`` or ``device``; sizes in bytes."""
@@ -128,6 +130,8 @@ class Portable:
     # -- space
     def truncate(self, fd: int, size: int) -> None:
         """Set the length."""
+        if size > OFFSET_MAX:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
         os.ftruncate(fd, size)
 
     def extend(self, fd: int, size: int) -> None:
