@@ -65,6 +65,7 @@ class Case:
     exact_discard = True
     unit = 256
     faults = True
+    resizes = False
     idle = False
     """Mostly withdrawals and cancelled first writes."""
 
@@ -216,6 +217,7 @@ class Qcow2Case(Case):
     4 KiB (a), or on a chain of two overlays (h)."""
 
     unit = 512
+    resizes = True
 
     def __init__(self, rng: random.Random, kind: str = "") -> None:
         super().__init__(rng)

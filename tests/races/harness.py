@@ -184,6 +184,12 @@ class Run:
         entry[1] = self.driver.tick()
         self.stats["withdrawn"] += 1
 
+    async def resize(self) -> None:
+        """Behind the end of what the clients use, the disk grows and shrinks."""
+        size = self.case.size
+        await self.node.truncate(self.rng.choice([size, size + 8192, size + 131072]))
+        self.stats["resizes"] += 1
+
     # -- clients
     def _menu(self) -> Sequence[Any]:
         if self.case.idle:
@@ -192,6 +198,8 @@ class Run:
         menu += [self.flush, self.flush]
         if self.case.snapshots:
             menu += [self.snapshot, self.unsnapshot]
+        if self.case.resizes:
+            menu.append(self.resize)
         if self.case.withdraws:
             menu.append(self.withdraw)
         return menu

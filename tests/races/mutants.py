@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 from diskwright.contract import Barrier, Groups, NeedMeta, Plan, Write
 from diskwright.engine import futures
+from diskwright.engine.allocate import Allocator
 from diskwright.engine.engine import Engine
 from diskwright.engine.epochs import Epochs
 from diskwright.engine.futures import Cancelled, Future, Shared, Task
@@ -18,7 +19,6 @@ from diskwright.engine.leases import Lease, Leases
 from diskwright.engine.procedure import Procedures
 from diskwright.engine.spans import merge_spans
 from diskwright.engine.tables import Tables, View
-from diskwright.engine.write import Writer
 from diskwright.engine.writeback import Writeback
 from diskwright.errors import NoSpace
 from diskwright.protocols.bounce import Bounce
@@ -77,7 +77,7 @@ def put_everywhere(stack: ExitStack, name: str, value: Any) -> None:
 @mutant(1)
 def commit_before_the_data_are_moved(stack: ExitStack) -> None:
     async def plan_and_move(
-        self: Writer, ranges: Any, kind: str, overlay: Any, epoch: list[int], flags: int = 0
+        self: Allocator, ranges: Any, kind: str, overlay: Any, epoch: list[int], flags: int = 0
     ) -> bool:
         engine = self.engine
         pins: list[Any] = []
@@ -94,7 +94,7 @@ def commit_before_the_data_are_moved(stack: ExitStack) -> None:
             engine.unpin(pins)
         return True
 
-    put(stack, Writer, "_plan_and_move", plan_and_move)
+    put(stack, Allocator, "plan_and_move", plan_and_move)
 
 
 @mutant(1)
@@ -142,7 +142,9 @@ def abort_keeps_nothing_reserved_back(stack: ExitStack) -> None:
 def _allocate(
     shared: bool = False, each: bool = False, epoch_first: bool = False
 ) -> Callable[..., Any]:
-    async def allocate(self: Writer, ranges: Any, kind: str, overlay: Any, flags: int = 0) -> bool:
+    async def allocate(
+        self: Allocator, ranges: Any, kind: str, overlay: Any, flags: int = 0
+    ) -> bool:
         if not ranges:
             return True
         engine = self.engine
@@ -156,13 +158,13 @@ def _allocate(
                 held.append(await engine.leases.take(part, not shared))
             if not epoch:
                 epoch.append(engine.epochs.enter())
-            done = await self._plan_and_move(ranges, kind, overlay, epoch, flags)
+            done = await self.plan_and_move(ranges, kind, overlay, epoch, flags)
         finally:
             if epoch:
                 engine.epochs.leave(epoch[0])
             for lease in held:
                 engine.leases.drop(lease)
-        self._press()
+        self.press()
         return done
 
     return allocate
@@ -170,17 +172,17 @@ def _allocate(
 
 @mutant(2)
 def allocating_writes_take_shared_leases(stack: ExitStack) -> None:
-    put(stack, Writer, "_allocate", _allocate(shared=True))
+    put(stack, Allocator, "allocate", _allocate(shared=True))
 
 
 @mutant(2, ("cipher", "toy-cipher"))
 def a_part_of_a_cipher_sector_is_written_under_a_shared_lease(stack: ExitStack) -> None:
-    put(stack, Writer, "_allocate", _allocate(shared=True))
+    put(stack, Allocator, "allocate", _allocate(shared=True))
 
 
 @mutant(2)
 def a_lease_is_queued_for_each_range(stack: ExitStack) -> None:
-    put(stack, Writer, "_allocate", _allocate(each=True))
+    put(stack, Allocator, "allocate", _allocate(each=True))
 
 
 @mutant(2, ("toy", "toy-aligned"), seeds=400)
@@ -219,7 +221,7 @@ def read_modify_write_below_the_alignment_without_an_exclusive_lease(stack: Exit
 # -- rule 3: epochs, and issued I/O is never abandoned
 @mutant(3)
 def the_epoch_is_entered_before_the_lease_is_granted(stack: ExitStack) -> None:
-    put(stack, Writer, "_allocate", _allocate(epoch_first=True))
+    put(stack, Allocator, "allocate", _allocate(epoch_first=True))
 
 
 async def _hasty(futures_: Any, on_error: bool, on_cancel: bool) -> list[Any]:
@@ -606,7 +608,7 @@ def tables_are_kept_across_a_procedure(stack: ExitStack) -> None:
 
 # -- rule 9: budgets, no space
 def _plan(leave: bool, unpin: bool = True, flush: bool = True) -> Callable[..., Any]:
-    async def plan(self: Writer, ranges: Any, kind: str, pins: Any, epoch: list[int]) -> Any:
+    async def plan(self: Allocator, ranges: Any, kind: str, pins: Any, epoch: list[int]) -> Any:
         engine = self.engine
         for attempt in range(4):
             try:
@@ -634,7 +636,7 @@ def _plan(leave: bool, unpin: bool = True, flush: bool = True) -> Callable[..., 
 
 @mutant(9)
 def no_space_is_met_inside_the_epoch(stack: ExitStack) -> None:
-    put(stack, Writer, "_plan", _plan(leave=False))
+    put(stack, Allocator, "_plan", _plan(leave=False))
 
 
 @mutant(9)
@@ -652,8 +654,8 @@ def the_asker_lets_its_tables_go_between_two_questions(stack: ExitStack) -> None
 
 @mutant(9)
 def no_space_without_a_flush_and_another_try(stack: ExitStack) -> None:
-    async def plan(self: Writer, ranges: Any, kind: str, pins: Any, epoch: list[int]) -> Any:
+    async def plan(self: Allocator, ranges: Any, kind: str, pins: Any, epoch: list[int]) -> Any:
         engine = self.engine
         return await engine.ask(lambda: engine.format.plan(ranges, kind), pins)
 
-    put(stack, Writer, "_plan", plan)
+    put(stack, Allocator, "_plan", plan)

@@ -1,0 +1,40 @@
+"""Every request fails once, and nobody loses what was flushed.
+
+For each request of a workload that grows L1 and the refcount table, adds L2 tables and refcount
+blocks, copies on write, discards, zeroes, shrinks, commits and closes: EIO, and ENOSPC unless it is
+a read.  Somebody is told, with the errno; nothing is left running; afterwards, and after a crash at
+that moment, the images check clean (leaks allowed) and hold what was flushed.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from races.pool import executor, show
+
+from .workload import KINDS, Job, jobs, sweep
+
+STRIDE = int(os.environ.get("DISKWRIGHT_FAULT_STRIDE", "1"))
+
+
+def some(chunk: list[Job]) -> tuple[int, int, list[str]]:
+    """In a worker."""
+    return sweep(chunk)
+
+
+@pytest.mark.timeout(600)
+def test_every_request_fails_once(capsys: pytest.CaptureFixture[str]) -> None:
+    every = [job for kind in KINDS for job in jobs(kind)][::STRIDE]
+    chunks = [every[i : i + 25] for i in range(0, len(every), 25)]
+    runs = told = 0
+    problems: list[str] = []
+    with executor() as pool:
+        for count, heard, wrong in pool.map(some, chunks):
+            runs += count
+            told += heard
+            problems += wrong
+    show(capsys, f"faults: {runs} failures of one request, {told} told to the caller")
+    assert not problems, "\n".join(problems)
+    assert runs == len(every) > 300
