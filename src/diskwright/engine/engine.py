@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 from ..contract import FastMap, Format, NeedMeta, Table
 from ..errors import FlushFailed
 from ..extents import Extent
+from .allocate import Allocator
 from .epochs import Epochs
 from .kernel import BaseDriver, Future, Shared, wait_all
 from .leases import Leases
@@ -18,6 +19,7 @@ from .read import Reader
 from .tables import Tables
 from .write import Writer
 from .writeback import Writeback
+from .zero import Zeroer
 
 T = TypeVar("T")
 
@@ -53,6 +55,8 @@ class Engine:
         self.shared = Shared(driver)
         self.reader = Reader(self)
         self.writer = Writer(self)
+        self.zeroer = Zeroer(self)
+        self.allocator = Allocator(self)
         self.procedures = Procedures(self)
         self.gate: Future[None] | None = None
         """Set while a whole-image procedure runs: new reads wait for it."""

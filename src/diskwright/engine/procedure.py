@@ -146,7 +146,7 @@ class Procedures:
             return bytes(data_read)
         if isinstance(request, GuestWrite):
             # The whole-image lease is ours, so the batch must not queue for one of its own.
-            return await engine.writer.write_leased(request.offset, request.data)
+            return await engine.allocator.write_leased(request.offset, request.data)
         assert isinstance(request, Progress)
         if self.on_progress is not None:
             self.on_progress(request.done, request.total)

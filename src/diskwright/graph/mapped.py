@@ -85,11 +85,11 @@ class MappedNode(Node):
 
     async def zero(self, offsets: Sequence[int], lengths: Sequence[int], flags: int = 0) -> None:
         self._writable()
-        await self.engine.writer.zero(offsets, lengths, flags)
+        await self.engine.zeroer.zero(offsets, lengths, flags)
 
     async def discard(self, offsets: Sequence[int], lengths: Sequence[int]) -> None:
         self._writable()
-        await self.engine.writer.discard(offsets, lengths)
+        await self.engine.zeroer.discard(offsets, lengths)
 
     async def flush(self) -> None:
         if self.read_only or self.closed:

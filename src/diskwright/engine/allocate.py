@@ -1,0 +1,235 @@
+"""What changes the map: reserve, move the data, commit, under an exclusive lease."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ..contract import (
+    DISCARD,
+    FUA,
+    OP_DATA,
+    OP_DISCARD,
+    OP_ZERO,
+    WRITE,
+    Plan,
+    Range,
+    Step,
+    Table,
+)
+from ..errors import NoSpace
+from ..units import align_down, align_up
+from .kernel import gather
+from .node import Buffer
+from .spans import Overlay, merge_spans
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+# How often "no space" is met by flushing, waiting for the quarantine and planning again.
+_SPACE_TRIES = 4
+# Copy-on-write goes through buffers of a few clusters (bytes, buffers kept).
+_STAGE = 256 << 10
+_MOST_STAGES = 8
+
+
+class Allocator:
+    """Batches of one engine that need a plan of the format."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._stages: list[bytearray] = []
+
+    async def allocate(
+        self, ranges: list[Range], kind: str, overlay: Overlay | None, flags: int = 0
+    ) -> bool:
+        """One batch that changes the map.  False: the format cannot store zeroes by its map."""
+        if not ranges:
+            return True
+        engine = self.engine
+        engine.check_failed()  # what can never be flushed must not pile up
+        engine.check_bounds(ranges)
+        unit = engine.format.unit
+        spans = merge_spans([(align_down(o, unit), align_up(o + n, unit)) for o, n in ranges])
+        lease = await engine.leases.take(spans, exclusive=True)
+        try:
+            # The epoch is entered after the lease is granted, never while waiting for one: the
+            # holder may wait for this very epoch to end.
+            epoch = [engine.epochs.enter()]
+            try:
+                done = await self.plan_and_move(ranges, kind, overlay, epoch, flags)
+            finally:
+                if epoch:
+                    engine.epochs.leave(epoch[0])
+        finally:
+            engine.leases.drop(lease)
+        self.press()
+        return done
+
+    async def write_leased(self, offset: int, data: bytes) -> None:
+        """Write for a caller that holds the lease already (a procedure)."""
+        epoch = [self.engine.epochs.enter()]
+        try:
+            overlay = Overlay([offset], [data])
+            await self.plan_and_move(overlay.ranges(), WRITE, overlay, epoch)
+        finally:
+            if epoch:
+                self.engine.epochs.leave(epoch[0])
+
+    async def plan_and_move(
+        self,
+        ranges: list[Range],
+        kind: str,
+        overlay: Overlay | None,
+        epoch: list[int],
+        flags: int = 0,
+    ) -> bool:
+        engine = self.engine
+        pins: list[Table] = []
+        try:
+            plan = await self._plan(ranges, kind, pins, epoch)
+            if plan is None:
+                return kind == DISCARD
+            for table in plan.pins:
+                table.pins += 1
+            try:
+                if plan.before is not None:
+                    before = plan.before
+                    await engine.shared.run("before", lambda: engine.writeback.before(before))
+                await self._move(plan, overlay, flags)
+            except BaseException:
+                engine.format.abort(plan)
+                raise
+            else:
+                engine.format.commit(plan)
+            finally:
+                for table in plan.pins:
+                    table.pins -= 1
+        finally:
+            engine.unpin(pins)
+        return True
+
+    async def _plan(
+        self, ranges: list[Range], kind: str, pins: list[Table], epoch: list[int]
+    ) -> Plan | None:
+        """Plan; on "no space" make room: unpin, leave the epoch (keeping the lease), flush, wait
+        for the quarantine, enter and plan again."""
+        engine = self.engine
+        for attempt in range(_SPACE_TRIES):
+            try:
+                return await engine.ask(lambda: engine.format.plan(ranges, kind), pins)
+            except NoSpace:
+                if attempt == _SPACE_TRIES - 1 or engine.failure is not None:
+                    raise
+                engine.unpin(pins)
+                engine.epochs.leave(epoch.pop())
+                try:
+                    await engine.writeback.flush()
+                    while not engine.epochs.idle():
+                        engine.check_failed()
+                        await engine.epochs.changed.wait()
+                finally:
+                    epoch.append(engine.epochs.enter())
+        raise NoSpace
+
+    async def _move(self, plan: Plan, overlay: Overlay | None, flags: int) -> None:
+        """Carry out the steps: zero and discard host ranges, write data (filled up by a read)."""
+        engine = self.engine
+        data = [step for step in plan.steps if step.op == OP_DATA]
+        if len(data) < len(plan.steps):
+            for step in plan.steps:
+                child = engine.slots[step.slot]
+                if step.op == OP_ZERO:
+                    await child.zero([step.host], [step.length], flags & ~FUA)
+                elif step.op == OP_DISCARD:
+                    try:
+                        await child.discard([step.host], [step.length])
+                    except OSError as error:
+                        if error.errno != errno.ENOTSUP:
+                            raise
+        if not data:
+            return
+        assert overlay is not None
+        whole: list[Step] = []
+        sources: list[Buffer] = []
+        partial: list[Step] = []
+        for step in data:
+            source = overlay.whole(step)
+            if source is None:
+                partial.append(step)
+            else:
+                whole.append(step)
+                sources.append(source)
+        if whole:
+            await self.put(whole, sources, "write_aio")
+        first = 0
+        while first < len(partial):
+            last, size = first + 1, partial[first].length
+            while last < len(partial) and size + partial[last].length <= _STAGE:
+                size += partial[last].length
+                last += 1
+            await self._put_staged(partial[first:last], overlay, size)
+            first = last
+
+    async def _put_staged(self, steps: Sequence[Step], overlay: Overlay, size: int) -> None:
+        """Write steps that the request covers in part: the rest is read under the lease.
+
+        The buffers are used again, because fresh memory costs more than the copy itself.
+        """
+        stage = (
+            self._stages.pop() if self._stages and size <= _STAGE else bytearray(max(size, _STAGE))
+        )
+        try:
+            view = memoryview(stage)
+            holes: list[tuple[int, memoryview]] = []
+            sources: list[Buffer] = []
+            at = 0
+            for step in steps:
+                target = view[at : at + step.length]
+                overlay.compose(step.guest, target, holes)
+                sources.append(target)
+                at += step.length
+            if holes:
+                for slot in {step.slot for step in steps}:
+                    if self.engine.slots[slot].wants_events:
+                        await self.engine.announce(slot, "cow_read")
+                await self.engine.reader.inside(
+                    [h[0] for h in holes], [len(h[1]) for h in holes], [h[1] for h in holes]
+                )
+            # One write carries both the request and what was copied around it.
+            tags = ("write_aio", "cow_write") if holes else ("write_aio",)
+            await self.put(steps, sources, *tags)
+        finally:
+            if len(stage) == _STAGE and len(self._stages) < _MOST_STAGES:
+                self._stages.append(stage)
+
+    async def put(self, steps: Sequence[Step], sources: Sequence[Buffer], *tags: str) -> None:
+        """Write ``sources`` to the hosts of ``steps``, encoded, one column batch per slot."""
+        engine = self.engine
+        parts: dict[str, tuple[list[int], list[Buffer]]] = {}
+        for step, source in zip(steps, sources, strict=True):
+            columns = parts.get(step.slot)
+            if columns is None:
+                columns = parts[step.slot] = ([], [])
+            for transform in step.xform:
+                source = transform.encode(step.guest, step.host, source)
+            columns[0].append(step.host)
+            columns[1].append(source)
+        for slot in parts:
+            if engine.slots[slot].wants_events:
+                for tag in tags:
+                    await engine.announce(slot, tag)
+        if len(parts) == 1:
+            ((slot, columns),) = parts.items()
+            await engine.slots[slot].write(*columns)
+        else:
+            await gather(engine.driver, [engine.slots[s].write(*c) for s, c in parts.items()])
+
+    def press(self) -> None:
+        """Dirty tables and quarantine have budgets: reaching one starts a write-back."""
+        engine = self.engine
+        if engine.failure is not None or engine.writeback.running():
+            return
+        if engine.view.dirty_weight > engine.tables.budget // 2:
+            _ = engine.writeback.kick()

@@ -1,0 +1,147 @@
+"""Zeroes and discards: whole units by the map, ragged ends with care."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from ..contract import (
+    DISCARD,
+    FUA,
+    MAY_UNMAP,
+    NO_FALLBACK,
+    WRITE,
+    WRITE_ZERO,
+    ZERO_UNMAP,
+    Range,
+)
+from ..extents import HOLE, ZERO
+from ..units import align_down, align_up
+from .leases import Span
+from .spans import Overlay, merge_spans
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+
+# One plan covers at most so many bytes (about: whole units), so that a request over terabytes
+# neither runs for seconds without giving way nor dirties more tables than the budget holds.
+_PIECE = 1 << 30
+
+
+def pieces(start: int, end: int, unit: int) -> Iterator[Range]:
+    """(offset, length) of the parts that one plan each takes."""
+    # Where nothing is mapped one call of the system does it.
+    piece = end - start if unit == 1 else align_up(_PIECE, unit)
+    while start < end:
+        length = min(piece, end - start)
+        yield start, length
+        start += length
+
+
+class Zeroer:
+    """Zeroes and discards of one engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+
+    async def zero(self, offsets: Sequence[int], lengths: Sequence[int], flags: int = 0) -> None:
+        """Make ranges read as zeroes: whole units by the map, ragged ends as data."""
+        kind = ZERO_UNMAP if flags & MAY_UNMAP else WRITE_ZERO
+        for offset, length in zip(offsets, lengths, strict=True):
+            if length:
+                await self._zero_one(offset, length, kind, flags)
+        if flags & FUA:
+            await self.engine.writeback.flush()
+
+    async def discard(self, offsets: Sequence[int], lengths: Sequence[int]) -> None:
+        """Drop whole units; ragged ends keep their bytes (a last partial unit counts as whole)."""
+        unit, size = self.engine.format.unit, self.engine.format.size
+        spans = []
+        for offset, length in zip(offsets, lengths, strict=True):
+            start = align_up(offset, unit)
+            end = offset + length if offset + length >= size else align_down(offset + length, unit)
+            if start < end:
+                spans.append((start, end))
+        if sum(end - start for start, end in spans) <= _PIECE:
+            ranges = [(s, e - s) for s, e in merge_spans(spans)] if spans else []
+            await self.engine.allocator.allocate(ranges, DISCARD, None)
+            return
+        for start, end in spans:
+            for part in pieces(start, end, unit):
+                await self.engine.allocator.allocate([part], DISCARD, None)
+
+    async def _zero_one(self, offset: int, length: int, kind: str, flags: int) -> None:
+        """Zero one range.  A ragged end whose unit holds nothing else but zeroes takes the whole
+        unit; any other is written as data."""
+        engine = self.engine
+        unit, size = engine.format.unit, engine.format.size
+        end = offset + length
+        inner = (align_up(offset, unit), end if end >= size else align_down(end, unit))
+        ragged: list[Span] = []
+        if inner[0] > inner[1]:
+            ragged.append((offset, end))
+        else:  # the ends are judged each by itself, also where no whole unit is between them
+            ragged += [s for s in ((offset, inner[0]), (inner[1], end)) if s[0] < s[1]]
+            if inner[0] < inner[1]:
+                for part in pieces(*inner, unit):
+                    await self._zero_units([part], kind, flags)
+        for start, stop in ragged:
+            await self._zero_ragged(start, stop, kind, flags)
+
+    async def _zero_units(self, ranges: list[Range], kind: str, flags: int) -> None:
+        if await self.engine.allocator.allocate(ranges, kind, None, flags):
+            return
+        if flags & NO_FALLBACK:
+            raise OSError(errno.ENOTSUP, "zeroes can only be written as data here")
+        for offset, length in ranges:
+            await self._write_zeroes(offset, length)
+
+    async def _write_zeroes(self, offset: int, length: int) -> None:
+        block = bytes(min(length, 1 << 20))
+        while length:
+            part = memoryview(block)[: min(length, len(block))]
+            await self.engine.writer.write([offset], [part])
+            offset += len(part)
+            length -= len(part)
+
+    async def _zero_ragged(self, start: int, stop: int, kind: str, flags: int) -> None:
+        engine = self.engine
+        unit, size = engine.format.unit, engine.format.size
+        first, last = align_down(start, unit), min(align_up(stop, unit), size)
+        lease = await engine.leases.take([(first, align_up(stop, unit))], exclusive=True)
+        try:
+            epoch = [engine.epochs.enter()]
+            try:
+                zero = await self.reads_zero(first, start) and await self.reads_zero(stop, last)
+                if zero and await self.engine.allocator.plan_and_move(
+                    [(first, last - first)], kind, None, epoch, flags
+                ):
+                    return
+                if flags & NO_FALLBACK:
+                    raise OSError(errno.ENOTSUP, "zeroes can only be written as data here")
+                overlay = Overlay([start], [bytes(stop - start)])
+                await self.engine.allocator.plan_and_move(overlay.ranges(), WRITE, overlay, epoch)
+            finally:
+                if epoch:
+                    engine.epochs.leave(epoch[0])
+        finally:
+            engine.leases.drop(lease)
+        self.engine.allocator.press()
+
+    async def reads_zero(self, start: int, stop: int) -> bool:
+        """True when the maps alone, here and below, say that the range reads as zeroes."""
+        if start >= stop:
+            return True
+        backing = self.engine.slots.get("backing")
+        for extent in await self.engine.map_range(start, stop - start):
+            if extent.kind == HOLE:
+                if backing is not None and start < backing.size:
+                    end = min(start + extent.length, backing.size)
+                    if not await backing.reads_zero(start, end - start):
+                        return False
+            elif extent.kind != ZERO:
+                return False
+            start += extent.length
+        return True
