@@ -6,7 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,12 +78,9 @@ def masked(text: bytes) -> bytes:
 class Pair:
     """Two copies of one directory: the real tool works in one, ours in the other."""
 
-    def __init__(self, folder: Path, tool: str, build: Callable[[Path], None]) -> None:
+    def __init__(self, folder: Path, tool: str, origin: Path) -> None:
         self.tool = tool
         self.theirs, self.mine = folder / "theirs", folder / "mine"
-        origin = folder / "origin"
-        origin.mkdir()
-        build(origin)
         # Holes of the files are part of what is compared: both copies must have the same ones.
         for copy in (self.theirs, self.mine):
             subprocess.run(["cp", "-a", "--sparse=auto", origin, copy], check=True)

@@ -23,42 +23,47 @@ def fill(path: Path, *ranges: tuple[int, int, int]) -> None:
             file.write(bytes([byte]) * length)
 
 
-@pytest.fixture
-def pair(tmp_path: Path, peer: Peer) -> Pair:
+@pytest.fixture(scope="session")
+def origin(tmp_path_factory: pytest.TempPathFactory, peer: Peer) -> Path:
+    """The images that every test has a copy of."""
     img, io = peer("qemu-img"), peer("qemu-io")
+    folder = tmp_path_factory.mktemp("origin")
 
     def run(folder: Path, tool: str, *args: str) -> None:
         subprocess.run([tool, *args], cwd=folder, check=True, capture_output=True)
 
-    def build(folder: Path) -> None:
-        for name, size in (("a.raw", 4), ("same.raw", 4), ("long.raw", 8), ("late.raw", 8)):
-            (folder / name).write_bytes(b"")
-            os.truncate(folder / name, size * MIB)
-        fill(folder / "a.raw", (0, 4096, 1), (MIB, 100 * KIB, 2), (700 * KIB + 700, 1, 3))
-        fill(folder / "same.raw", (0, 4096, 1), (MIB, 100 * KIB, 2), (700 * KIB + 700, 1, 3))
-        fill(folder / "late.raw", (5_000_000, 1, 9))
-        (folder / "odd.raw").write_bytes(b"odd" + bytes(997))
-        (folder / "empty").write_bytes(b"")
-        (folder / "junk").write_bytes(b"hi\n")
-        (folder / "sub").mkdir()
-        run(folder, img, "create", "-q", "-f", "qcow2", "base.qcow2", "4M")
-        run(folder, io, "-c", "write -P 5 0 1M", "-c", "write -z 2M 1M", "base.qcow2")
-        run(folder, img, "create", "-q", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2",
-            "mid.qcow2")  # fmt: skip
-        run(folder, io, "-c", "write -P 6 512k 100k", "-c", "write -P 7 2560k 64k", "mid.qcow2")
-        run(folder, img, "create", "-q", "-f", "qcow2", "-b", "mid.qcow2", "-F", "qcow2",
-            "top.qcow2")  # fmt: skip
-        run(folder, io, "-c", "write -P 8 3M 4k", "-c", "write -z 256k 64k", "top.qcow2")
-        run(folder, img, "create", "-q", "-f", "qcow2", "-b", "../a.raw", "-F", "raw",
-            "sub/over.qcow2")  # fmt: skip
-        run(folder, img, "create", "-q", "-f", "qcow2", "target.qcow2", "4M")
-        run(folder, io, "-c", "write -P 9 0 4M", "target.qcow2")
-        run(folder, img, "create", "-q", "-f", "qcow2", "small.qcow2", "1M")
-        leaky = folder / "leaky.qcow2"
-        leaky.write_bytes((folder / "mid.qcow2").read_bytes())
-        fill(leaky, (0x40000, 8, 0))
+    for name, size in (("a.raw", 4), ("same.raw", 4), ("long.raw", 8), ("late.raw", 8)):
+        (folder / name).write_bytes(b"")
+        os.truncate(folder / name, size * MIB)
+    fill(folder / "a.raw", (0, 4096, 1), (MIB, 100 * KIB, 2), (700 * KIB + 700, 1, 3))
+    fill(folder / "same.raw", (0, 4096, 1), (MIB, 100 * KIB, 2), (700 * KIB + 700, 1, 3))
+    fill(folder / "late.raw", (5_000_000, 1, 9))
+    (folder / "odd.raw").write_bytes(b"odd" + bytes(997))
+    (folder / "empty").write_bytes(b"")
+    (folder / "junk").write_bytes(b"hi\n")
+    (folder / "sub").mkdir()
+    run(folder, img, "create", "-q", "-f", "qcow2", "base.qcow2", "4M")
+    run(folder, io, "-c", "write -P 5 0 1M", "-c", "write -z 2M 1M", "base.qcow2")
+    run(folder, img, "create", "-q", "-f", "qcow2", "-b", "base.qcow2", "-F", "qcow2",
+        "mid.qcow2")  # fmt: skip
+    run(folder, io, "-c", "write -P 6 512k 100k", "-c", "write -P 7 2560k 64k", "mid.qcow2")
+    run(folder, img, "create", "-q", "-f", "qcow2", "-b", "mid.qcow2", "-F", "qcow2",
+        "top.qcow2")  # fmt: skip
+    run(folder, io, "-c", "write -P 8 3M 4k", "-c", "write -z 256k 64k", "top.qcow2")
+    run(folder, img, "create", "-q", "-f", "qcow2", "-b", "../a.raw", "-F", "raw",
+        "sub/over.qcow2")  # fmt: skip
+    run(folder, img, "create", "-q", "-f", "qcow2", "target.qcow2", "4M")
+    run(folder, io, "-c", "write -P 9 0 4M", "target.qcow2")
+    run(folder, img, "create", "-q", "-f", "qcow2", "small.qcow2", "1M")
+    leaky = folder / "leaky.qcow2"
+    leaky.write_bytes((folder / "mid.qcow2").read_bytes())
+    fill(leaky, (0x40000, 8, 0))
+    return folder
 
-    return Pair(tmp_path, img, build)
+
+@pytest.fixture
+def pair(tmp_path: Path, peer: Peer, origin: Path) -> Pair:
+    return Pair(tmp_path, peer("qemu-img"), origin)
 
 
 READ_ONLY = """
