@@ -525,7 +525,7 @@ def the_before_group_is_skipped(stack: ExitStack) -> None:
     put(stack, Writeback, "before", before)
 
 
-@mutant(7)
+@mutant(7, seeds=400)
 def data_move_while_the_before_group_is_on_its_way(stack: ExitStack) -> None:
     original = Writeback.before
 
