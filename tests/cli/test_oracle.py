@@ -400,3 +400,26 @@ def test_rebase_keeps_the_content(pair: Pair, args: tuple[str, ...]) -> None:
 def test_rebase_of_the_name_alone(pair: Pair, args: tuple[str, ...]) -> None:
     pair.same("rebase", *args)
     pair.same("info", args[-1])
+
+
+SALVAGE = """\
+[inject-error]
+event = "read_aio"
+errno = "5"
+sector = "2050"
+once = "off"
+"""
+
+
+def test_salvage_keeps_what_can_be_read(pair: Pair) -> None:
+    for folder in (pair.theirs, pair.mine):
+        (folder / "bad.cfg").write_text(SALVAGE)
+    for args in (
+        ("convert", "blkdebug:bad.cfg:a.raw", "new"),
+        ("convert", "--salvage", "blkdebug:bad.cfg:a.raw", "new"),
+    ):
+        pair.same(*args)
+    pair.equal("new")
+    lost = bytearray((pair.mine / "a.raw").read_bytes())
+    lost[2050 * 512 : 2051 * 512] = bytes(512)
+    assert (pair.mine / "new").read_bytes() == lost
