@@ -457,3 +457,30 @@ def test_unaligned_requests_on_a_picky_device(both: Any, limits: str) -> None:
         "-t", "writeback", ALIGNED % limits,
     )  # fmt: skip
     assert (both.ours / "disk.raw").read_bytes() == (both.theirs / "disk.raw").read_bytes()
+
+
+def test_each_ragged_end_of_zeroes_is_judged_by_itself(both: Any) -> None:
+    img = find_peer("qemu-img")
+    both.image(img, "base.qcow2", "-o", "cluster_size=4k", "1M")
+    both.image(img, "top.qcow2", "-o", "cluster_size=4k", "-b", "base.qcow2", "-F", "qcow2", "1M")
+    both.commands(
+        ["write -P 5 32k 1k", "write -z 35k 2k", "write -z 50k 1k", "write -z 1022k 2k",
+         "write -z 127k 10k", "write -P 6 60k 1k", "write -z 57k 4k", "map", "read -P 0 57k 4k",
+         "read -P 5 32k 1k"],
+        "-t", "writeback", "-f", "qcow2", "top.qcow2",
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("first", ["cow_read", "cow_write", "write_aio"])
+@pytest.mark.parametrize("second", ["cow_read", "cow_write", "write_aio"])
+def test_order_of_events_of_a_copy_on_write(both: Any, first: str, second: str) -> None:
+    img = find_peer("qemu-img")
+    both.image(img, "base.qcow2", "1M")
+    both.commands(["write -P 1 0 64k"], "-f", "qcow2", "base.qcow2")
+    both.image(img, "top.qcow2", "-b", "base.qcow2", "-F", "qcow2", "1M")
+    rules = f'[set-state]\nevent = "{first}"\nstate = "1"\nnew_state = "2"\n'
+    rules += f'[inject-error]\nevent = "{second}"\nstate = "2"\niotype = "write"\nonce = "on"\n'
+    both.file("rules", rules.encode())
+    both.commands(
+        ["write -P 5 32k 4k"], "-t", "writeback", "-f", "qcow2", "blkdebug:rules:top.qcow2"
+    )
