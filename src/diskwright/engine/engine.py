@@ -182,6 +182,13 @@ class Engine:
         if pause is not None:
             await pause
 
+    async def flush(self) -> None:
+        """All that was answered is durable.  Waits for a whole-image procedure: its changes are
+        its own to write, and no freeze may take them half done."""
+        while self.gate is not None:
+            await self.gate
+        await self.writeback.flush()
+
     # -- end
     async def close(self) -> None:
         """Wait for shared work; flush until nothing is dirty; run the format's closing procedure.

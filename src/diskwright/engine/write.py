@@ -29,7 +29,7 @@ class Writer:
             overlay = Overlay(offsets, buffers)
             await self.engine.allocator.allocate(overlay.ranges(), WRITE, overlay)
         if flags & FUA:
-            await engine.writeback.flush()
+            await engine.flush()
 
     # -- in place
     async def _in_place(self, offsets: Sequence[int], buffers: Sequence[Buffer]) -> bool:

@@ -53,7 +53,7 @@ class Zeroer:
             if length:
                 await self._zero_one(offset, length, kind, flags)
         if flags & FUA:
-            await self.engine.writeback.flush()
+            await self.engine.flush()
 
     async def discard(self, offsets: Sequence[int], lengths: Sequence[int]) -> None:
         """Drop whole units; ragged ends keep their bytes (a last partial unit counts as whole)."""

@@ -94,9 +94,7 @@ class MappedNode(Node):
     async def flush(self) -> None:
         if self.read_only or self.closed:
             return
-        while self.engine.gate is not None:
-            await self.engine.gate
-        await self.engine.writeback.flush()
+        await self.engine.flush()
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
         return await self.engine.extents(offset, length)
