@@ -184,3 +184,26 @@ def test_without_leases_bytes_are_lost(driver, monkeypatch):
         except AssertionError:
             lost += 1
     assert lost > 10
+
+
+def test_direct_writes_into_a_file_that_begins_with_a_hole(driver, tmp_path):
+    """Reads of a hole succeed unaligned where writes do not: the alignment is not to be
+    guessed from them."""
+    path = tmp_path / "sparse"
+    with path.open("wb") as file:
+        file.truncate(1 << 20)
+        file.seek(512 << 10)
+        file.write(b"d" * 4096)
+
+    async def steps():
+        try:
+            node = await FileNode.open(driver, str(path), writable=True, cache="none")
+        except OSError:
+            pytest.skip("no O_DIRECT here")
+        await node.write([513, (512 << 10) + 5], [b"one", b"two"])
+        await node.flush()
+        await node.close()
+
+    driver.run(steps())
+    data = path.read_bytes()
+    assert (data[512:517], data[512 << 10 : (512 << 10) + 9]) == (b"\0one\0", b"dddddtwod")

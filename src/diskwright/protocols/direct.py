@@ -21,7 +21,8 @@ _KEPT = 8 << 20
 
 def probe_alignment(table: Portable, fd: int, size: int) -> int:
     """The smallest request that reads, found by trying.  At the end of a file every request
-    "reads", so an empty one counts as the coarsest."""
+    "reads", so an empty one counts as the coarsest; so does one that lets a single byte be read, for
+    ext4 and XFS allow that where the file begins with a hole, and nowhere else."""
     if not size:
         return _CANDIDATES[-1]
     memory = mmap.mmap(-1, _CANDIDATES[-1])
@@ -33,7 +34,7 @@ def probe_alignment(table: Portable, fd: int, size: int) -> int:
             if error.errno != errno.EINVAL:
                 raise
         else:
-            return candidate
+            return candidate if candidate > 1 else _CANDIDATES[-1]
     raise OSError(errno.EINVAL, "no request size up to 4096 bytes can be read directly")
 
 
