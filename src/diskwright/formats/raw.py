@@ -117,6 +117,8 @@ class Raw:
         if preallocation not in PREALLOCATIONS:
             raise UsageError(f"Unsupported preallocation mode '{preallocation}'")
         yield Truncate(SLOT, size, preallocation)
+        if size < (yield Length(SLOT)):
+            raise NotSupported("Cannot resize device files")
         self.size = size
 
 
@@ -162,9 +164,7 @@ def create(options: Mapping[str, Any]) -> Procedure:
     yield Truncate(SLOT, align_up(int(size), 512), preallocation)
 
 
-def resize(
-    format: Raw, size: int, preallocation: str = "off", shrink: bool = False
-) -> Procedure:
+def resize(format: Raw, size: int, preallocation: str = "off", shrink: bool = False) -> Procedure:
     """See :meth:`Raw.resize`."""
     return format.resize(size, preallocation, shrink)
 

@@ -21,7 +21,7 @@ _KEPT = 8 << 20
 
 def probe_alignment(table: Portable, fd: int, size: int) -> int:
     """The smallest request that reads, found by trying.  At the end of a file every request
-    "reads", so an empty one counts as the coarsest; so does one that lets a single byte be read, for
+    "reads", so an empty one counts as the coarsest; so does one that lets a single byte be read:
     ext4 and XFS allow that where the file begins with a hole, and nowhere else."""
     if not size:
         return _CANDIDATES[-1]
