@@ -238,6 +238,8 @@ def _unlink(path: str) -> None:
 
 def _in_background(call: Call, settings: Settings) -> int:
     """Serve in a child of its own session; the status is the child's until it listens."""
+    if sys.platform == "win32":
+        raise UsageError("--fork is not supported on this system")
     reader, writer = os.pipe()
     if os.fork():
         os.close(writer)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import stat
+import sys
 from collections.abc import Callable
 
 from ..engine.kernel import BaseDriver, Cancelled, Future, Task
@@ -129,7 +131,7 @@ class NbdExport:
 
     def _admit(self, sock: socket.socket) -> None:
         sock.setblocking(False)
-        if sock.family == socket.AF_UNIX:
+        if sys.platform != "win32" and sock.family == socket.AF_UNIX:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
         else:
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -160,42 +162,49 @@ class NbdExport:
             kept.append(arena)
 
 
-def listen_unix(path: str) -> socket.socket:
-    """A listening socket that appears under ``path`` only once it can be connected to.
+if sys.platform == "win32":
 
-    A socket that is there already and that nobody listens to is replaced, any other file is not
-    (``EADDRINUSE``).
-    """
-    temporary = os.path.join(os.path.dirname(path), f".nbd{os.getpid():x}")
-    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        listener.bind(temporary)
+    def listen_unix(path: str) -> socket.socket:
+        """Python has no unix sockets there: raises OSError (``EAFNOSUPPORT``)."""
+        raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
+
+else:
+
+    def listen_unix(path: str) -> socket.socket:
+        """A listening socket that appears under ``path`` only once it can be connected to.
+
+        A socket that is there already and that nobody listens to is replaced, any other file is not
+        (``EADDRINUSE``).
+        """
+        temporary = os.path.join(os.path.dirname(path), f".nbd{os.getpid():x}")
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            listener.listen(BACKLOG)
-            _take_name(temporary, path)
-        except BaseException:
-            os.unlink(temporary)
-            raise
-    except BaseException:
-        listener.close()
-        raise
-    return listener
-
-
-def _take_name(temporary: str, path: str) -> None:
-    try:
-        os.link(temporary, path)  # unlike a rename this cannot take a name away from anybody
-    except FileExistsError:
-        if not stat.S_ISSOCK(os.lstat(path).st_mode):
-            raise
-        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+            listener.bind(temporary)
             try:
-                probe.connect(path)
-            except ConnectionRefusedError:
-                os.rename(temporary, path)
-                return
-        raise
-    os.unlink(temporary)
+                listener.listen(BACKLOG)
+                _take_name(temporary, path)
+            except BaseException:
+                os.unlink(temporary)
+                raise
+        except BaseException:
+            listener.close()
+            raise
+        return listener
+
+    def _take_name(temporary: str, path: str) -> None:
+        try:
+            os.link(temporary, path)  # unlike a rename this cannot take a name away from anybody
+        except FileExistsError:
+            if not stat.S_ISSOCK(os.lstat(path).st_mode):
+                raise
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                try:
+                    probe.connect(path)
+                except ConnectionRefusedError:
+                    os.rename(temporary, path)
+                    return
+            raise
+        os.unlink(temporary)
 
 
 def listen_tcp(address: str, port: int | str) -> socket.socket:

@@ -5,19 +5,22 @@ from __future__ import annotations
 import gc
 import signal
 import socket
+import sys
 from collections.abc import Callable
 from types import FrameType
 
 from ..engine.kernel import BaseDriver, Cancelled
 from .nbd import NbdExport
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+_SIGNALS = [signal.SIGTERM, signal.SIGINT]
+if sys.platform != "win32":
+    _SIGNALS.append(signal.SIGHUP)
 
 
 async def serve_until_signalled(
     driver: BaseDriver, export: NbdExport, listener: socket.socket
 ) -> None:
-    """Serve; SIGTERM, SIGINT and SIGHUP end it gracefully.  For the main thread."""
+    """Serve; SIGTERM, SIGINT and SIGHUP (where it exists) end it gracefully.  Main thread only."""
     reader, writer = socket.socketpair()
     reader.setblocking(False)
     writer.setblocking(False)

@@ -1,9 +1,9 @@
-"""What is on its way to one socket: buffers and pieces of files, in order, without joining them."""
+"""What is on its way to one socket: buffers, in order, without joining them."""
 
 from __future__ import annotations
 
-import os
 import socket
+import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -15,21 +15,25 @@ Buffer = bytes | bytearray | memoryview
 VECTORS = 1024  # IOV_MAX: more buffers in one sendmsg are refused
 
 
-class FilePiece(NamedTuple):
-    """``length`` bytes at ``offset`` of the open file ``fd``."""
-
-    fd: int
-    offset: int
-    length: int
-
-
 class _Sent(NamedTuple):
     """Called when everything before it has left."""
 
     callback: Callable[[], None]
 
 
-Item = Buffer | FilePiece | _Sent
+Item = Buffer | _Sent
+
+if sys.platform == "win32":
+
+    def _sender(sock: socket.socket) -> Callable[[Sequence[Buffer]], int]:
+        """Sends the buffers; there is no call that gathers them, so they are joined."""
+        return lambda buffers: sock.send(b"".join(buffers))
+
+else:
+
+    def _sender(sock: socket.socket) -> Callable[[Sequence[Buffer]], int]:
+        """Sends as much of the buffers as the socket takes; returns how many bytes."""
+        return sock.sendmsg
 
 
 class Outgoing:
@@ -42,6 +46,7 @@ class Outgoing:
         self.driver = driver
         self.sock = sock
         self.fd = sock.fileno()
+        self._sendmsg = _sender(sock)
         self.broken: Exception | None = None
         self._queue: deque[Item] = deque()
         self._drainer: Future[None] | None = None
@@ -54,7 +59,7 @@ class Outgoing:
         done = 0
         if not self._queue:
             try:
-                done = self.sock.sendmsg(buffers if len(buffers) <= VECTORS else buffers[:VECTORS])
+                done = self._sendmsg(buffers if len(buffers) <= VECTORS else buffers[:VECTORS])
             except (BlockingIOError, InterruptedError):
                 pass
             except OSError as error:
@@ -80,24 +85,6 @@ class Outgoing:
             self._queue.append(_Sent(callback))
         else:
             callback()
-
-    def send_file(self, header: Buffer, pieces: Sequence[FilePiece]) -> bool:
-        """Send ``header`` and then the pieces from the page cache, without copying them here;
-        the result is that of :meth:`send`."""
-        if self.broken is not None:
-            return True
-        idle = not self._queue
-        self._queue.append(header)
-        self._queue.extend(pieces)
-        if idle:
-            try:
-                self._push()
-            except (BlockingIOError, InterruptedError):
-                pass
-            except OSError as error:
-                self._break(error)
-        self._start()
-        return not self._queue
 
     async def drained(self) -> None:
         """Until everything was sent or the peer is gone."""
@@ -139,14 +126,6 @@ class Outgoing:
             if isinstance(head, _Sent):
                 queue.popleft()
                 head.callback()
-            elif isinstance(head, FilePiece):
-                done = os.sendfile(self.fd, head.fd, head.offset, head.length)
-                if not done:  # the file ends before the range that the reply promised
-                    raise OSError("the file became shorter while it was sent")
-                if done < head.length:
-                    queue[0] = FilePiece(head.fd, head.offset + done, head.length - done)
-                else:
-                    queue.popleft()
             elif not self._push_buffers():
                 return
 
@@ -154,22 +133,17 @@ class Outgoing:
         """One sendmsg of the buffers at the front; False when the socket took only a part."""
         queue = self._queue
         buffers: list[Buffer] = []
-        more = 0
         for item in queue:
-            if isinstance(item, FilePiece):
-                more = socket.MSG_MORE if hasattr(socket, "MSG_MORE") else 0
-                break
             if not isinstance(item, _Sent):
                 buffers.append(item)
                 if len(buffers) == VECTORS:
                     break
-        done = self.sock.sendmsg(buffers, (), more)
+        done = self._sendmsg(buffers)
         for _ in buffers:
             head = queue.popleft()
             while isinstance(head, _Sent):
                 head.callback()
                 head = queue.popleft()
-            assert not isinstance(head, FilePiece)
             size = len(head)
             if done < size:
                 queue.appendleft(memoryview(head)[done:])
