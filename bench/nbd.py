@@ -12,7 +12,6 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -67,7 +66,7 @@ def main() -> int:
                 for name in order:
                     if not servers.available(name, fmt):
                         continue
-                    image = images.get(work.image, fmt)
+                    image = images.get(work, fmt)
                     with servers.Server(name, image, fmt, sock, images.size) as server:
                         result = run(server, work, images, options.seconds)
                     results.setdefault((fmt, work.key, name), []).append(result)
@@ -87,8 +86,6 @@ def main() -> int:
         options.json.write_text(json.dumps(rows))
     return 0
 
-
-__all__ = ["main", "median"]
 
 if __name__ == "__main__":
     sys.exit(main())

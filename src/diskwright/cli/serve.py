@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from ..graph.names import Reference
 
 DEFAULT_PORT = 10809
+# How long to poll for the next request of a client that waits for each reply, before sleeping.
+LINGER_SECONDS = 50e-6
 
 OPTIONS = (
     FORMAT,
@@ -147,6 +149,7 @@ def serve(call: Call, settings: Settings, listening: Callable[[], None]) -> None
     from ..engine.kernel import Driver
 
     driver = Driver()
+    driver.linger = LINGER_SECONDS
     try:
         driver.run(_serve(driver, call, settings, listening))
     finally:

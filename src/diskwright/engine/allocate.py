@@ -183,11 +183,11 @@ class Allocator:
         try:
             view = memoryview(stage)
             holes: list[tuple[int, memoryview]] = []
-            sources: list[Buffer] = []
+            sources: list[memoryview] = []
             at = 0
             for step in steps:
                 target = view[at : at + step.length]
-                overlay.compose(step.guest, target, holes)
+                holes += overlay.holes(step.guest, target)
                 sources.append(target)
                 at += step.length
             if holes:
@@ -197,6 +197,8 @@ class Allocator:
                 await self.engine.reader.inside(
                     [h[0] for h in holes], [len(h[1]) for h in holes], [h[1] for h in holes]
                 )
+            for step, target in zip(steps, sources, strict=True):
+                overlay.lay(step.guest, target)
             # One write carries both the request and what was copied around it.
             tags = ("write_aio", "cow_write") if holes else ("write_aio",)
             await self.put(steps, sources, *tags)

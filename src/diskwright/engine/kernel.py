@@ -13,6 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable, Coroutine
 from contextlib import suppress
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .futures import (
@@ -70,6 +71,11 @@ class Driver(BaseDriver):
         self._waiters: dict[int, list[Future[None] | None]] = {}
         self._readers: dict[int, Callable[[], None]] = {}
         self._masks: dict[int, int] = {}
+        self.linger = 0.0
+        """Seconds to go on polling before sleeping.  Servers set it: a client that waits for each
+        reply sends its next request within microseconds, and to be woken takes longer than that."""
+        self._vain = 0
+        self._skip = 0
 
     def soon(self, callback: Callable[[], None]) -> None:
         self._ready.append(callback)
@@ -144,7 +150,11 @@ class Driver(BaseDriver):
                     self._alarm.wait(timeout)
                 self._alarm.clear()
                 return
-            for fd, events in self._poller.poll(timeout):
+            if self.linger and timeout != 0:
+                found = self._linger(self._poller)
+            else:
+                found = None
+            for fd, events in found or self._poller.poll(timeout):
                 if fd == self._wake_fd:
                     assert self._wake is not None
                     self._wake[0].recv(4096)
@@ -170,6 +180,26 @@ class Driver(BaseDriver):
                     self._masks[fd] = have & ~unheard
         finally:
             self._asleep = False
+
+    def _linger(self, poller: Poller) -> list[tuple[int, int]] | None:
+        """Poll for a moment without sleeping.  After it was in vain several times in a row, it is
+        tried again only now and then."""
+        if self._skip:
+            self._skip -= 1
+            return None
+        poll, now = poller.poll, perf_counter
+        end = now() + self.linger
+        while True:
+            found = poll(0)
+            if found:
+                self._vain = 0
+                return found
+            if now() >= end:
+                break
+        self._vain += 1
+        if self._vain > 4:
+            self._skip = min(1 << self._vain, 256)
+        return None
 
     def run(self, coro: Coroutine[Any, Any, T]) -> T:
         """Run ``coro`` to its end and return its result.

@@ -63,28 +63,41 @@ class Overlay:
             return None
         return buffer if len(buffer) == length else memoryview(buffer)[skip : skip + length]
 
-    def compose(self, guest: int, target: memoryview, holes: list[tuple[int, memoryview]]) -> None:
-        """Lay the requests over ``target``, which is the range from ``guest``; what none of them
-        covers is added to ``holes`` as (guest offset, view) to be read."""
+    def holes(self, guest: int, target: memoryview) -> list[tuple[int, memoryview]]:
+        """What must be read into ``target``, the range from ``guest``, before the requests are
+        laid over it: (guest offset, view).  Where they cover less than half it is all of it: one
+        read costs less than two."""
         end = guest + len(target)
-        first = bisect_left(self.starts, guest - self.longest)
-        last = bisect_left(self.starts, end)
-        parts = [
-            i
-            for i in range(first, last)
-            if self.starts[i] + len(self.buffers[i]) > guest and len(self.buffers[i])
-        ]
-        covered = guest
-        for i in parts:
+        out: list[tuple[int, memoryview]] = []
+        covered, missing = guest, 0
+        for i in self._parts(guest, end):
             start = self.starts[i]
             if start > covered:
-                holes.append((covered, target[covered - guest : start - guest]))
+                out.append((covered, target[covered - guest : start - guest]))
+                missing += start - covered
             covered = max(covered, start + len(self.buffers[i]))
         if covered < end:
-            holes.append((covered, target[covered - guest :]))
+            out.append((covered, target[covered - guest :]))
+            missing += end - covered
+        return [(guest, target)] if len(out) > 1 and 2 * missing > len(target) else out
+
+    def lay(self, guest: int, target: memoryview) -> None:
+        """Lay the requests over ``target``, which is the range from ``guest``."""
+        end = guest + len(target)
+        parts = self._parts(guest, end)
         if self.overlapping:
             parts.sort(key=self.order.__getitem__)
         for i in parts:
             start = self.starts[i]
             a, b = max(start, guest), min(start + len(self.buffers[i]), end)
             target[a - guest : b - guest] = memoryview(self.buffers[i])[a - start : b - start]
+
+    def _parts(self, guest: int, end: int) -> list[int]:
+        """The requests that touch a range."""
+        first = bisect_left(self.starts, guest - self.longest)
+        last = bisect_left(self.starts, end)
+        return [
+            i
+            for i in range(first, last)
+            if self.starts[i] + len(self.buffers[i]) > guest and len(self.buffers[i])
+        ]
