@@ -11,6 +11,13 @@ from __future__ import annotations
 import errno as _errno
 
 
+def words(error: BaseException) -> str:
+    """An error in the system's words, without Python's "[Errno 28]" before them."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+    return str(error)
+
+
 class DiskError(Exception):
     """Base of all errors that diskwright raises on purpose."""
 
@@ -112,7 +119,9 @@ class FlushFailed(OSError, DiskError):
 
     def __init__(self, cause: OSError) -> None:
         self.cause = cause
-        OSError.__init__(self, cause.errno or _errno.EIO, f"an earlier flush failed: {cause}")
+        OSError.__init__(
+            self, cause.errno or _errno.EIO, f"an earlier flush failed: {words(cause)}"
+        )
 
 
 class NodeClosed(DiskError):

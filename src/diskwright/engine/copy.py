@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from typing import NamedTuple
 
 from ..contract import MAY_UNMAP
-from ..errors import DiskError
+from ..errors import DiskError, words
 from .kernel import BaseDriver, Future, Task, wait_all
 from .node import Node
 
@@ -30,11 +30,12 @@ class CopyFailed(OSError, DiskError):
     def __init__(self, side: str, offset: int, cause: OSError | DiskError) -> None:
         self.side, self.offset, self.cause = side, offset, cause
         number = cause.errno if isinstance(cause, OSError) else None
-        OSError.__init__(self, number or errno.EIO, str(cause))
+        doing = "reading" if side == "read" else "writing"
+        text = f"error while {doing} at byte {offset}: {words(cause)}"
+        OSError.__init__(self, number or errno.EIO, text)
 
     def __str__(self) -> str:
-        doing = "reading" if self.side == "read" else "writing"
-        return f"error while {doing} at byte {self.offset}: {self.cause}"
+        return str(self.strerror)
 
 
 class CopyOptions(NamedTuple):
