@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
 from typing import NamedTuple
+from unittest import mock
+
+from diskwright.cli.main import main
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
 
@@ -42,17 +47,34 @@ def ours(
     name: str = "qemu-img",
     policy: str = "trusted",
     prefix: tuple[str, ...] = (),
-    timeout: float = 60,
 ) -> Result:
+    """Run our program: in this process, which saves its start, or behind ``prefix`` in one of its
+    own."""
+    if not prefix:
+        return called(name, [os.fsdecode(word) for word in args], cwd, environment(policy))
     done = subprocess.run(
         [*prefix, *command(name), *args],
         cwd=cwd,
         env=environment(policy),
         stdin=subprocess.DEVNULL,
         capture_output=True,
-        timeout=timeout,
+        timeout=60,
     )
     return Result(done.returncode, done.stdout, done.stderr)
+
+
+def called(name: str, words: list[str], cwd: Path | str | None, env: dict[str, str]) -> Result:
+    """Call ``main`` in ``cwd`` with standard streams of its own."""
+    out, err = io.BytesIO(), io.BytesIO()
+    with (
+        contextlib.chdir(cwd or os.curdir),
+        mock.patch.dict(os.environ, env, clear=True),
+        mock.patch.object(sys, "stdin", io.TextIOWrapper(io.BytesIO())),
+        mock.patch.object(sys, "stdout", io.TextIOWrapper(out, write_through=True)),
+        mock.patch.object(sys, "stderr", io.TextIOWrapper(err, write_through=True)),
+    ):
+        status = main(name, words)
+        return Result(status, out.getvalue(), err.getvalue())
 
 
 def real(tool: str, *args: str | bytes, cwd: Path | str | None = None) -> Result:
