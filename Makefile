@@ -34,7 +34,7 @@ wheel: $(BIN)/.ready
 
 # Pytest comes last, so that its closing lines close the run.
 test: peers lint types wheel
-	$(BIN)/python -m pytest -n $(WORKERS) --durations=15 $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=15 $(PYTEST_ARGS)
 
 test-long: $(BIN)/.ready peers
 	$(BIN)/python -m pytest -n $(WORKERS) --long --timeout=3600 $(PYTEST_ARGS)
