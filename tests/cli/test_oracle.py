@@ -137,6 +137,7 @@ bench -c 10 a.raw
 bench -c 5 -d 2 -s 1k -S 3k -o 512 a.raw
 bench -c x a.raw
 bench -d 0 a.raw
+create -f qcow2 -o backing_file= new 1M
 bench -s 3G a.raw
 bench -o -1 a.raw
 bench -i foo a.raw

@@ -58,6 +58,8 @@ def _create(
     ops.creatable(fmt)
     options = collect(given)
     overlay(options, args.get("backing"), args.get("backing-format"))
+    if options.get("backing_file") == "":
+        raise UsageError("Expected backing file name, got empty string")
     check_names(fmt, filename, options)
     if "size" in options:
         if size is not None:
