@@ -89,20 +89,22 @@ class Header:
         return self.tail[0] if self.version > 2 and self.tail else 0
 
     def extension(self, kind: int) -> bytes | None:
-        """The data of the first extension of this type."""
-        for found, data in self.extensions:
+        """The data of the last extension of this type, which is the one that counts: the
+        specification allows one, and programs that meet more let the later replace the earlier."""
+        for found, data in reversed(self.extensions):
             if found == kind:
                 return data
         return None
 
     def set_extension(self, kind: int, data: bytes | None) -> None:
-        """Replace (in its place), add or, with None, remove an extension."""
-        for i, (found, _) in enumerate(self.extensions):
-            if found == kind:
-                self.extensions[i : i + 1] = [] if data is None else [(kind, data)]
-                return
+        """Replace all extensions of this type by one in the place of the first, add one or, with
+        None, remove them."""
+        places = [i for i, (found, _) in enumerate(self.extensions) if found == kind]
+        place = places[0] if places else len(self.extensions)
+        for i in reversed(places):
+            del self.extensions[i]
         if data is not None:
-            self.extensions.append((kind, data))
+            self.extensions.insert(place, (kind, data))
 
     def fields(self) -> bytes:
         """The header proper, without extensions."""
@@ -252,6 +254,9 @@ def _bound(h: Header) -> None:
     )
     if h.nb_snapshots > MAX_SNAPSHOTS:
         raise MalformedImage("Snapshot table too large", field="nb_snapshots", offset=60)
+    if h.snapshots_offset % cluster or h.snapshots_offset >= 1 << 63:
+        # Checked by other programs even where there are no snapshots.
+        raise MalformedImage("Snapshot table offset invalid", field="snapshots_offset", offset=64)
     if h.nb_snapshots:
         place("Snapshot table", "snapshots_offset", 64, h.snapshots_offset, h.nb_snapshots * 40)
 
@@ -265,13 +270,13 @@ def parse_tail(h: Header, cluster: bytes) -> None:
     limit = min(h.backing_offset or len(cluster), len(cluster))
     h.tail = cluster[V3_LENGTH : h.length] if h.version > 2 else b""
     at = h.length
-    while at + 8 <= limit:
-        kind, length = struct.unpack_from(">II", cluster, at)
+    while at < limit:
+        kind, length = struct.unpack(">II", cluster[at : at + 8].ljust(8, b"\0"))
+        at += 8
+        if length > limit - at:  # the end mark has a length, too
+            raise MalformedImage("Header extension too large", field=f"{kind:#x}", offset=at - 8)
         if kind == EXT_END:
             break
-        at += 8
-        if length > limit - at:
-            raise MalformedImage("Header extension too large", field=f"{kind:#x}", offset=at - 8)
         h.extensions.append((kind, cluster[at : at + length]))
         at += align_up(length, 8)
     if h.backing_offset and h.backing_length:
