@@ -187,16 +187,16 @@ def create_image(options: Mapping[str, Any]) -> Procedure:
         raise UsageError(
             f"Could not assign backing file '{name}' with format '{fmt}': No space left on device"
         ) from error
-    old = yield Length(SLOT)
-    if old:
+    kept = False
+    if (yield Length(SLOT)):
         try:
             yield Truncate(SLOT, 0)
         except (OSError, DiskError):
-            pass  # a device keeps its length; whatever is read later gets written
+            kept = True  # a device keeps its length and what it holds
     if preallocation in ("falloc", "full"):
         yield Truncate(SLOT, layout.total << bits, preallocation)
     done = 0
-    for batch in _batches(_tables(h, layout)):
+    for batch in _batches(_tables(h, layout, kept)):
         yield Write(batch)
         done += sum(len(write.data) for write in batch)
         yield Progress(done, max(done, layout.data << bits))
@@ -205,8 +205,8 @@ def create_image(options: Mapping[str, Any]) -> Procedure:
         if length < layout.total << bits:
             yield Truncate(SLOT, layout.total << bits)
     yield Barrier()
-    # A device may hold an old name or extension behind a shorter header.
-    room = min(1 << bits, align_up(len(header), 4096))
+    # Old bytes behind the header would be taken for a name or an extension by some program.
+    room = 1 << bits if kept else min(1 << bits, align_up(len(header), 4096))
     yield Write([MetaWrite(SLOT, 0, header.ljust(room, b"\0"))])
     yield Barrier()
 
@@ -224,8 +224,9 @@ def _batches(writes: Iterator[MetaWrite]) -> Iterator[list[MetaWrite]]:
         yield batch
 
 
-def _tables(h: hd.Header, layout: Layout) -> Iterator[MetaWrite]:
-    """All structures but the header."""
+def _tables(h: hd.Header, layout: Layout, kept: bool) -> Iterator[MetaWrite]:
+    """All structures but the header; with ``kept`` each to the end of its last cluster, since a
+    larger L1 table would grow into what was there."""
     bits = h.cluster_bits
     size = 1 << bits
     reftable = zeros(64, layout.reftable_clusters * size // 8)
@@ -248,4 +249,6 @@ def _tables(h: hd.Header, layout: Layout) -> Iterator[MetaWrite]:
         yield MetaWrite(SLOT, at, big_endian_bytes(table))
     for start in range(0, h.l1_size, _CHUNK // 8):
         data = big_endian_bytes(l1, start, min(h.l1_size, start + _CHUNK // 8))
+        if kept and start + _CHUNK // 8 >= h.l1_size:
+            data = data.ljust(align_up(8 * h.l1_size, size) - 8 * start, b"\0")
         yield MetaWrite(SLOT, h.l1_offset + 8 * start, data)
