@@ -21,7 +21,7 @@ def made(size: int, backing: bytes | None = None, **options: object) -> Machine:
     machine = Machine(backing=backing)
     if backing is not None:
         options |= {"backing_file": "base.raw", "backing_fmt": "raw"}
-    machine.run(qcow2.create({"size": size, **options}))
+    machine.run(qcow2.create_new({"size": size, **options}))
     machine.open(qcow2.DRIVER)
     return machine
 

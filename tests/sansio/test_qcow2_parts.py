@@ -241,6 +241,6 @@ def test_a_discard_writes_little() -> None:
 def test_create_refuses(options: dict[str, object], text: str) -> None:
     machine = Machine()
     with pytest.raises(UsageError) as caught:
-        machine.run(qcow2.create({"size": 1 << 20, **options}))
+        machine.run(qcow2.create_new({"size": 1 << 20, **options}))
     assert text in str(caught.value)
     assert not machine.slots["file"]

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any
 
 from ..contract import Format, Limits, Procedure
 from ..engine.engine import Engine, Opener
 from ..engine.kernel import BaseDriver
 from ..engine.tables import Tables
-from ..errors import NodeClosed, NotSupported
+from ..errors import CorruptImage, DiskError, NodeClosed, NotSupported
 from ..extents import Extent
 from .node import Buffer, Node
 
@@ -81,15 +82,24 @@ class MappedNode(Node):
         self, offsets: Sequence[int], buffers: Sequence[Buffer], flags: int = 0
     ) -> None:
         self._writable()
-        await self.engine.writer.write(offsets, buffers, flags)
+        try:
+            await self.engine.writer.write(offsets, buffers, flags)
+        except CorruptImage as error:
+            raise await self._corrupt(error) from error
 
     async def zero(self, offsets: Sequence[int], lengths: Sequence[int], flags: int = 0) -> None:
         self._writable()
-        await self.engine.zeroer.zero(offsets, lengths, flags)
+        try:
+            await self.engine.zeroer.zero(offsets, lengths, flags)
+        except CorruptImage as error:
+            raise await self._corrupt(error) from error
 
     async def discard(self, offsets: Sequence[int], lengths: Sequence[int]) -> None:
         self._writable()
-        await self.engine.zeroer.discard(offsets, lengths)
+        try:
+            await self.engine.zeroer.discard(offsets, lengths)
+        except CorruptImage as error:
+            raise await self._corrupt(error) from error
 
     async def flush(self) -> None:
         if self.read_only or self.closed:
@@ -106,6 +116,22 @@ class MappedNode(Node):
             raise NotSupported(f"{self.driver_name} images cannot be resized")
         await self.run_procedure(resize(size, preallocation, shrink))
         self.changed()
+
+    async def _corrupt(self, error: CorruptImage) -> CorruptImage:
+        """A write met metadata that it must not go by: let the format mark the image, so that
+        nobody writes to it before it is repaired.  What was answered before still gets flushed.
+        """
+        mark = getattr(self.format, "mark_corrupt", None)
+        procedure = mark() if mark is not None else None
+        if procedure is None:
+            return error
+        # The format refuses to write from now on, whether the mark reaches the disk or not.
+        with suppress(OSError, DiskError):
+            await self.run_procedure(procedure)
+        return CorruptImage(
+            f"{self.driver_name}: Marking image as corrupt: {error.detail}; "
+            "further corruption events will be suppressed"
+        )
 
     def _writable(self) -> None:
         if self.closed:

@@ -21,40 +21,26 @@ def open_format(options: Mapping[str, Any]) -> tuple[Qcow2, Procedure]:
     return image, open_image(image)
 
 
-def create(options: Mapping[str, Any]) -> Procedure:
+def create_new(options: Mapping[str, Any]) -> Procedure:
     """The procedure that writes a new image; see :func:`.creation.create_image`."""
     from .creation import create_image
 
     return create_image(options)
 
 
-def check(format: Qcow2) -> Procedure:
-    """See :meth:`.format.Qcow2.check`."""
-    return format.check()
-
-
-def resize(
-    format: Qcow2, size: int, preallocation: str = "off", shrink: bool = False
-) -> Procedure:
-    """See :meth:`.format.Qcow2.resize`."""
-    return format.resize(size, preallocation, shrink)
-
-
-def make_empty(format: Qcow2) -> Procedure:
-    """See :meth:`.format.Qcow2.make_empty`."""
-    return format.make_empty()
-
-
-def change_backing(format: Qcow2, name: str | None, fmt: str | None) -> Procedure:
-    """See :meth:`.format.Qcow2.change_backing`."""
-    return format.change_backing(name, fmt)
-
+_HINT = "Checked, without effect: the tables of a chain share one budget"
 
 DRIVER = Driver(
     name="qcow2",
     kind="format",
     options=(
         Option("backing", "str", "Backing file to use instead of the one in the header"),
+        Option("lazy-refcounts", "bool", "Postpone refcount updates"),
+        Option("cache-size", "size", _HINT),
+        Option("l2-cache-size", "size", _HINT),
+        Option("l2-cache-entry-size", "size", _HINT),
+        Option("refcount-cache-size", "size", _HINT),
+        Option("cache-clean-interval", "int", _HINT),
     ),
     create_options=(
         Option("backing_file", "str", "File name of a base image"),
@@ -79,7 +65,7 @@ DRIVER = Driver(
         Option("size", "size", "Virtual disk size"),
     ),
     open=open_format,
-    create=create,
+    create=create_new,
     capabilities=frozenset(
         {"backing", "change_backing", "check", "discard", "make_empty", "resize", "zero"}
     ),

@@ -45,6 +45,7 @@ class Allocator(Mapping):
         h, bits = self.header, self.cluster_bits
         self.reftable_offset = h.reftable_offset
         self._tables_at_open = None
+        self._metadata = None
         self.reserved.remove(0, 1 << 62)
         self.reserved.add(0, 1)
         l1_end = h.l1_offset + 8 * h.l1_size

@@ -3,6 +3,7 @@ record of what of them is dirty."""
 
 from __future__ import annotations
 
+import errno
 from array import array
 from collections.abc import Mapping
 from typing import Any, ClassVar
@@ -56,6 +57,10 @@ class Core:
         """No autoclear bit is left to be dropped, so data may be written in place."""
         self.announced = False
         """Every `before` group is durable: the map may change."""
+        self.broken = False
+        """Metadata were found that a write must not go by: nothing is written any more."""
+        self.bad_tables: dict[int, CorruptImage] = {}
+        """L2 tables, by offset, with an entry that points at metadata."""
         self._parts: dict[int, set[int]] = {}
         self._l1_parts: set[int] = set()
         self._reftable_parts: set[int] = set()
@@ -85,7 +90,9 @@ class Core:
         self.block_shift = bits + 3 - order
         self.per_block = 1 << self.block_shift
         self.part_bits = min(_PART, self.cluster_size).bit_length() - 1
-        self.lazy = h.version > 2 and bool(h.compatible & hd.LAZY_REFCOUNTS)
+        wanted = self.options.get("lazy-refcounts")
+        by_header = bool(h.compatible & hd.LAZY_REFCOUNTS)
+        self.lazy = h.version > 2 and (by_header if wanted is None else bool(wanted))
 
     @property
     def max_clusters(self) -> int:
@@ -93,6 +100,11 @@ class Core:
         limit = hd.MAX_OFFSET >> self.cluster_bits
         most = self.options.get("max_file_size")
         return limit if most is None else min(limit, int(most) >> self.cluster_bits)
+
+    @property
+    def sound(self) -> bool:
+        """Nothing was found that forbids to write in place."""
+        return not (self.broken or self.bad_tables)
 
     # -- what this version does not do
     def check_read(self) -> None:
@@ -107,6 +119,8 @@ class Core:
             raise UnsupportedFeature(self.refuse_write)
         if not self.writable:
             raise PermissionError(1, "Operation not permitted: the image was opened read-only")
+        if self.broken:
+            raise OSError(errno.EIO, "Input/output error: the image is corrupt")
 
     def packed(self, guest: int) -> UnsupportedFeature:
         """The refusal of a compressed cluster."""

@@ -65,7 +65,7 @@ class Qcow2(Writeback):
             out = {
                 "compat": "1.1",
                 "compression-type": compression,
-                "lazy-refcounts": self.lazy,
+                "lazy-refcounts": bool(h.compatible & hd.LAZY_REFCOUNTS),
                 "refcount-bits": self.refcount_bits,
                 "corrupt": self.corrupt,
                 "extended-l2": bool(h.incompatible & hd.EXTENDED_L2),

@@ -16,10 +16,14 @@ from .refblock import decode
 
 # Tables asked for at once; a wider window asks again.
 _MOST_MISSES = 64
+# L1 and refcount table entries of an image whose tables are all known to `_check_table`.
+_MOST_LISTED = 1 << 17
 
 
 class Mapping(Core):
     """`map`, `load` and the shortcuts."""
+
+    _metadata: frozenset[int] | None = None
 
     def load(self, slot: str, offset: int, data: bytes) -> None:
         """Decode a table that was asked for."""
@@ -27,7 +31,56 @@ class Mapping(Core):
             block = decode(self.refcount_bits, data)
             self.tables.put(slot, offset, block, self.cluster_size)
         else:
-            self.tables.put(slot, offset, big_endian_array(64, data), self.cluster_size)
+            table = big_endian_array(64, data)
+            self.tables.put(slot, offset, table, self.cluster_size)
+            if self.writable:
+                self._check_table(offset, table)
+
+    # -- overlaps
+    def _check_table(self, offset: int, table: array[int]) -> None:
+        """Note an L2 table whose entries point at metadata: a write through it would destroy them.
+        It can still be read through."""
+        self.bad_tables.pop(offset, None)
+        if self._metadata is None:
+            self._metadata = self._metadata_entries()
+        if self._metadata.isdisjoint(table):
+            return
+        for index, entry in enumerate(table):
+            # What was metadata when the image was opened need not be any more.
+            if entry in self._metadata and (what := self._overlap(entry & OFFSET)):
+                self.bad_tables[offset] = CorruptImage(
+                    f"Preventing invalid write on metadata (overlaps with {what})",
+                    field="L2 entry",
+                    offset=offset + 8 * index,
+                )
+                self.ready = False
+                return
+
+    def _metadata_entries(self) -> frozenset[int]:
+        """Every standard L2 entry that would point at the L1 table, the refcount table or, in
+        images whose tables are few enough to list, at an L2 table or a refcount block.  The header
+        cannot be pointed at: a place of 0 is none."""
+        bits = self.cluster_bits
+        hosts = {cluster << bits for start, end in self.reserved for cluster in range(start, end)}
+        if len(self.l1) + len(self.reftable) <= _MOST_LISTED:
+            hosts.update(entry & OFFSET for entry in self.l1)
+            hosts.update(self.reftable)
+        hosts.discard(0)
+        flags = (0, COPIED, ZERO_FLAG, COPIED | ZERO_FLAG)
+        return frozenset([host | flag for host in hosts for flag in flags])
+
+    def _overlap(self, host: int) -> str | None:
+        """The structure that the cluster at ``host`` belongs to now."""
+        h = self.header
+        if h.l1_offset <= host < h.l1_offset + 8 * len(self.l1):
+            return "active L1 table"
+        if h.reftable_offset <= host < h.reftable_offset + 8 * len(self.reftable):
+            return "refcount table"
+        if host in self.reftable:
+            return "refcount block"
+        if host in self.l1 or host | COPIED in self.l1:
+            return "active L2 table"
+        return None
 
     # -- shortcuts
     def _shortcut(self, l1_index: int) -> array[int] | None:

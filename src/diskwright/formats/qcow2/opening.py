@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from ...contract import Length, Open, Procedure, Read
-from ...errors import MalformedImage
+from ...errors import MalformedImage, UsageError
 from ...ondisk import big_endian_array
+from ...units import is_power_of_two
 from . import header as hd
 from .core import SLOT
 
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from .format import Qcow2
 
 _NO_END = 1 << 62
+_MOST_CLEAN_INTERVAL = (1 << 32) - 1  # seconds
 
 
 def open_image(image: Qcow2) -> Procedure:
@@ -21,8 +24,9 @@ def open_image(image: Qcow2) -> Procedure:
 
     Options: ``backing`` None switches the backing file off, any other value says that the caller
     fills the slot; ``check`` allows images that are marked corrupt or dirty to be opened writable
-    as they are; ``zero_beyond_end`` False says that space beyond the end of the file may hold
-    anything.  An image that is dirty gets its refcounts rebuilt when it is opened writable.
+    as they are; ``lazy-refcounts`` overrules the header; ``zero_beyond_end`` False says that space
+    beyond the end of the file may hold anything.  An image that is dirty gets its refcounts
+    rebuilt when it is opened writable.
     Returns ``image``.
     """
     length = yield Length(SLOT)
@@ -30,6 +34,7 @@ def open_image(image: Qcow2) -> Procedure:
     checking = bool(image.options.get("check"))
     if not checking:
         hd.check_corrupt(h, image.writable)
+    check_options(h, image.options)
     image.use_header(h)
     image.refuse_io, image.refuse_write = refusals(h)
     bits = h.cluster_bits
@@ -43,7 +48,7 @@ def open_image(image: Qcow2) -> Procedure:
             from .rebuild import rebuild
 
             yield from rebuild(image)
-        image.ready = image.features_in_use()[1] == h.autoclear
+        image.ready = image.features_in_use()[1] == h.autoclear and image.sound
         image.announced = image.features_in_use() == (h.incompatible, h.autoclear)
     return image
 
@@ -58,6 +63,36 @@ def read_header() -> Procedure:
         (head,) = yield Read(SLOT, [(0, max(end, h.length))])
     hd.parse_tail(h, head)
     return h
+
+
+def check_options(h: hd.Header, options: Mapping[str, Any]) -> None:
+    """Raise UsageError for runtime options that contradict each other or the image.
+
+    The sizes of caches have no effect beyond that: all tables share one budget.
+    """
+    if options.get("lazy-refcounts") and h.version == 2:
+        raise UsageError(
+            "Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level"
+        )
+    whole = options.get("cache-size")
+    parts = [options.get(name) for name in ("l2-cache-size", "refcount-cache-size")]
+    if whole is not None:
+        if None not in parts:
+            raise UsageError(
+                "cache-size, l2-cache-size and refcount-cache-size may not be set at the same time"
+            )
+        for name, part in zip(("l2-cache-size", "refcount-cache-size"), parts, strict=True):
+            if part is not None and part > whole:
+                raise UsageError(f"{name} may not exceed cache-size")
+    cluster_size = 1 << h.cluster_bits
+    entry = options.get("l2-cache-entry-size", cluster_size)
+    if not is_power_of_two(entry) or not 512 <= entry <= cluster_size:
+        raise UsageError(
+            "L2 cache entry size must be a power of two between 512 and the cluster size "
+            f"({cluster_size})"
+        )
+    if not 0 <= options.get("cache-clean-interval", 0) <= _MOST_CLEAN_INTERVAL:
+        raise UsageError("Cache clean interval too big")
 
 
 def refusals(h: hd.Header) -> tuple[str | None, str | None]:
@@ -85,7 +120,7 @@ def _read_tables(image: Qcow2) -> Procedure:
         ):
             if not offset and count:
                 raise MalformedImage(f"{what} is the header's place", field=what, offset=0)
-    (raw,) = yield Read(SLOT, [(h.l1_offset, h.l1_size * 8)], "l1_load")
+    (raw,) = yield Read(SLOT, [(h.l1_offset, h.l1_size * 8)])
     image.l1 = big_endian_array(64, raw)
     (raw,) = yield Read(
         SLOT, [(h.reftable_offset, h.reftable_clusters << h.cluster_bits)], "reftable_load"

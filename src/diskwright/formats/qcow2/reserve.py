@@ -52,6 +52,8 @@ class Reserver(Allocator):
             if not offset:
                 fresh.append(l1_index)
                 continue
+            if offset in self.bad_tables and self.l2_table(offset) is not None:
+                raise self.bad_tables[offset]
             table = self.l2_table(offset)
             if table is None:
                 missing.append((offset, self.cluster_size))

@@ -69,6 +69,9 @@ def _drop_in_table(
         return image.l2_table(offset) or NeedMeta(SLOT, [(offset, image.cluster_size)], "l2_load")
 
     table: Table = yield from ask(image, load, pins)
+    if offset in image.bad_tables:
+        yield from flush(image)  # what was dropped so far is consistent
+        raise image.bad_tables[offset]
     freed: list[Run] = []
     for index in range(*span):
         run = hosts_of(image, table.data[index])

@@ -136,7 +136,8 @@ class Writeback(Planner):
         """Lower the counts of what the frozen groups let go; what reached zero is free."""
         if token == BEFORE:
             self.header.incompatible, self.header.autoclear = self.features_in_use()
-            self.ready = self.announced = True
+            self.announced = True
+            self.ready = self.sound
             return []
         assert isinstance(token, Frozen)
         for offset in token.old_tables:
@@ -177,6 +178,23 @@ class Writeback(Planner):
             start, end = part.offset >> bits, (part.offset + part.length) >> bits
             self.quarantine.remove(start, end)
             self.add_free(start, end, zeroed)
+
+    # -- the end of all writing
+    def mark_corrupt(self) -> Procedure | None:
+        """Refuse all further writes, from now on; the procedure that sets the corrupt bit, which
+        runs alone.  None when that has happened before."""
+        if self.broken or not self.writable:
+            return None
+        self.broken = True
+        self.ready = False
+        return self._mark_corrupt()
+
+    def _mark_corrupt(self) -> Procedure:
+        h = self.header
+        if h.version > 2:
+            h.incompatible |= hd.CORRUPT
+            yield Write([MetaWrite(SLOT, hd.FEATURES_OFFSET, h.features())])
+        yield Barrier()
 
     # -- the clean end
     def close(self) -> Procedure | None:
