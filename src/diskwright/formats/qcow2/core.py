@@ -59,14 +59,16 @@ class Core:
         """Every `before` group is durable: the map may change."""
         self.broken = False
         """Metadata were found that a write must not go by: nothing is written any more."""
-        self.bad_tables: dict[int, CorruptImage] = {}
-        """L2 tables, by offset, with an entry that points at metadata."""
+        self._checked: set[int] = set()
+        """Places of L2 tables without entries that point at metadata: only through them may data
+        be written in place."""
         self._parts: dict[int, set[int]] = {}
         self._l1_parts: set[int] = set()
         self._reftable_parts: set[int] = set()
         self._new_l2: set[int] = set()
         self._asked_blocks: set[int] = set()
         self._short: dict[int, array[int]] = {}
+        self._short_write: dict[int, array[int]] = {}
         self._generation = -1
         self.free = RunSet()
         self.clean = RunSet()
@@ -100,11 +102,6 @@ class Core:
         limit = hd.MAX_OFFSET >> self.cluster_bits
         most = self.options.get("max_file_size")
         return limit if most is None else min(limit, int(most) >> self.cluster_bits)
-
-    @property
-    def sound(self) -> bool:
-        """Nothing was found that forbids to write in place."""
-        return not (self.broken or self.bad_tables)
 
     # -- what this version does not do
     def check_read(self) -> None:
@@ -191,6 +188,7 @@ class Core:
         self.l1[l1_index] = entry
         self._l1_parts.add(l1_index >> (self.part_bits - 3))
         self._short.pop(l1_index, None)
+        self._short_write.pop(l1_index, None)
 
     def set_reftable(self, index: int, offset: int) -> None:
         """Change an entry of the refcount table."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
-from ...contract import NeedMeta, Range
+from ...contract import NeedMeta, Range, Table
 from ...errors import CorruptImage
 from ...extents import Data, Extent, Hole, Zero
 from ...ondisk import big_endian_array
@@ -16,7 +16,7 @@ from .refblock import decode
 
 # Tables asked for at once; a wider window asks again.
 _MOST_MISSES = 64
-# L1 and refcount table entries of an image whose tables are all known to `_check_table`.
+# L1 and refcount table entries of an image whose tables are all known to `check_table`.
 _MOST_LISTED = 1 << 17
 
 
@@ -31,30 +31,31 @@ class Mapping(Core):
             block = decode(self.refcount_bits, data)
             self.tables.put(slot, offset, block, self.cluster_size)
         else:
-            table = big_endian_array(64, data)
-            self.tables.put(slot, offset, table, self.cluster_size)
-            if self.writable:
-                self._check_table(offset, table)
+            self._checked.discard(offset)
+            self.tables.put(slot, offset, big_endian_array(64, data), self.cluster_size)
 
     # -- overlaps
-    def _check_table(self, offset: int, table: array[int]) -> None:
-        """Note an L2 table whose entries point at metadata: a write through it would destroy them.
-        It can still be read through."""
-        self.bad_tables.pop(offset, None)
+    def check_table(self, table: Table) -> None:
+        """Raise CorruptImage when an L2 table has an entry that points at metadata: a write
+        through it would destroy them.  It can still be read through.
+
+        Looks once at every table that was loaded, when the first write comes; that is why the
+        shortcuts and `map` let nothing be written through a table before.
+        """
+        if table.offset in self._checked:
+            return
         if self._metadata is None:
             self._metadata = self._metadata_entries()
-        if self._metadata.isdisjoint(table):
-            return
-        for index, entry in enumerate(table):
-            # What was metadata when the image was opened need not be any more.
-            if entry in self._metadata and (what := self._overlap(entry & OFFSET)):
-                self.bad_tables[offset] = CorruptImage(
-                    f"Preventing invalid write on metadata (overlaps with {what})",
-                    field="L2 entry",
-                    offset=offset + 8 * index,
-                )
-                self.ready = False
-                return
+        if not self._metadata.isdisjoint(table.data):
+            for index, entry in enumerate(table.data):
+                # What was metadata when the image was opened need not be any more.
+                if entry in self._metadata and (what := self._overlap(entry & OFFSET)):
+                    raise CorruptImage(
+                        f"Preventing invalid write on metadata (overlaps with {what})",
+                        field="L2 entry",
+                        offset=table.offset + 8 * index,
+                    )
+        self._checked.add(table.offset)
 
     def _metadata_entries(self) -> frozenset[int]:
         """Every standard L2 entry that would point at the L1 table, the refcount table or, in
@@ -83,8 +84,9 @@ class Mapping(Core):
         return None
 
     # -- shortcuts
-    def _shortcut(self, l1_index: int) -> array[int] | None:
-        """The L2 table for the shortcuts; None when it is absent or not in memory.
+    def _shortcut(self, l1_index: int, write: bool) -> array[int] | None:
+        """The L2 table for the shortcuts; None when it is absent, not in memory or, for ``write``,
+        not checked.
 
         The dict of tables is dropped at every eviction, which also keeps the tables in use from
         looking unused.
@@ -92,13 +94,15 @@ class Mapping(Core):
         if self._generation != self.tables.generation:
             self._generation = self.tables.generation
             self._short.clear()
-        found = self._short.get(l1_index)
+            self._short_write.clear()
+        short = self._short_write if write else self._short
+        found = short.get(l1_index)
         if found is None and l1_index < len(self.l1) and self.refuse_io is None:
             offset = self.l1[l1_index] & OFFSET
-            if offset:
+            if offset and (not write or offset in self._checked):
                 table = self.tables.get(SLOT, offset)
                 if table is not None and type(table.data) is array:
-                    found = self._short[l1_index] = table.data
+                    found = short[l1_index] = table.data
         return found
 
     def map_batch(
@@ -110,7 +114,8 @@ class Mapping(Core):
         if self._generation != self.tables.generation:
             self._generation = self.tables.generation
             self._short.clear()
-        short = self._short
+            self._short_write.clear()
+        short = self._short_write if write else self._short
         bits, l1_shift, l2_mask = self.cluster_bits, self.l1_shift, self.l2_mask
         size = self.cluster_size
         mask = size - 1
@@ -119,7 +124,7 @@ class Mapping(Core):
         for offset, length in zip(offsets, lengths, strict=True):
             table = short.get(offset >> l1_shift)
             if table is None:
-                table = self._shortcut(offset >> l1_shift)
+                table = self._shortcut(offset >> l1_shift, write)
                 if table is None:
                     append(-1)
                     continue
@@ -135,9 +140,9 @@ class Mapping(Core):
     def map_one(self, offset: int, length: int, write: bool) -> int:
         """Host offset of one request whose bytes are contiguous plain data; otherwise -1."""
         l1_index = offset >> self.l1_shift
-        table = self._short.get(l1_index)
+        table = (self._short_write if write else self._short).get(l1_index)
         if table is None or self._generation != self.tables.generation:
-            table = self._shortcut(l1_index)
+            table = self._shortcut(l1_index, write)
             if table is None:
                 return -1
         mask = self.cluster_mask
@@ -162,7 +167,7 @@ class Mapping(Core):
         while left > 0:
             guest += size
             entry += size
-            table = self._shortcut(guest >> self.l1_shift)
+            table = self._shortcut(guest >> self.l1_shift, write)
             if table is None:
                 return -1
             found = table[guest >> self.cluster_bits & self.l2_mask]
@@ -242,7 +247,8 @@ class Mapping(Core):
         if entry & ZERO_FLAG:
             return Zero(length, True, host + inside if host else -1)
         if host:
-            return Data(SLOT, host + inside, length, bool(entry & COPIED) and self.ready)
+            writable = bool(entry & COPIED) and self.ready and table_offset in self._checked
+            return Data(SLOT, host + inside, length, writable)
         return Hole(length)
 
     def host_of(self, entry: int, table_offset: int, index: int) -> int:

@@ -48,7 +48,7 @@ def open_image(image: Qcow2) -> Procedure:
             from .rebuild import rebuild
 
             yield from rebuild(image)
-        image.ready = image.features_in_use()[1] == h.autoclear and image.sound
+        image.ready = image.features_in_use()[1] == h.autoclear
         image.announced = image.features_in_use() == (h.incompatible, h.autoclear)
     return image
 

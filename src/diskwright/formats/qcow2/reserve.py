@@ -52,12 +52,11 @@ class Reserver(Allocator):
             if not offset:
                 fresh.append(l1_index)
                 continue
-            if offset in self.bad_tables and self.l2_table(offset) is not None:
-                raise self.bad_tables[offset]
             table = self.l2_table(offset)
             if table is None:
                 missing.append((offset, self.cluster_size))
             else:
+                self.check_table(table)
                 tables[l1_index] = table
                 if not self.l1[l1_index] & COPIED:
                     fresh.append(l1_index)
@@ -75,6 +74,7 @@ class Reserver(Allocator):
             self._parts[offset] = set()
             self._new_l2.add(offset)
             self._asked_blocks.discard(offset)
+            self._checked.add(offset)
             if old is not None or not zero:
                 self.touch_l2(table, 0, len(data))
             else:

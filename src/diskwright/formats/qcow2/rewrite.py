@@ -7,7 +7,7 @@ import struct
 from typing import TYPE_CHECKING
 
 from ...contract import Barrier, MetaWrite, NeedMeta, Procedure, Progress, Table, Write
-from ...errors import NoSpace, UsageError
+from ...errors import CorruptImage, NoSpace, UsageError
 from ...units import align_up
 from . import header as hd
 from .core import OFFSET, SLOT, ZERO_FLAG
@@ -69,9 +69,11 @@ def _drop_in_table(
         return image.l2_table(offset) or NeedMeta(SLOT, [(offset, image.cluster_size)], "l2_load")
 
     table: Table = yield from ask(image, load, pins)
-    if offset in image.bad_tables:
+    try:
+        image.check_table(table)
+    except CorruptImage:
         yield from flush(image)  # what was dropped so far is consistent
-        raise image.bad_tables[offset]
+        raise
     freed: list[Run] = []
     for index in range(*span):
         run = hosts_of(image, table.data[index])

@@ -137,7 +137,7 @@ class Writeback(Planner):
         if token == BEFORE:
             self.header.incompatible, self.header.autoclear = self.features_in_use()
             self.announced = True
-            self.ready = self.sound
+            self.ready = not self.broken
             return []
         assert isinstance(token, Frozen)
         for offset in token.old_tables:
