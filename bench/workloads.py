@@ -64,6 +64,8 @@ class Images:
         self.raw = directory / "full.raw"
         self.qcow2 = directory / "full.qcow2"
         self.log = directory / "alloc.iolog"
+        self.warmed: set[Path] = set()
+        """What was read into the page cache; a direct server clears it."""
 
     def prepare(self) -> None:
         """Make what is missing, and bring everything into the page cache."""
@@ -87,14 +89,18 @@ class Images:
         os.sync()
 
     def warm(self, path: Path, write: bool) -> None:
-        """Bring an image into the page cache (direct writes of another server drop pages); for a
-        job that writes, each page written once: on a virtual machine the first write to a page may
-        cost its host many times the write itself.  All of it is on disk then, so that no run pays
-        for the write-back of another."""
+        """Bring an image into the page cache (direct writes of another server drop pages).
+
+        For a job that writes, each page is written anew before every run: on a virtual machine
+        the write to a page that was left alone for a while may cost its host many times the write
+        itself.  All of it is on disk then, so that no run pays for the write-back of another.
+        """
         buffer = bytearray(1 << 20)
         view = memoryview(buffer)
+        known = path in self.warmed and not write
+        self.warmed.add(path)
         with path.open("r+b", buffering=0) as file:
-            while count := file.readinto(buffer):
+            while not known and (count := file.readinto(buffer)):
                 if write:
                     file.seek(-count, os.SEEK_CUR)
                     file.write(view[:count])
