@@ -147,7 +147,8 @@ class Sequence:
         if parent in self.without_zeroes and below is not None:
             size = self.sizes[parent]
             if size < self.sizes[TOP] and size < self.sizes[below]:
-                return  # QEMU cannot hide what the longer backing file has there; ours writes zeroes
+                # QEMU cannot hide what the longer backing file has there; ours writes zeroes.
+                return
         self.both("commit", "-q", *keep, "-f", "qcow2", TOP, changed=(TOP, parent))
         self.sizes[parent] = max(self.sizes[parent], self.sizes[TOP])
 
