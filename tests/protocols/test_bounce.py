@@ -207,3 +207,26 @@ def test_direct_writes_into_a_file_that_begins_with_a_hole(driver, tmp_path):
     driver.run(steps())
     data = path.read_bytes()
     assert (data[512:517], data[512 << 10 : (512 << 10) + 9]) == (b"\0one\0", b"dddddtwod")
+
+
+def test_a_direct_write_to_the_last_partial_unit_does_not_lengthen_the_file(driver, tmp_path):
+    """Its length is a multiple of 512, its unit 4096: a file that begins with a hole asks for that."""
+    path = tmp_path / "sparse"
+    size = 9491 * 512
+
+    async def steps():
+        with path.open("wb") as file:
+            file.truncate(size)
+        try:
+            node = await FileNode.open(driver, str(path), writable=True, cache="none")
+        except OSError:
+            pytest.skip("no O_DIRECT here")
+        await node.write([size - 700], [b"\x6f" * 700])
+        assert node.size == size
+        await node.flush()
+        assert path.stat().st_size == size, "after a flush"
+        await node.write([size - 100], [b"\x70" * 100])
+        await node.close()
+
+    driver.run(steps())
+    assert path.read_bytes() == bytes(size - 700) + b"\x6f" * 600 + b"\x70" * 100

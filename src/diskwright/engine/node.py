@@ -137,19 +137,6 @@ class Node:
     async def close(self) -> None:
         """Flush, give up locks, end.  Raises if the last flush failed; it is closed then, too."""
 
-    # -- bytes by reference
-    def sendable(self, offset: int, length: int) -> tuple[int, int, int] | None:
-        """(descriptor, file offset, length) if the first bytes of the range lie plain in a file,
-        for ``sendfile``.  Valid only between :meth:`hold` and :meth:`let_go`."""
-        return None
-
-    def hold(self) -> int:
-        """Keep what :meth:`sendable` says true until :meth:`let_go` is called with the result."""
-        return 0
-
-    def let_go(self, token: int) -> None:
-        """End a :meth:`hold`."""
-
     # -- events of the metadata machines
     def event(self, tag: str) -> Future[None] | None:
         """Announce that the parent is about to do ``tag``; a future when the step must wait."""

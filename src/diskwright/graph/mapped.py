@@ -139,20 +139,6 @@ class MappedNode(Node):
         if self.read_only:
             raise PermissionError(1, "Operation not permitted: the node is read-only")
 
-    # -- bytes by reference
-    def sendable(self, offset: int, length: int) -> tuple[int, int, int] | None:
-        engine = self.engine
-        if engine.map_one is None or engine.gate is not None:
-            return None
-        host = engine.map_one(offset, length, False)
-        return self._slots["file"].sendable(host, length) if host >= 0 else None
-
-    def hold(self) -> int:
-        return self.engine.epochs.enter()
-
-    def let_go(self, token: int) -> None:
-        self.engine.epochs.leave(token)
-
     # -- procedures
     async def run_procedure(
         self,

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from ..contract import FUA
 from ..engine.kernel import BaseDriver, Condition, Future
 from ..errors import FlushFailed
+from ..units import align_up
 from .base import Buffer, Leaf, clear
 from .os_portable import Device, Portable, Writable
 from .space import HoleMap, Space
@@ -237,14 +238,23 @@ class FileIO(Leaf):
     async def _write_direct(
         self, bounce: Bounce, offsets: Sequence[int], buffers: Sequence[Buffer], end: int
     ) -> None:
-        if end > self.size and end % bounce.alignment and self.device.kind == "file":
-            self._overshot = True
+        if self.device.kind == "file" and align_up(end, bounce.alignment) > max(end, self.size):
+            self._overshot = True  # the last unit is written whole
         await self._counted(bounce.write(offsets, buffers))
 
     # -- durability
     async def flush(self) -> None:
         self.check_open()
+        if self._overshot and not self._jobs:
+            self._cut_back()
         await self._flush()
+
+    def _cut_back(self) -> None:
+        """Give the file its length back after writes of whole units at its end.  At once, and only
+        while nothing is on its way: a write beyond could otherwise be cut off."""
+        self.table.truncate(self._fd, self.size)
+        self._overshot = False
+        self._written += 1
 
     async def _flush(self) -> None:
         wanted = self._written

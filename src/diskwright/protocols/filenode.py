@@ -277,15 +277,6 @@ class FileNode(FileIO):
         self.check_open()
         return self._fd
 
-    def sendable(self, offset: int, length: int) -> tuple[int, int, int] | None:
-        """What ``sendfile`` can take: (descriptor, offset, bytes available), or None."""
-        self.check_open()
-        available = min(length, self.size - offset)
-        if self._bounce is not None or available <= 0:
-            return None
-        return self._fd, offset, available
-
-    # -- opening, closing and in between
     def set_permissions(self, perms: Collection[str], shared: Collection[str]) -> None:
         """What the users of this node need, and what they let other programs do.  Raises
         :class:`~diskwright.errors.ImageInUse` and changes nothing then."""
@@ -328,7 +319,7 @@ class FileNode(FileIO):
             while self._jobs:
                 await self._idle.wait()
             if self._overshot:
-                await self._job(self.table.truncate, self._fd, self.size)
+                self._cut_back()
             await self._flush()
         finally:
             # Given up, not only closed: a child of the process may hold a copy of the descriptor.
