@@ -210,7 +210,7 @@ def test_direct_writes_into_a_file_that_begins_with_a_hole(driver, tmp_path):
 
 
 def test_a_direct_write_to_the_last_partial_unit_does_not_lengthen_the_file(driver, tmp_path):
-    """Its length is a multiple of 512, its unit 4096: a file that begins with a hole asks for that."""
+    """A multiple of 512, but not of 4096, which a file that begins with a hole asks for."""
     path = tmp_path / "sparse"
     size = 9491 * 512
 
