@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..contract import Limits
-from ..extents import HOLE, ZERO, Data, Extent, Hole
+from ..extents import HOLE, ZERO, Data, Extent
 
 if TYPE_CHECKING:
     from .kernel import BaseDriver, Future
@@ -179,8 +179,3 @@ class Node:
         """Tell all parents that this node's size, limits or mode changed."""
         for edge in list(self.parents):
             edge.parent.child_changed(edge.slot)
-
-
-def unknown(length: int) -> list[Extent]:
-    """The answer of a node that holds nothing of its own."""
-    return [Hole(length)]
