@@ -69,6 +69,26 @@ class Slow(MemoryNode):
         await super().flush()
 
 
+class Counted(MemoryNode):
+    """Counts what is read from it."""
+
+    bytes_read = 0
+
+    async def read(
+        self,
+        offsets: Sequence[int],
+        lengths: Sequence[int],
+        into: Sequence[memoryview] | None = None,
+        tag: str = "read_aio",
+    ) -> Sequence[Buffer]:
+        self.bytes_read += sum(lengths)
+        return await super().read(offsets, lengths, into, tag)
+
+
+async def counted(driver: BaseDriver) -> Node:
+    return Counted(driver, bytes(SIZE))
+
+
 async def memory(driver: BaseDriver) -> Node:
     return MemoryNode(driver, bytes(SIZE))
 
@@ -334,7 +354,9 @@ def test_a_graceful_stop_answers_what_was_read(tmp_path: Path, use_asyncio: bool
 
 
 def test_a_client_that_does_not_read_holds_up_nobody(tmp_path: Path) -> None:
-    with exported(tmp_path / "s", memory) as server:
+    with exported(tmp_path / "s", counted) as server:
+        export, node = server.export, server.node
+        assert export is not None and isinstance(node, Counted)
         greedy, other = Client(str(tmp_path / "s")), Client(str(tmp_path / "s"))
         greedy.sock.setblocking(False)
         request = peer.request(peer.READ, 1, 0, SIZE) * 100
@@ -345,9 +367,12 @@ def test_a_client_that_does_not_read_holds_up_nobody(tmp_path: Path) -> None:
             pass
         for _ in range(20):
             assert other.read(4096, 4096) == bytes(4096)
-        assert server.export is not None
-        assert server.export.budget.used <= (64 << 20) + (1 << 20)
+        assert export.budget.used <= (64 << 20) + (1 << 20)
+        before = node.bytes_read
         greedy.sock.close()
+        wait_for(lambda: len(export.connections) == 1, "it to be gone")
+        # what else it had asked for, hundreds of GiB, is not read any more
+        assert node.bytes_read - before <= 64 << 20
         other.close()
 
 

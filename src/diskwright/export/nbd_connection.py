@@ -44,7 +44,7 @@ class Connection:
         self.sock = sock
         self.fd = sock.fileno()
         self.machine = NbdServer([export.description], ReceiveBuffer(BUFFER_SIZE))
-        self.outgoing = Outgoing(self.driver, sock)
+        self.outgoing = Outgoing(self.driver, sock, lambda error: self.stop(str(error)))
         self.budget = Budget(CLIENT_LIMIT, export.budget)
         self.negotiated = False
         self.reason = ""
@@ -132,8 +132,6 @@ class Connection:
                 self._begin(batch)
             if machine.closed:
                 self.stop(machine.closed)
-            elif self.outgoing.broken is not None:
-                self.stop(str(self.outgoing.broken))
             elif self._held > BUFFER_SIZE and self.export.budget.contended:
                 self._shrink()
         except (BlockingIOError, InterruptedError):
@@ -240,7 +238,7 @@ class Connection:
         """Reads that the budget must grant group by group."""
         cookies, offsets, lengths = batch.read_cookies, batch.read_offsets, batch.read_lengths
         at, count = 0, len(cookies)
-        while at < count:
+        while at < count and self.outgoing.broken is None:
             end, total = at + 1, lengths[at]
             while end < count and end - at < reply.HEADERS and total + lengths[end] <= READ_GROUP:
                 total += lengths[end]

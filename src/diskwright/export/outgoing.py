@@ -39,12 +39,16 @@ else:
 class Outgoing:
     """Sends at once what the socket takes and the rest when it can be written again.
 
-    ``broken`` is set when the peer is gone: everything queued is dropped (its callbacks run).
+    ``broken`` is set when the peer is gone: everything queued is dropped (its callbacks run) and
+    ``on_broken`` is told, for nobody may be reading from the socket at that time.
     """
 
-    def __init__(self, driver: BaseDriver, sock: socket.socket) -> None:
+    def __init__(
+        self, driver: BaseDriver, sock: socket.socket, on_broken: Callable[[Exception], None]
+    ) -> None:
         self.driver = driver
         self.sock = sock
+        self.on_broken = on_broken
         self.fd = sock.fileno()
         self._sendmsg = _sender(sock)
         self.broken: Exception | None = None
@@ -153,6 +157,7 @@ class Outgoing:
 
     def _break(self, error: Exception) -> None:
         self.broken = error
+        self.on_broken(error)  # before the callbacks let waiting reads begin
         queue, self._queue = self._queue, deque()
         for item in queue:
             if isinstance(item, _Sent):
