@@ -256,11 +256,23 @@ class Punch(NamedTuple):
 
 class Open(NamedTuple):
     """Open what the image names, by the opener that was handed in, and put it into ``slot``.
-    Sent back: nothing; a refusal is thrown in."""
+    Sent back: nothing; a refusal is thrown in.
+
+    ``backing`` is a disk (in ``format``, None: to be found out) and is opened once the procedure
+    has ended.  Every other slot is a plain file, which is there when the procedure goes on.
+    """
 
     slot: str
     reference: str
     format: str | None = None
+
+
+class Create(NamedTuple):
+    """Make the empty file ``name`` (a bare name) beside the image and put it into ``slot``; one
+    that is there is emptied.  It goes again when a creation fails."""
+
+    slot: str
+    name: str
 
 
 class Compute(NamedTuple):
@@ -300,6 +312,7 @@ Request = (
     | Truncate
     | Punch
     | Open
+    | Create
     | Compute
     | GuestRead
     | GuestWrite

@@ -3,8 +3,10 @@ monitors' schema and the documentation are all made from."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
+
+from .abilities import StreamWriter
 
 
 class Option(NamedTuple):
@@ -24,6 +26,11 @@ class Driver(NamedTuple):
     ``kind`` is ``format``, ``protocol`` or ``filter``.  For a format ``open`` is
     ``open(options: dict) -> (Format, Procedure)``: the procedure fills the format in and returns
     it.  ``create`` is ``create(options: dict) -> Procedure`` over slot ``file``, or None.
+    ``stream(options: dict)`` gives the StreamWriter for these creation options, or None where the
+    image they describe is not written in one pass.
+
+    Beside their own options both get what the graph knows: ``file-name`` (the image's path as it
+    was given), and to create over a backing file ``backing_identity`` (see ``abilities.Backed``).
     """
 
     name: str
@@ -32,4 +39,5 @@ class Driver(NamedTuple):
     create_options: tuple[Option, ...] = ()
     open: Callable[..., Any] | None = None
     create: Callable[..., Any] | None = None
+    stream: Callable[[Mapping[str, Any]], StreamWriter | None] | None = None
     capabilities: frozenset[str] = frozenset()

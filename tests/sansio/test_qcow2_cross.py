@@ -9,8 +9,8 @@ import oracle
 import pytest
 from machine import Machine
 
+from diskwright.findings import CheckResult
 from diskwright.formats import qcow2
-from diskwright.formats.qcow2.references import CheckResult
 
 SIZES = [512, 1024, 4096, 65536, 2 << 20]
 WIDTHS = [1, 2, 4, 8, 16, 32, 64]

@@ -5,9 +5,10 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...contract import Length, Procedure, Progress, Read
+from ...findings import CheckResult
 from ...ondisk import big_endian_array
 from . import header as hd
 from .core import COPIED, OFFSET, PACKED, REFTABLE_OFFSET_MASK, SLOT, ZERO_FLAG
@@ -19,61 +20,9 @@ _L1_RESERVED = ~(OFFSET | COPIED) & (1 << 64) - 1
 _L2_RESERVED = ~(OFFSET | COPIED | PACKED | ZERO_FLAG) & (1 << 64) - 1
 CHUNK_BITS = 12
 CHUNK = 1 << CHUNK_BITS
-_MOST_FINDINGS = 10_000
 _READ_BYTES = 1 << 20
 # L2 entries between two yields: about two milliseconds.
 _SLICE = 8192
-
-
-class CheckResult:
-    """What a check found.  Counts are in clusters; ``image_end_offset`` in bytes.
-
-    ``findings`` are sentences, at most 10,000 of them; ``uncovered`` names what was not looked
-    at, in which case space that only this refers to is not reported as leaked.
-    """
-
-    def __init__(self) -> None:
-        self.check_errors = 0
-        self.corruptions = 0
-        self.leaks = 0
-        self.total_clusters = 0
-        self.allocated_clusters = 0
-        self.fragmented_clusters = 0
-        self.compressed_clusters = 0
-        self.image_end_offset = 0
-        self.findings: list[str] = []
-        self.uncovered: list[str] = []
-
-    def say(self, text: str) -> None:
-        """Add a finding."""
-        if len(self.findings) < _MOST_FINDINGS:
-            self.findings.append(text)
-
-    def corruption(self, text: str) -> None:
-        """Add a finding that counts as a corruption."""
-        self.corruptions += 1
-        self.say(f"ERROR {text}")
-
-    def as_dict(self) -> dict[str, Any]:
-        """The keys of ``qemu-img check --output=json``; counts of zero are left out as there."""
-        out: dict[str, Any] = {
-            "image-end-offset": self.image_end_offset,
-            "total-clusters": self.total_clusters,
-            "check-errors": self.check_errors,
-        }
-        for key in (
-            "corruptions",
-            "leaks",
-            "allocated-clusters",
-            "fragmented-clusters",
-            "compressed-clusters",
-        ):
-            value = getattr(self, key.replace("-", "_"))
-            if value:
-                out[key] = value
-        if self.uncovered:
-            out["uncovered"] = list(self.uncovered)
-        return out
 
 
 class Counts:

@@ -1,0 +1,61 @@
+"""What some formats can do beyond the contract, for the rooms that make use of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Protocol
+
+from .contract import Procedure
+
+Buffer = bytes | bytearray | memoryview
+
+
+class Backed(Protocol):
+    """What a format that can have a backing file may also say of it."""
+
+    backing_file: str | None
+    """The name to show; None without a backing file."""
+    backing_format: str | None
+    backing_names: Sequence[str]
+    """All names that the image gives for it, in the order in which they are to be tried."""
+    identity: str | None
+    """What a child records of this image when it is made; changes with the first write."""
+    parent_identity: str | None
+    """What this image recorded of its backing file, which must still be so; None: nothing."""
+
+    def change_backing(
+        self, name: str | None, fmt: str | None, identity: str | None = None
+    ) -> Procedure:
+        """Refer to another backing file (None: to none), whose identity is ``identity`` (None:
+        unknown, the recorded one stays)."""
+
+
+class Codec(Protocol):
+    """Compression of single units.  Both functions are pure, and run in the pool."""
+
+    def pack(self, data: Buffer) -> bytes:
+        """``data`` as it is stored."""
+
+    def unpack(self, data: bytes, unit: int) -> bytes:
+        """The ``unit`` bytes that ``data`` holds (bytes behind its end are ignored).  Raises
+        ValueError when they are not there; never makes more than ``unit`` bytes."""
+
+
+class StreamWriter(Protocol):
+    """An image written in one pass: ordered bytes out, none of them revisited.
+
+    ``unit``: the disk is handed over in units of so many bytes, ascending, without those that
+    read as zeroes (and without a backing file).
+    """
+
+    unit: int
+    codec: Codec
+
+    def head(self) -> Iterable[bytes]:
+        """What comes first."""
+
+    def put(self, index: int, packed: bytes) -> Iterable[bytes]:
+        """Unit ``index``, packed by ``codec``."""
+
+    def end(self) -> Iterable[bytes]:
+        """What comes last."""
