@@ -34,6 +34,18 @@ _STAGE = 256 << 10
 _MOST_STAGES = 8
 
 
+def pieces(step: Step) -> list[Step]:
+    """``step`` in parts of at most a stage: a unit may be far longer than a buffer should be."""
+    if step.length <= _STAGE:
+        return [step]
+    return [
+        step._replace(
+            guest=step.guest + at, host=step.host + at, length=min(_STAGE, step.length - at)
+        )
+        for at in range(0, step.length, _STAGE)
+    ]
+
+
 class Allocator:
     """Batches of one engine that need a plan of the format."""
 
@@ -156,11 +168,17 @@ class Allocator:
         partial: list[Step] = []
         for step in data:
             source = overlay.whole(step)
-            if source is None:
-                partial.append(step)
-            else:
+            if source is not None:
                 whole.append(step)
                 sources.append(source)
+                continue
+            for piece in pieces(step):
+                source = overlay.whole(piece)
+                if source is None:
+                    partial.append(piece)
+                else:
+                    whole.append(piece)
+                    sources.append(source)
         if whole:
             await self.put(whole, sources, "write_aio")
         first = 0
@@ -169,17 +187,16 @@ class Allocator:
             while last < len(partial) and size + partial[last].length <= _STAGE:
                 size += partial[last].length
                 last += 1
-            await self._put_staged(partial[first:last], overlay, size)
+            await self._put_staged(partial[first:last], overlay)
             first = last
 
-    async def _put_staged(self, steps: Sequence[Step], overlay: Overlay, size: int) -> None:
-        """Write steps that the request covers in part: the rest is read under the lease.
+    async def _put_staged(self, steps: Sequence[Step], overlay: Overlay) -> None:
+        """Write steps, a stage of them at most, that the request covers in part: the rest is read
+        under the lease.
 
         The buffers are used again, because fresh memory costs more than the copy itself.
         """
-        stage = (
-            self._stages.pop() if self._stages and size <= _STAGE else bytearray(max(size, _STAGE))
-        )
+        stage = self._stages.pop() if self._stages else bytearray(_STAGE)
         try:
             view = memoryview(stage)
             holes: list[tuple[int, memoryview]] = []
@@ -203,7 +220,7 @@ class Allocator:
             tags = ("write_aio", "cow_write") if holes else ("write_aio",)
             await self.put(steps, sources, *tags)
         finally:
-            if len(stage) == _STAGE and len(self._stages) < _MOST_STAGES:
+            if len(self._stages) < _MOST_STAGES:
                 self._stages.append(stage)
 
     async def put(self, steps: Sequence[Step], sources: Sequence[Buffer], *tags: str) -> None:

@@ -14,6 +14,7 @@ from .epochs import Epochs
 from .kernel import BaseDriver, Future, Shared, wait_all
 from .leases import Leases
 from .node import Node
+from .packed import Unpacker
 from .procedure import Procedures
 from .read import Reader
 from .tables import Tables
@@ -24,6 +25,7 @@ from .zero import Zeroer
 T = TypeVar("T")
 
 Opener = Callable[[str, str, str | None], Awaitable[None]]
+Creator = Callable[[str, str], Awaitable[None]]
 
 
 class Engine:
@@ -53,7 +55,10 @@ class Engine:
         self.epochs = Epochs(self)
         self.writeback = Writeback(self)
         self.shared = Shared(driver)
+        self.creator: Creator | None = None
+        """Makes a file beside the image: ``creator(slot, name)``."""
         self.reader = Reader(self)
+        self.unpacker = Unpacker(self)
         self.writer = Writer(self)
         self.zeroer = Zeroer(self)
         self.allocator = Allocator(self)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..contract import (
     Barrier,
     Compute,
+    Create,
     GuestRead,
     GuestWrite,
     Length,
@@ -22,7 +23,7 @@ from ..contract import (
     Truncate,
     Write,
 )
-from ..errors import Refused
+from ..errors import NotSupported, Refused
 from .kernel import Cancelled, Future
 from .leases import WHOLE
 
@@ -98,7 +99,7 @@ class Procedures:
                 except StopIteration as stop:
                     return stop.value
                 error = result = None
-                wrote |= isinstance(request, (Write, Truncate, Punch))
+                wrote |= isinstance(request, (Write, Truncate, Punch, Create))
                 try:
                     result = await self._execute(request)
                 except Exception as caught:
@@ -110,6 +111,7 @@ class Procedures:
         finally:
             if wrote:
                 self.engine.view.clear()
+                self.engine.unpacker.forget()
 
     async def _execute(self, request: Request) -> Any:
         engine = self.engine
@@ -139,6 +141,10 @@ class Procedures:
             if engine.opener is None:
                 raise Refused(request.reference, "nothing that an image names is opened here", "")
             return await engine.opener(request.slot, request.reference, request.format)
+        if isinstance(request, Create):
+            if engine.creator is None:
+                raise NotSupported("no file can be made beside this image")
+            return await engine.creator(request.slot, request.name)
         if isinstance(request, Compute):
             return await engine.driver.call(request.function, *request.arguments)
         if isinstance(request, GuestRead):

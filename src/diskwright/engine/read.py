@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..errors import UnsupportedFeature
-from ..extents import DATA, HOLE, INLINE, OPAQUE, PACKED, ZERO, Data
+from ..extents import DATA, HOLE, INLINE, OPAQUE, PACKED, ZERO, Data, Packed
 from ..units import align_down, align_up
 from .kernel import Future, wait_all
 from .node import Buffer
@@ -21,11 +20,12 @@ Views = list[memoryview]
 class Gather:
     """The child reads of one batch, collected as columns per slot."""
 
-    __slots__ = ("decode", "parts")
+    __slots__ = ("decode", "packed", "parts")
 
     def __init__(self) -> None:
         self.parts: dict[str, tuple[list[int], list[int], Views]] = {}
         self.decode: list[tuple[Data, int, memoryview]] = []
+        self.packed: list[tuple[Packed, memoryview]] = []
 
     def add(self, slot: str, offset: int, view: memoryview) -> None:
         """Fill ``view`` from ``offset`` of ``slot``."""
@@ -136,6 +136,9 @@ class Reader:
                     running.append(engine.driver.start(self._read(slot, *columns), io=True))
                 for extent, start, view in gathered.decode:
                     running.append(engine.driver.start(self._decode(extent, start, view), io=True))
+                if gathered.packed:
+                    fill = engine.unpacker.fill(gathered.packed)
+                    running.append(engine.driver.start(fill, io=True))
                 for miss in misses:
                     await engine.need(miss, pins)
         finally:
@@ -167,7 +170,8 @@ class Reader:
         elif kind == OPAQUE:
             gathered.add(extent.slot, extent.host, view)  # type: ignore[attr-defined]
         elif kind == PACKED:
-            raise UnsupportedFeature("compressed clusters", offset=start)
+            assert isinstance(extent, Packed)
+            gathered.packed.append((extent, view))
 
     async def _read(self, slot: str, offsets: list[int], lengths: list[int], views: Views) -> None:
         child = self.engine.slots[slot]

@@ -16,7 +16,7 @@ from ..contract import (
     ZERO_UNMAP,
     Range,
 )
-from ..extents import HOLE, ZERO
+from ..extents import HOLE, ZERO, Data
 from ..units import align_down, align_up
 from .leases import Span
 from .spans import Overlay, merge_spans
@@ -28,6 +28,10 @@ if TYPE_CHECKING:
 # One plan covers at most so many bytes (about: whole units), so that a request over terabytes
 # neither runs for seconds without giving way nor dirties more tables than the budget holds.
 _PIECE = 1 << 30
+
+# From this length on the host zeroes a range sooner than it takes that much data.
+_IN_PLACE = 64 << 10
+_ZEROES = memoryview(bytes(1 << 20))
 
 
 def pieces(start: int, end: int, unit: int) -> Iterator[Range]:
@@ -99,12 +103,8 @@ class Zeroer:
             await self._write_zeroes(offset, length)
 
     async def _write_zeroes(self, offset: int, length: int) -> None:
-        block = bytes(min(length, 1 << 20))
-        while length:
-            part = memoryview(block)[: min(length, len(block))]
-            await self.engine.writer.write([offset], [part])
-            offset += len(part)
-            length -= len(part)
+        for at in range(offset, offset + length, len(_ZEROES)):
+            await self.engine.writer.write([at], [_ZEROES[: offset + length - at]])
 
     async def _zero_ragged(self, start: int, stop: int, kind: str, flags: int) -> None:
         engine = self.engine
@@ -119,16 +119,44 @@ class Zeroer:
                     [(first, last - first)], kind, None, epoch, flags
                 ):
                     return
-                if flags & NO_FALLBACK:
-                    raise OSError(errno.ENOTSUP, "zeroes can only be written as data here")
-                overlay = Overlay([start], [bytes(stop - start)])
-                await self.engine.allocator.plan_and_move(overlay.ranges(), WRITE, overlay, epoch)
+                await self._zero_inside(start, stop, kind, flags, epoch)
             finally:
                 if epoch:
                     engine.epochs.leave(epoch[0])
         finally:
             engine.leases.drop(lease)
         self.engine.allocator.press()
+
+    async def _zero_inside(
+        self, start: int, stop: int, kind: str, flags: int, epoch: list[int]
+    ) -> None:
+        """Zero a part of units that hold other bytes, too: what is data and long is zeroed where
+        it lies (a unit may be hundreds of MiB), the rest is written."""
+        engine = self.engine
+        backing = engine.slots.get("backing")
+        unmap = MAY_UNMAP if kind == ZERO_UNMAP else 0
+        for extent in await engine.map_range(start, stop - start):
+            end = start + extent.length
+            below = backing is not None and start < backing.size
+            if extent.kind == ZERO or (extent.kind == HOLE and not below):
+                pass
+            elif (
+                isinstance(extent, Data)
+                and extent.writable
+                and not extent.xform
+                and extent.length >= _IN_PLACE
+            ):
+                child = engine.slots[extent.slot]
+                if child.wants_events:
+                    await engine.announce(extent.slot, "write_aio")
+                await child.zero([extent.host], [extent.length], unmap | flags & NO_FALLBACK)
+            elif flags & NO_FALLBACK:
+                raise OSError(errno.ENOTSUP, "zeroes can only be written as data here")
+            else:
+                for at in range(start, end, len(_ZEROES)):
+                    overlay = Overlay([at], [_ZEROES[: end - at]])
+                    await engine.allocator.plan_and_move(overlay.ranges(), WRITE, overlay, epoch)
+            start = end
 
     async def reads_zero(self, start: int, stop: int) -> bool:
         """True when the maps alone, here and below, say that the range reads as zeroes."""

@@ -1,0 +1,109 @@
+"""Reading compressed units: each once a batch, unpacked in the pool, the last ones kept."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from typing import TYPE_CHECKING
+
+from ..errors import CorruptImage
+from ..extents import Packed
+from .kernel import wait_all
+
+if TYPE_CHECKING:
+    from .engine import Engine
+
+# Unpacked units that are kept for the next request (bytes): a client that reads a unit of 64 KiB
+# in pieces of 4 KiB would otherwise have it unpacked sixteen times.
+KEPT = 8 << 20
+# What one job of the pool unpacks, about; less is not worth the way there and back.
+JOB = 1 << 20
+_INLINE = 64 << 10
+
+Wanted = list[tuple[Packed, memoryview]]
+
+
+class Unpacker:
+    """The compressed units of one engine."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self._kept: OrderedDict[tuple[str, int], bytes] = OrderedDict()
+        self._weight = 0
+
+    def forget(self) -> None:
+        """Host space may hold something else from now on."""
+        self._kept.clear()
+        self._weight = 0
+
+    async def fill(self, wanted: Wanted) -> None:
+        """Fill each view with its part of a unit.
+
+        Raises CorruptImage where a unit does not unpack.
+        """
+        missing: dict[tuple[str, int], Wanted] = {}
+        for extent, view in wanted:
+            key = extent.slot, extent.host
+            unit = self._kept.get(key)
+            if unit is None:
+                missing.setdefault(key, []).append((extent, view))
+            else:
+                self._kept.move_to_end(key)
+                _lay(unit, extent, view)
+        if not missing:
+            return
+        by_slot: dict[str, list[Wanted]] = {}
+        for (slot, _), users in missing.items():
+            by_slot.setdefault(slot, []).append(users)
+        for slot, units in by_slot.items():
+            await self._read(slot, units)
+
+    async def _read(self, slot: str, units: list[Wanted]) -> None:
+        """Units of one slot, in groups that a pool job each unpacks."""
+        if self.engine.slots[slot].wants_events:
+            await self.engine.announce(slot, "read_compressed")
+        groups: list[list[Wanted]] = []
+        size = JOB
+        for users in units:
+            if size >= JOB:
+                groups.append([])
+                size = 0
+            groups[-1].append(users)
+            size += users[0][0].unit
+        start = self.engine.driver.start
+        await wait_all([start(self._group(slot, group), io=True) for group in groups])
+
+    async def _group(self, slot: str, units: list[Wanted]) -> None:
+        extents = [users[0][0] for users in units]
+        raw = await self.engine.slots[slot].read(
+            [e.host for e in extents], [e.host_length for e in extents]
+        )
+        stored = [bytes(part) for part in raw]
+        if len(extents) == 1 and extents[0].unit <= _INLINE:
+            found = _unpack(extents, stored)
+        else:
+            found = await self.engine.driver.call(_unpack, extents, stored)
+        for users, unit in zip(units, found, strict=True):
+            for extent, view in users:
+                _lay(unit, extent, view)
+            self._keep((slot, users[0][0].host), unit)
+
+    def _keep(self, key: tuple[str, int], unit: bytes) -> None:
+        self._weight += len(unit) - len(self._kept.pop(key, b""))
+        self._kept[key] = unit
+        while self._weight > KEPT:
+            self._weight -= len(self._kept.popitem(last=False)[1])
+
+
+def _lay(unit: bytes, extent: Packed, view: memoryview) -> None:
+    view[:] = memoryview(unit)[extent.skip : extent.skip + extent.length]
+
+
+def _unpack(extents: list[Packed], stored: list[bytes]) -> list[bytes]:
+    """Runs in the pool."""
+    out = []
+    for extent, data in zip(extents, stored, strict=True):
+        try:
+            out.append(extent.codec.unpack(data, extent.unit))
+        except ValueError as error:
+            raise CorruptImage(str(error), field="compressed unit", offset=extent.host) from error
+    return out
