@@ -296,7 +296,7 @@ class TinyVhdx:
                 ("a key", 20 + 12 * len(self.parent), 4),
             ):  # fmt: skip
                 out.append((f"locator {name}", place + inside, width))
-        wanted = sorted(bat)[:6] + [1, self.entries - 1, self.entries]
+        wanted = [*sorted(bat)[:6], 1, self.entries - 1, self.entries]
         out += [(f"BAT entry {index}", BAT + 8 * index, 8) for index in dict.fromkeys(wanted)]
         if self.data[LOG : LOG + 4] == b"loge":
             for name, inside, width in (
