@@ -29,6 +29,23 @@ def big_endian_bytes(values: array[int], start: int = 0, stop: int | None = None
     return part.tobytes()
 
 
+def little_endian_array(bits: int, data: bytes | bytearray | memoryview) -> array[int]:
+    """Decode ``data`` as unsigned little-endian integers of ``bits`` bits (8, 16, 32 or 64)."""
+    values = array(TYPECODES[bits])
+    values.frombytes(data)
+    if not _SWAP and bits > 8:
+        values.byteswap()
+    return values
+
+
+def little_endian_bytes(values: array[int], start: int = 0, stop: int | None = None) -> bytes:
+    """Encode ``values[start:stop]`` as little-endian integers of the array's own width."""
+    part = values[start:stop]
+    if not _SWAP and part.itemsize > 1:
+        part.byteswap()
+    return part.tobytes()
+
+
 def zeros(bits: int, count: int) -> array[int]:
     """``count`` zeroes of ``bits`` bits."""
     return array(TYPECODES[bits], bytes(count * (bits // 8)))
