@@ -1,0 +1,64 @@
+"""Content identifiers, and the place of the descriptor that holds them."""
+
+from __future__ import annotations
+
+from ...contract import MetaWrite
+from ...errors import NoSpace
+from .descriptor import LONG_CONTENT, NO_CONTENT
+
+SLOT = "file"
+TAG = "descriptor_update"
+
+
+def random_bytes(count: int) -> bytes:
+    """Where identifiers come from; tests replace it."""
+    from secrets import token_bytes
+
+    return token_bytes(count)
+
+
+def new_cid() -> int:
+    """A random content identifier that means nothing special."""
+    while True:
+        cid = int.from_bytes(random_bytes(4), "little")
+        if cid not in (0, NO_CONTENT, LONG_CONTENT):
+            return cid
+
+
+class Place:
+    """Where the text of a descriptor is: in slot ``file`` from ``offset``, in at most ``room``
+    bytes (None: in a file of its own, which may grow).  ``stored`` is what was read there."""
+
+    def __init__(self, offset: int, room: int | None, stored: bytes) -> None:
+        self.offset = offset
+        self.room = room
+        self.stored = stored
+
+    def change(self, text: bytes) -> list[MetaWrite]:
+        """What must be written so that ``text`` is stored, and no more than that.
+
+        Raises NoSpace when an embedded descriptor has no room for it.
+        """
+        new = self.padded(text)
+        old = self.stored
+        limit = min(len(old), len(new))
+        first = next((i for i in range(limit) if old[i] != new[i]), limit)
+        last = len(new)
+        if len(old) == len(new):
+            while last > first and old[last - 1] == new[last - 1]:
+                last -= 1
+        if first == last:
+            return []
+        return [MetaWrite(SLOT, self.offset + first, new[first:last], TAG)]
+
+    def padded(self, text: bytes) -> bytes:
+        """``text`` with NUL bytes over what is left of the old one.  Raises NoSpace."""
+        if self.room is not None and len(text) > self.room:
+            raise NoSpace(
+                f"the descriptor needs {len(text)} bytes; the image has {self.room} for it"
+            )
+        return text.ljust(len(self.stored), b"\0")
+
+    def took(self, text: bytes) -> None:
+        """``text`` has been written."""
+        self.stored = self.padded(text)
