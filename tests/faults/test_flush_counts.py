@@ -41,6 +41,17 @@ class Disk:
         self.driver.run(work)
         return self.leaf.counts["flush"] - before
 
+    def reopened(self) -> bytes:
+        """The whole disk, read from what the file holds now."""
+        assert qcow2.DRIVER.open is not None
+        format, opening = qcow2.DRIVER.open({})
+        leaf = RecordingNode(self.driver, bytes(self.leaf.data))
+        node = MappedNode(self.driver, "qcow2", format, {"file": leaf}, Tables())
+        node.read_only = True
+        self.driver.run(node.run_procedure(opening, whole_image=False))
+        (data,) = self.driver.run(node.read([0], [node.size]))
+        return bytes(data)
+
     def all_durable(self) -> bool:
         return all(self.leaf.durable(c, 1 << 60) for c in self.leaf.log)
 
@@ -107,12 +118,37 @@ def test_a_backing_file_is_never_synced() -> None:
 def test_a_failed_flush_stays_failed() -> None:
     disk = Disk()
     disk.driver.run(disk.node.write([0], [b"x" * CLUSTER]))
-    disk.leaf.fail_at = {disk.leaf.requests + n: 5 for n in range(1, 4)}
+    flush, requests = disk.leaf.flush, disk.leaf.requests
+
+    async def failing() -> None:
+        disk.leaf.fail_at = {disk.leaf.requests + 1: 5}
+        await flush()
+
+    disk.leaf.flush = failing  # type: ignore[method-assign]
     with pytest.raises(OSError):
         disk.driver.run(disk.node.flush())
-    disk.leaf.fail_at = {}
+    assert disk.leaf.requests > requests
+    disk.leaf.flush = flush  # type: ignore[method-assign]
     for _ in range(2):
         with pytest.raises(FlushFailed):
             disk.driver.run(disk.node.flush())
     with pytest.raises(FlushFailed):
         disk.driver.run(disk.node.close())
+
+
+@pytest.mark.parametrize("code", [5, 28])
+def test_a_full_disk_can_be_made_room_on(code: int) -> None:
+    """A guest may pause when the host is full, and go on when it is not."""
+    disk = Disk()
+    driver, node, leaf = disk.driver, disk.node, disk.leaf
+    driver.run(node.write([0], [b"x" * CLUSTER]))
+    for _ in range(3):  # the tables cannot be written
+        leaf.fail_at = {leaf.requests + n: code for n in range(1, 20)}
+        with pytest.raises(OSError) as caught:
+            driver.run(node.flush())
+        assert caught.value.errno == code and not isinstance(caught.value, FlushFailed)
+        leaf.fail_at = {}
+        driver.run(node.write([CLUSTER], [b"y" * CLUSTER]))
+    driver.run(node.flush())
+    driver.run(node.close())
+    assert disk.reopened()[: 2 * CLUSTER] == b"x" * CLUSTER + b"y" * CLUSTER

@@ -61,6 +61,7 @@ class Allocator:
             return True
         engine = self.engine
         engine.check_failed()  # what can never be flushed must not pile up
+        engine.writeback.check_room()
         engine.check_bounds(ranges)
         unit = engine.format.unit
         spans = merge_spans([(align_down(o, unit), align_up(o + n, unit)) for o, n in ranges])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from ..contract import Groups, MetaWrite
+from ..contract import Groups, MetaWrite, Table
 from ..errors import FlushFailed
 from .kernel import Future, Task, gather, wait_all
 
@@ -17,12 +17,16 @@ class Writeback:
     """Runs one freeze at a time; whoever asks before it starts shares it.
 
     Order: freeze (without an await before it), then the groups' `lead` and the data slots' flush,
-    then each group and a barrier, then settle.  A failure is sticky: what an earlier flush
-    covered may be lost, and no later one can bring it back.
+    then each group and a barrier, then settle.  A barrier that fails is sticky: the kernel may have
+    dropped what it covered, and no later one can bring that back.  A *write* that fails (the host
+    is full) is not: what was frozen is kept, and the next flush begins with it.
     """
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self.error: OSError | None = None
+        """Why the last write-back did not end; None when it did."""
+        self._owed: tuple[Groups, list[Table], int] | None = None
         self._next: Task[None] | None = None
         self._current: Task[None] | None = None
 
@@ -46,40 +50,50 @@ class Writeback:
             try:
                 await before
             except OSError:
-                pass  # sticky: the next check says it
+                pass  # its askers were told
         mine = self._current = self._next
         self._next = None
         try:
             await self.write()
         except OSError as error:
-            self.engine.fail(error)
+            self.error = error
             raise
+        else:
+            self.error = None
         finally:
             if self._current is mine:
                 self._current = None
             self.engine.epochs.changed.notify()
 
     async def write(self) -> None:
-        """One write-back."""
+        """One write-back (and before it what the last one could not write)."""
+        if self._owed is not None:
+            await self._pay(*self._owed)
         engine = self.engine
         engine.check_failed()
         was_dirty = engine.view.dirty()
         groups = engine.format.freeze()
         tables = [table for table in was_dirty if not table.dirty]
-        epoch = engine.epochs.last
         for table in tables:
             table.writeback += 1
-        try:
-            await self._write_groups(groups)
-        except BaseException:
-            for table in tables:
-                engine.view.mark(table)
-            raise
-        finally:
-            for table in tables:
-                table.writeback -= 1
-        engine.epochs.defer(epoch, groups.token)
-        engine.tables.trim()
+        self._owed = groups, tables, engine.epochs.last
+        await self._pay(*self._owed)
+
+    async def _pay(self, groups: Groups, tables: list[Table], epoch: int) -> None:
+        """Write what was frozen.  Until that has succeeded its tables stay in write-back."""
+        self.engine.check_failed()
+        await self._write_groups(groups)
+        self._owed = None
+        for table in tables:
+            table.writeback -= 1
+        self.engine.epochs.defer(epoch, groups.token)
+        self.engine.tables.trim()
+
+    def check_room(self) -> None:
+        """Raise the error of a write-back that could not end, once as much is dirty as may be: what
+        cannot be written must not pile up."""
+        if self.error is not None and self.engine.view.dirty_weight > self.engine.tables.budget:
+            raise self.error
 
     async def _write_groups(self, groups: Groups) -> None:
         if groups.lead:
@@ -102,9 +116,6 @@ class Writeback:
                 await self.issue(group)
                 await self.flush_slots({write.slot for write in group})
             engine.format.settle(groups.token)
-        except OSError as error:
-            engine.fail(error)
-            raise
         finally:
             engine.epochs.leave(epoch)
 
