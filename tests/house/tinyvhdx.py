@@ -136,7 +136,8 @@ class TinyVhdx:
         self.entries = chunks * (self.ratio + 1) if parent else count + (count - 1) // self.ratio
         self.bat_mib = -(-self.entries * 8 // MIB)
         self.parent = parent
-        self.model = bytearray(size)
+        # What a guest reads of an image without parent; not made for huge ones.
+        self.model = bytearray(size if size <= 1 << 30 else 0)
         if blocks is None:
             blocks = {0: (FULL, b"\x11" * block), 2: (ZERO, b"")}
         end = BAT + self.bat_mib * MIB
@@ -151,7 +152,7 @@ class TinyVhdx:
                 self.places[number] = end
                 placed.append((end, content.ljust(block, b"\0")))
                 end += block
-            if state == FULL:
+            if state == FULL and self.model:
                 at = number * block
                 self.model[at : at + block] = content.ljust(block, b"\0")[: size - at]
         self.bitmaps: dict[int, int] = {}
@@ -167,7 +168,7 @@ class TinyVhdx:
                     bits[(s - first) // 8] |= 1 << (s - first) % 8
                     number = s * sector // block
                     state, content = blocks.get(number, (0, b""))
-                    if state == PARTIAL:
+                    if state == PARTIAL and self.model:
                         at = s * sector
                         inside = at - number * block
                         piece = content.ljust(block, b"\0")[inside : inside + sector]
@@ -192,9 +193,7 @@ class TinyVhdx:
             data[at + 16 : at + 48] = BAT_REGION + struct.pack(
                 "<QII", BAT, self.bat_mib * MIB, required
             )
-            data[at + 48 : at + 80] = METADATA_REGION + struct.pack(
-                "<QII", METADATA, MIB, required
-            )
+            data[at + 48 : at + 80] = METADATA_REGION + struct.pack("<QII", METADATA, MIB, required)
         self._metadata(data, fixed)
         for index, entry in bat.items():
             data[BAT + 8 * index : BAT + 8 * index + 8] = struct.pack("<Q", entry)
