@@ -154,7 +154,7 @@ class Descriptor:
         """Change the value of ``key`` where it stands, keeping its spaces and quotes; without
         one, add a line behind that of ``after``."""
         at = self._place.get(key.lower())
-        raw = self._encoded(quoted(value)[1:-1])
+        raw = self._encoded(between_quotes(value)[1:-1])
         if at is not None:
             line = self.lines[at]
             found = _SETTING.fullmatch(line.rstrip(b"\r\n"))
@@ -334,7 +334,7 @@ def format_extent(extent: ExtentLine) -> str:
     """
     parts: list[Any] = [extent.access, extent.sectors, extent.type]
     if extent.name is not None:
-        parts.append(quoted(extent.name))
+        parts.append(between_quotes(extent.name))
         if extent.offset is not None:
             parts.append(extent.offset)
         if extent.device:
@@ -342,7 +342,7 @@ def format_extent(extent: ExtentLine) -> str:
     return " ".join(map(str, parts))
 
 
-def quoted(name: str) -> str:
+def between_quotes(name: str) -> str:
     """``name`` between quotes.  Raises UsageError when that cannot be undone."""
     if any(c in name for c in '"\r\n\0'):
         raise UsageError(f"The name {name!r} cannot be written into a VMDK descriptor")
