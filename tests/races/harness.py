@@ -289,8 +289,9 @@ class Run:
     async def end(self) -> None:
         try:
             await self.graph.close()
-        except OSError:
-            if not self._failure():
+        except OSError as error:
+            full = error.errno == errno.ENOSPC and self.case.capacity
+            if not self._failure() and not full:
                 raise
 
     def go(self, crashes: int = 12) -> Stats:
