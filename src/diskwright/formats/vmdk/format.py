@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Protocol
@@ -20,10 +21,10 @@ from ...contract import (
     Write,
 )
 from ...errors import NoSpace
-from ...extents import Extent
+from ...extents import Data, Extent
 from .backing import Links
 from .cid import new_cid
-from .descriptor import Descriptor, parse
+from .descriptor import NOACCESS, RW, Descriptor, parse
 from .parts import Part
 
 if TYPE_CHECKING:
@@ -41,6 +42,10 @@ class _Fast(Protocol):
     def map_batch(
         self, offsets: Sequence[int], lengths: Sequence[int], write: bool
     ) -> Sequence[int]: ...
+
+
+def _read_only(extent: Extent) -> Extent:
+    return extent._replace(writable=False) if isinstance(extent, Data) else extent
 
 
 class Vmdk(Links):
@@ -65,6 +70,8 @@ class Vmdk(Links):
         self.parts: list[Part] = []
         self.names: list[str | None] = []
         """The file names of the parts as the descriptor gives them."""
+        self.access: list[str] = []
+        """RW, RDONLY or NOACCESS, by part."""
         self.descriptor: Descriptor | None = None
         """None for an extent that was opened by itself."""
         self.place: Place | None = None
@@ -78,10 +85,13 @@ class Vmdk(Links):
         self._by_slot: dict[str, list[Part]] = {}
         self._fast: _Fast | None = None
 
-    def use_parts(self, parts: Sequence[Part], names: Sequence[str | None]) -> None:
+    def use_parts(
+        self, parts: Sequence[Part], names: Sequence[str | None], access: Sequence[str]
+    ) -> None:
         """Take the parts of the image, in guest order."""
         self.parts = list(parts)
         self.names = list(names)
+        self.access = list(access)
         self._starts = [part.start for part in parts]
         self.size = parts[-1].start + parts[-1].length if parts else 0
         self._by_slot = {}
@@ -125,15 +135,20 @@ class Vmdk(Links):
         for offset, length in ranges:
             end = offset + length
             while offset < end:
-                part = self.parts[bisect_right(self._starts, offset) - 1]
+                index = bisect_right(self._starts, offset) - 1
+                part = self.parts[index]
                 stop = min(end, part.start + part.length)
                 known = len(out)
                 try:
+                    if self.access[index] == NOACCESS:
+                        raise self._barred(index, "read")
                     miss = part.map(offset - part.start, stop - offset, out)
                 except Exception:
                     if out:
                         return out, None
                     raise
+                if self.access[index] != RW:
+                    out[known:] = [_read_only(extent) for extent in out[known:]]
                 for extent in out[known:]:
                     offset += extent.length
                 if miss is not None or offset < stop:
@@ -148,9 +163,13 @@ class Vmdk(Links):
         Nothing has changed then.
         """
         self.check_write()
-        wanted = self._cut(ranges)
         able: list[tuple[Part, list[Range]]] = []
-        for part, cut in wanted:
+        for index, cut in self._cut(ranges).items():
+            part = self.parts[index]
+            if self.access[index] != RW:
+                if kind == DISCARD:
+                    continue
+                raise self._barred(index, "written")
             answer = part.gather(cut, kind)
             if isinstance(answer, NeedMeta):
                 return answer
@@ -172,8 +191,8 @@ class Vmdk(Links):
         plan.state = taken
         return plan
 
-    def _cut(self, ranges: Sequence[Range]) -> list[tuple[Part, list[Range]]]:
-        """``ranges`` by parts, relative to each one."""
+    def _cut(self, ranges: Sequence[Range]) -> dict[int, list[Range]]:
+        """``ranges`` by the numbers of the parts, relative to each one."""
         found: dict[int, list[Range]] = {}
         for offset, length in ranges:
             end = offset + length
@@ -183,7 +202,13 @@ class Vmdk(Links):
                 stop = min(end, part.start + part.length)
                 found.setdefault(index, []).append((offset - part.start, stop - offset))
                 offset = stop
-        return [(self.parts[index], cut) for index, cut in found.items()]
+        return found
+
+    def _barred(self, index: int, what: str) -> PermissionError:
+        name = self.names[index] or f"number {index}"
+        return PermissionError(
+            errno.EACCES, f"the extent {name} may not be {what} ({self.access[index]})"
+        )
 
     def commit(self, plan: Plan) -> None:
         """Point to the data."""
