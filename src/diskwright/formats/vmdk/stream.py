@@ -8,7 +8,6 @@ grain directory and tables are those of other sparse extents, mostly at the end 
 from __future__ import annotations
 
 import struct
-import sys
 import zlib
 from array import array
 from collections.abc import Sequence
@@ -19,10 +18,10 @@ from ...contract import DISCARD, Length, NeedMeta, Plan, Procedure, Range, Read,
 from ...errors import CorruptImage, MalformedImage, UnsupportedFeature
 from ...extents import Extent, Hole, Packed, Zero
 from ...findings import CheckResult
-from ...ondisk import zeros
+from ...ondisk import little_endian_array, zeros
 from ...units import MIB, SECTOR
 from .parts import Plain
-from .sparse_header import DEFLATE, MARKERS, ZEROED_GRAIN, Hosted
+from .sparse_header import DEFLATE, MARKERS, ZEROED_GRAIN, Hosted, read_header
 
 if TYPE_CHECKING:
     from .parts import Image
@@ -138,7 +137,7 @@ class StreamPart(Plain):
                 self.slot, [(at + len(raw), min(_PIECE, count * 4 - len(raw)))], "l1_load"
             )
             raw += piece
-        self.directory = decode(raw)
+        self.directory = little_endian_array(32, raw)
         self.weight = len(raw)
         return self
 
@@ -236,9 +235,7 @@ class StreamPart(Plain):
                 if after > sector:
                     most = min(most, (after - sector) * SECTOR)
                 break
-        codec = GrainCodec(
-            index * self.header.grain, self.grain_length(index), self.marked
-        )
+        codec = GrainCodec(index * self.header.grain, self.grain_length(index), self.marked)
         return Packed(slot, host, most, self.unit, codec, length, skip)
 
     def grain_length(self, index: int) -> int:
@@ -247,7 +244,7 @@ class StreamPart(Plain):
 
     def load(self, offset: int, data: bytes) -> None:
         """Decode a grain table."""
-        self.image.tables.put(self.slot, offset, decode(data), len(data))
+        self.image.tables.put(self.slot, offset, little_endian_array(32, data), len(data))
 
     # -- what does not exist
     def gather(self, ranges: Sequence[Range], kind: str) -> NeedMeta | bool:
@@ -277,32 +274,18 @@ class StreamPart(Plain):
         }
 
 
-def decode(raw: Buffer) -> array[int]:
-    """Little-endian entries of 32 bits."""
-    out = zeros(32, 0)
-    out.frombytes(raw)
-    if sys.byteorder == "big":
-        out.byteswap()
-    return out
+def open_stream(image: Image, slot: str, start: int) -> Procedure:
+    """Open the compressed extent in ``slot``; returns the part, as long as its header (or its
+    footer) says.
 
-
-def open_stream(image: Image, slot: str, start: int, length: int, header: Hosted) -> Procedure:
-    """Open a compressed extent whose checked header (or footer) is ``header``; returns the part.
-
-    Raises MalformedImage for a grain directory that is not there, UnsupportedFeature for grains
-    that are too large or compressed in another way.
+    Raises MalformedImage for a footer or a grain directory that is not there, UnsupportedFeature
+    for grains that are too large or compressed in another way.
     """
+    header = yield from read_header(slot)
     if header.grain * SECTOR > MAX_GRAIN:
         raise UnsupportedFeature(f"compressed grains of {header.grain} sectors", offset=20)
     if header.compression != DEFLATE:
         raise UnsupportedFeature(f"VMDK compression algorithm {header.compression}", offset=77)
-    if length > header.capacity * SECTOR:
-        raise MalformedImage(
-            f"the extent has {header.capacity} sectors, the descriptor says {length // SECTOR}",
-            field="capacity",
-            offset=12,
-        )
+    length = header.capacity * SECTOR
     file_length = yield Length(slot)
     return (yield from StreamPart(image, slot, start, length, header, file_length).open())
-
-

@@ -7,8 +7,9 @@ from typing import TYPE_CHECKING
 from ...contract import Procedure, Progress, Read
 from ...errors import CorruptImage
 from ...findings import CheckResult
+from ...ondisk import little_endian_array
 from ...units import SECTOR, align_up
-from .stream import GRAIN_HEADER, ZERO_ENTRY, check_grain_header, decode
+from .stream import GRAIN_HEADER, ZERO_ENTRY, check_grain_header
 
 if TYPE_CHECKING:
     from array import array
@@ -37,7 +38,7 @@ def check_stream(part: StreamPart, result: CheckResult) -> Procedure:
             continue
         end = max(end, place + part.table_size)
         (raw,) = yield Read(part.slot, [(place, part.table_size)], "l2_load")
-        table = decode(raw)[: grains - number * entries]
+        table = little_endian_array(32, raw)[: grains - number * entries]
         end = max(end, (yield from _check_table(part, result, number * entries, table)))
     if part.header.footer:
         (last,) = yield Read(part.slot, [(align_up(part.file_length, SECTOR) - SECTOR, SECTOR)])

@@ -15,23 +15,18 @@ from collections.abc import Iterator
 
 from ...codecs.deflate import Deflate
 from ...errors import NoSpace, UsageError
-from ...ondisk import zeros
+from ...ondisk import little_endian_bytes, zeros
 from ...units import SECTOR, align_up
+from .sparse_header import COMPRESSED, DEFLATE, GD_AT_END, MARKERS, NEWLINE_TEST, Hosted
 
 GRAIN = 64 << 10
 ENTRIES = 512  # of a grain table
-OVERHEAD = 128  # sectors before the first grain
+OVERHEAD = 128  # sectors before the first grain; more only for a larger descriptor
 DESCRIPTOR_AT = 1
-DESCRIPTOR_SECTORS = 20
+DESCRIPTOR_SECTORS = 20  # at least
 VERSION = 3
-AT_END = 0xFFFFFFFFFFFFFFFF
-"""The grain directory's offset in a header whose footer has the real one."""
-
-NEWLINE_TEST, COMPRESSED, MARKERS = 1, 1 << 16, 1 << 17
-DEFLATE = 1
 END_OF_STREAM, TABLE, DIRECTORY, FOOTER = range(4)
 
-_HEADER = struct.Struct("<4sIIQQQQIQQQB4sH")
 _MARKER = struct.Struct("<QII")
 _GRAIN = struct.Struct("<QI")
 _MAX_SECTOR = 1 << 32  # entries of both kinds of tables have 32 bits
@@ -45,9 +40,8 @@ class StreamOptimized:
     """The `StreamWriter` of streamOptimized.
 
     ``size``: of the disk in bytes, a multiple of 512; ``descriptor``: the text that goes into the
-    file, at most 10,240 bytes; ``level``: of zlib, 1 to 9.  The capacity in the header is the
-    disk's size, also where that is no multiple of the grain: the last grain is filled up with
-    zeroes.  Raises UsageError for what does not fit.
+    file; ``level``: of zlib, 1 to 9.  The capacity in the header is the disk's size, also where
+    that is no multiple of the grain: the last grain is filled up with zeroes.  Raises UsageError.
     """
 
     unit = GRAIN
@@ -57,12 +51,12 @@ class StreamOptimized:
             raise UsageError(f"The image size {size} is not a multiple of {SECTOR}")
         if size > MAX_SIZE:
             raise UsageError(f"A streamOptimized image has at most {MAX_SIZE >> 40} TiB")
-        if len(descriptor) > DESCRIPTOR_SECTORS * SECTOR:
-            raise UsageError("The descriptor does not fit into the image")
         if not 1 <= level <= 9:
             raise UsageError(f"Compression level {level} is not between 1 and 9")
         self.size = size
         self.descriptor = descriptor
+        self._sectors = max(-(-len(descriptor) // SECTOR), DESCRIPTOR_SECTORS)
+        self._overhead = align_up(DESCRIPTOR_AT + self._sectors, OVERHEAD)
         self.codec = Deflate(level)
         tables = -(-size // (GRAIN * ENTRIES))
         self._directory: array[int] = zeros(32, tables)
@@ -73,9 +67,9 @@ class StreamOptimized:
 
     def head(self) -> Iterator[bytes]:
         """The header, the descriptor, and nothing up to the first grain."""
-        self._sector = OVERHEAD
-        yield self._header(AT_END)
-        yield self.descriptor.ljust((OVERHEAD - DESCRIPTOR_AT) * SECTOR, b"\0")
+        self._sector = self._overhead
+        yield self._header(GD_AT_END)
+        yield self.descriptor.ljust((self._overhead - DESCRIPTOR_AT) * SECTOR, b"\0")
 
     def put(self, index: int, packed: bytes) -> Iterator[bytes]:
         """Grain ``index``, ascending; before the first one of a table, the table before it."""
@@ -96,7 +90,7 @@ class StreamOptimized:
     def end(self) -> Iterator[bytes]:
         """The last table, the grain directory, the footer and the end of the stream."""
         yield from self._end_table()
-        raw = _little(self._directory)
+        raw = little_endian_bytes(self._directory)
         raw = raw.ljust(max(align_up(len(raw), SECTOR), SECTOR), b"\0")
         at = self._sector + 1
         yield from self._metadata(DIRECTORY, raw)
@@ -104,28 +98,26 @@ class StreamOptimized:
         yield bytes(SECTOR)
 
     def _header(self, directory: int) -> bytes:
-        return _HEADER.pack(
-            b"KDMV",
+        return Hosted(
             VERSION,
             NEWLINE_TEST | COMPRESSED | MARKERS,
             self.size // SECTOR,
             GRAIN // SECTOR,
             DESCRIPTOR_AT,
-            DESCRIPTOR_SECTORS,
+            self._sectors,
             ENTRIES,
             0,
             directory,
-            OVERHEAD,
-            0,
-            b"\n \r\n",
+            self._overhead,
+            False,
             DEFLATE,
-        ).ljust(SECTOR, b"\0")
+        ).encode()
 
     def _end_table(self) -> Iterator[bytes]:
         if self._current < 0:
             return
         self._directory[self._current] = self._sector + 1
-        yield from self._metadata(TABLE, _little(self._table))
+        yield from self._metadata(TABLE, little_endian_bytes(self._table))
         self._table = zeros(32, ENTRIES)
 
     def _metadata(self, kind: int, raw: bytes) -> Iterator[bytes]:
@@ -138,6 +130,3 @@ class StreamOptimized:
         if self._sector >= _MAX_SECTOR:
             raise NoSpace("A streamOptimized image has at most 2 TiB of compressed data")
 
-
-def _little(values: array[int]) -> bytes:
-    return struct.pack(f"<{len(values)}I", *values)
