@@ -28,6 +28,7 @@ from .graph.gate import Gate
 from .graph.node import Buffer, Node
 from .graph.opener import close_disk, create_image, discard_disk, open_disk
 from .graph.status import Status, all_status
+from .ops.gates import gate_of
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -38,20 +39,31 @@ def open(
     format: str | None = None,
     writable: bool = False,
     policy: str | None = None,
+    *,
+    map_paths: Mapping[str, str] | None = None,
     **named: Any,
 ) -> _Opening:
     """Open a disk: ``disk = await open(...)``, or ``async with open(...) as disk``.
 
     Takes what :func:`diskwright.api.open` takes, and raises the same.
     """
-    return _Opening(source, {"format": format, "writable": writable, **named}, policy)
+    gate = gate_of(policy, map_paths=map_paths)
+    return _Opening(source, {"format": format, "writable": writable, **named}, gate)
 
 
 async def create(
-    path: Path, format: str, size: int | None = None, options: Mapping[str, Any] | None = None
+    path: Path,
+    format: str,
+    size: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    policy: str | None = None,
+    *,
+    map_paths: Mapping[str, str] | None = None,
 ) -> int:
     """Make an image; see :func:`diskwright.api.create`."""
-    return await run(lambda driver: create_image(driver, os.fsdecode(path), format, size, options))
+    gate = gate_of(policy, map_paths=map_paths)
+    name = os.fsdecode(path)
+    return await run(lambda driver: create_image(driver, name, format, size, options, gate=gate))
 
 
 def awaitable(
@@ -97,13 +109,13 @@ async def run(make: Callable[[AsyncioDriver], Coroutine[Any, Any, T]]) -> T:
 
 
 class _Opening:
-    def __init__(self, source: Source, named: dict[str, Any], policy: str | None) -> None:
-        self._source, self._named, self._policy = source, named, policy
+    def __init__(self, source: Source, named: dict[str, Any], gate: Gate) -> None:
+        self._source, self._named, self._gate = source, named, gate
         self._disk: Disk | None = None
 
     async def _open(self) -> Disk:
         driver = AsyncioDriver()
-        gate = Gate.from_environment(self._policy)
+        gate = self._gate
         opened: list[Node] = []
 
         async def work() -> None:

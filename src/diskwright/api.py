@@ -27,10 +27,10 @@ from .contract import FUA, MAY_UNMAP
 from .engine.kernel import BaseDriver, Driver
 from .errors import NodeClosed, UsageError
 from .graph.display import display_name
-from .graph.gate import Gate
 from .graph.node import Buffer, Node
 from .graph.opener import close_disk, create_image, open_disk
 from .graph.status import Status, all_status
+from .ops.gates import gate_of
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -59,12 +59,14 @@ def open(
     backing: bool = True,
     discard: str = "unmap",
     detect_zeroes: str = "off",
+    map_paths: Mapping[str, str] | None = None,
 ) -> Disk:
     """Open a disk: a path, a ``json:`` or ``proto:`` name, or a dict of options.
 
     Without ``format`` the image is probed.  What the image itself names (a backing file) is opened
-    only with ``policy="trusted"``; ``backing=False`` leaves it out.  The other arguments are those
-    of :func:`diskwright.graph.opener.open_disk`.
+    only with ``policy="trusted"``; ``backing=False`` leaves it out.  ``map_paths`` says what
+    prefixes of the paths that images name mean here (``{"D:/VMs": "/srv/vms"}``).  The other
+    arguments are those of :func:`diskwright.graph.opener.open_disk`.
 
     Raises OSError, and the kinds of DiskError; Refused when a policy forbids a reference.
     """
@@ -79,7 +81,7 @@ def open(
                 options=options,
                 cache=cache,
                 force_share=force_share,
-                gate=Gate.from_environment(policy),
+                gate=gate_of(policy, map_paths=map_paths),
                 backing=backing,
                 discard=discard,
                 detect_zeroes=detect_zeroes,
@@ -92,14 +94,23 @@ def open(
 
 
 def create(
-    path: Path, format: str, size: int | None = None, options: Mapping[str, Any] | None = None
+    path: Path,
+    format: str,
+    size: int | None = None,
+    options: Mapping[str, Any] | None = None,
+    policy: str | None = None,
+    *,
+    map_paths: Mapping[str, str] | None = None,
 ) -> int:
     """Make an image of ``size`` bytes (rounded up to 512) and return its virtual size.
 
     ``options`` are the format's creation options.  With ``backing_file`` and ``backing_fmt``
-    among them ``size`` may be left out.  An existing file is overwritten.
+    among them ``size`` may be left out; what that file names in turn passes the gate, as in
+    :func:`open`.  An existing file is overwritten.
     """
-    return run(lambda driver: create_image(driver, os.fsdecode(path), format, size, options))
+    gate = gate_of(policy, map_paths=map_paths)
+    name = os.fsdecode(path)
+    return run(lambda driver: create_image(driver, name, format, size, options, gate=gate))
 
 
 def blocking(

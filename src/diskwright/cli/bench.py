@@ -6,7 +6,7 @@ from typing import Any
 
 from ..errors import UsageError
 from .images import READ_CACHES, arguments, one_image, run, spec
-from .options import FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, POLICY, QUIET, Args, Opt
+from .options import FORCE_SHARE, FORMAT, GATE, IMAGE_OPTS, OBJECT, QUIET, Args, Opt
 from .output import Call, strerror
 from .sizes import bounded
 
@@ -29,7 +29,7 @@ OPTIONS = (
     Opt("", "flush-interval", "COUNT", "flush after so many writes"),
     Opt("", "no-drain", "", "do not wait for writes before a flush"),
     FORCE_SHARE,
-    POLICY,
+    *GATE,
     OBJECT,
 )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .images import arguments, cache_mode, one_image, run, spec, warn_if_guessed
-from .options import FORMAT, IMAGE_OPTS, OBJECT, POLICY, PROGRESS, QUIET, Opt
+from .options import FORMAT, GATE, IMAGE_OPTS, OBJECT, PROGRESS, QUIET, Opt
 from .output import Call
 from .progress import Progress
 from .sizes import bounded
@@ -17,7 +17,7 @@ OPTIONS = (
     Opt("b", "base", "FILE", "write into this layer below instead (implies --drop)"),
     Opt("d", "drop", "", "do not empty the overlay afterwards"),
     Opt("r", "rate", "RATE", "at most so many bytes a second"),
-    POLICY,
+    *GATE,
     OBJECT,
 )
 

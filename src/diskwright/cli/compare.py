@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .images import arguments, cache_mode, run, spec
-from .options import FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, POLICY, PROGRESS, QUIET, Opt
+from .options import FORCE_SHARE, FORMAT, GATE, IMAGE_OPTS, OBJECT, PROGRESS, QUIET, Opt
 from .output import Call, UsageProblem, reason
 from .progress import Progress
 
@@ -23,7 +23,7 @@ OPTIONS = (
     Opt("s", "strict", "", "sizes and allocation must be the same, too"),
     Opt("T", "cache", "MODE", "cache mode (writeback)"),
     FORCE_SHARE,
-    POLICY,
+    *GATE,
     OBJECT,
 )
 

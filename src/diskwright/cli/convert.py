@@ -7,7 +7,7 @@ from typing import Any
 from ..errors import DiskError, NotSupported, UsageError
 from .create import check_names, collect, creation_failed, list_options, overlay, wants_list
 from .images import arguments, cache_mode, gate, run, spec
-from .options import FORCE_SHARE, IMAGE_OPTS, OBJECT, POLICY, PROGRESS, QUIET, Args, Opt
+from .options import FORCE_SHARE, GATE, IMAGE_OPTS, OBJECT, PROGRESS, QUIET, Args, Opt
 from .output import Call, reason, strerror
 from .progress import Progress
 from .sizes import INT64_MAX, bounded
@@ -23,7 +23,7 @@ OPTIONS = (
     Opt("O", "target-format", "FMT", "format of the target (raw)"),
     Opt("", "target-image-opts", "", "TARGET is a list of options (needs -n)"),
     Opt("o", "target-options", "OPTS", "creation options of the target"),
-    Opt("c", "compress"),
+    Opt("c", "compress", "", "write compressed data, where the target's format has them"),
     Opt("t", "target-cache", "MODE", "cache mode of the target (unsafe)"),
     Opt("B", "backing", "FILE", "make the target an overlay over FILE"),
     Opt("F", "backing-format", "FMT", "format of that backing file"),
@@ -38,7 +38,7 @@ OPTIONS = (
     Opt("C", "copy-range-offloading", "", "let the host copy between plain files"),
     Opt("", "salvage", "", "write zeroes where a source cannot be read"),
     Opt("W", "oob-writes", "", "write out of order"),
-    POLICY,
+    *GATE,
     OBJECT,
 )
 
@@ -102,11 +102,7 @@ def _refused(args: Args, fmt: str) -> None:
         raise UsageError("-o has no effect when skipping image creation")
 
 
-def _later(args: Args, fmt: str) -> None:
-    if "compress" in args:
-        if fmt == "raw":
-            raise UsageError("Compression not supported for this file format")
-        raise NotSupported("Writing compressed images (-c) is not supported")
+def _later(args: Args) -> None:
     if "source-snapshot" in args:
         raise NotSupported("Failed to load snapshot: internal snapshots are not supported")
     if "bitmaps" in args:
@@ -155,7 +151,7 @@ def _convert(call: Call, args: Args, fmt: str, options: dict[str, Any], progress
                         f"{target_name}: error while converting {fmt}: {error}"
                     ) from None
                 raise
-        _later(args, fmt)
+        _later(args)
         cache_mode(args, "target-cache", "unsafe", "Invalid cache option")
 
     async def work(driver: Any) -> int:
@@ -177,6 +173,7 @@ def _convert(call: Call, args: Args, fmt: str, options: dict[str, Any], progress
             in_order="oob-writes" not in args,
             offload="copy-range-offloading" in args,
             salvage="salvage" in args,
+            compress="compress" in args,
             **numbers,
         )
         await ops.convert(
@@ -188,8 +185,15 @@ def _convert(call: Call, args: Args, fmt: str, options: dict[str, Any], progress
             on_progress=progress,
             on_lost=lost,
             on_unknown=unknown,
+            on_one_pass=one_pass,
         )
         return 0
+
+    def one_pass() -> None:
+        call.on_interrupt = (
+            f"interrupted: '{target_name}' was taken back, since it was not complete; "
+            "run the command again to make it anew"
+        )
 
     def lost(offset: int, error: OSError) -> None:
         call.error(f"warning: error while reading offset {offset}: {strerror(error)}")

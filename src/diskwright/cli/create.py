@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import DiskError, UsageError
 from .images import arguments, gate, run
-from .options import OBJECT, POLICY, QUIET, Args, Opt
+from .options import GATE, OBJECT, QUIET, Args, Opt
 from .output import Call, UsageProblem, reason
 from .sizes import bounded
 
@@ -21,7 +21,7 @@ OPTIONS = (
     Opt("b", "backing", "FILE", "make an overlay over FILE"),
     Opt("F", "backing-format", "FMT", "format of the backing file"),
     Opt("u", "backing-unsafe", "", "do not look at the backing file"),
-    POLICY,
+    *GATE,
     OBJECT,
 )
 
@@ -67,20 +67,10 @@ def _create(
         size = option_size("size", options.pop("size"))
 
     def ready(complete: dict[str, Any]) -> None:
-        shown = [f"Formatting '{filename}', fmt={fmt}"]
-        # For formats without it preallocation is the protocol's, whose options come last.
-        names = ops.SHOWN if fmt == "qcow2" else sorted(ops.SHOWN, key="preallocation".__eq__)
-        for name in names:
-            value = complete.get(name)
-            # These two are shown only where they were given.
-            if value is None or (name in ("preallocation", "compat") and name not in options):
-                continue
-            if isinstance(value, bool):
-                value = "on" if value else "off"
-            shown.append(f"{name}={str(value).replace(',', ',,')}")
-        if fmt == "qcow2" and "extended_l2" not in complete:
-            shown.insert(2, "extended_l2=off")
-        call.out(" ".join(shown))
+        words = [f"Formatting '{filename}', fmt={fmt}"]
+        for key, value in ops.shown(fmt, complete, options):
+            words.append(f"{key}={value.replace(',', ',,')}")
+        call.out(" ".join(words))
         sys.stdout.flush()  # before any error of the creation itself
 
     run(

@@ -42,9 +42,10 @@ def one_image(args: Args) -> str:
 
 def gate(args: Args, *typed: str) -> Gate:
     """The gate of this command; ``typed`` are references on the command line itself."""
-    from ..graph.gate import Gate
+    from ..ops.gates import gate_of, pairs
 
-    return Gate.from_environment(args.get("policy"), typed)
+    paths = pairs(args.all("map-path"), "--map-path")
+    return gate_of(args.get("policy"), typed, paths)
 
 
 def spec(

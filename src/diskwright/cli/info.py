@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from .images import arguments, one_image, output_format, run, spec
 from .jsontext import dumps
-from .options import FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, OUTPUT, POLICY, Opt
+from .options import FORCE_SHARE, FORMAT, GATE, IMAGE_OPTS, OBJECT, OUTPUT, Opt
 from .output import Call
 from .sizes import human
 
@@ -19,7 +19,7 @@ OPTIONS = (
     Opt("b", "backing-chain", "", "also show all images below"),
     FORCE_SHARE,
     OUTPUT,
-    POLICY,
+    *GATE,
     OBJECT,
 )
 

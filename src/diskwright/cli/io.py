@@ -12,7 +12,7 @@ from ..errors import DiskError, UsageError
 from ..ops.io import Emit, Session
 from ..ops.io_disk import Opened, OpenFailed
 from .images import gate, warn_if_guessed
-from .options import FORCE_SHARE, FORMAT, HELP, IMAGE_OPTS, OBJECT, POLICY, Args, Opt, help_text
+from .options import FORCE_SHARE, FORMAT, GATE, HELP, IMAGE_OPTS, OBJECT, Args, Opt, help_text
 from .options import parse as parse_options
 from .output import Call, hush, output_failed, reason, to_stderr
 
@@ -36,7 +36,7 @@ OPTIONS = (
     FORCE_SHARE,
     IMAGE_OPTS,
     OBJECT,
-    POLICY,
+    *GATE,
 )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .images import arguments, one_image, output_format, run, spec
-from .options import FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, OUTPUT, POLICY, Opt
+from .options import FORCE_SHARE, FORMAT, GATE, IMAGE_OPTS, OBJECT, OUTPUT, Opt
 from .output import Call
 from .sizes import bounded
 
@@ -21,7 +21,7 @@ OPTIONS = (
     Opt("l", "max-length", "LENGTH", "how much to show"),
     FORCE_SHARE,
     OUTPUT,
-    POLICY,
+    *GATE,
     OBJECT,
 )
 

@@ -38,6 +38,9 @@ PROGRESS = Opt(
 )
 OUTPUT = Opt("", "output", "OFMT", "human or json")
 POLICY = Opt("", "policy", "POLICY", "untrusted (default) or trusted: open what images name")
+MAP_PATH = Opt("", "map-path", "FROM=TO", "where a path is here that images name (repeatable)")
+GATE = (POLICY, MAP_PATH)
+"""What decides about the files that images name."""
 
 
 class OptionError(Exception):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..errors import UsageError
 from .images import arguments, cache_mode, one_image, run, spec, warn_if_guessed
-from .options import FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, POLICY, PROGRESS, QUIET, Opt
+from .options import FORCE_SHARE, FORMAT, GATE, IMAGE_OPTS, OBJECT, PROGRESS, QUIET, Opt
 from .output import Call, UsageProblem
 from .progress import Progress
 
@@ -20,7 +20,7 @@ OPTIONS = (
     Opt("u", "backing-unsafe", "", "change the name alone, whatever the disk reads then"),
     Opt("c", "compress", "", "write compressed clusters"),
     FORCE_SHARE,
-    POLICY,
+    *GATE,
     OBJECT,
 )
 
@@ -60,6 +60,7 @@ def main(call: Call, argv: list[str]) -> int:
                 backing_cache=source,
                 on_open=lambda node: warn_if_guessed(call, name, node),
                 on_progress=progress,
+                on_warning=lambda text: call.warning(f"warning: {text}"),
             )
         )
         complete = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..errors import UsageError
 from .create import option_size
 from .images import arguments, run, spec, warn_if_guessed
-from .options import FORMAT, IMAGE_OPTS, OBJECT, POLICY, QUIET, Args, Opt
+from .options import FORMAT, GATE, IMAGE_OPTS, OBJECT, QUIET, Args, Opt
 from .output import Call, UsageProblem
 
 OPTIONS = (
@@ -14,7 +14,7 @@ OPTIONS = (
     IMAGE_OPTS,
     Opt("", "shrink", "", "let the disk become smaller, which loses data"),
     Opt("", "preallocation", "MODE", "how new space is allocated: off, metadata, falloc, full"),
-    POLICY,
+    *GATE,
     OBJECT,
 )
 

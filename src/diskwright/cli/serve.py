@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import UsageError
 from .images import READ_CACHES, arguments, gate, warn_if_guessed
-from .options import FORCE_SHARE, FORMAT, IMAGE_OPTS, OBJECT, POLICY, Args, Opt
+from .options import FORCE_SHARE, FORMAT, GATE, IMAGE_OPTS, OBJECT, Args, Opt
 from .output import Call, UsageProblem, reason, to_stderr
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ OPTIONS = (
     Opt("", "pid-file", "PATH", "write the server's process id there"),
     Opt("v", "verbose", "", "report why clients were dropped"),
     FORCE_SHARE,
-    POLICY,
+    *GATE,
     OBJECT,
 )
 

@@ -1,7 +1,8 @@
 """Whole-image operations called with plain arguments: what both Python APIs offer.
 
 A disk is given as the graph takes it: a file name, a ``json:`` or ``proto:`` name, or a dict of
-options.  ``policy`` is that of :meth:`diskwright.graph.gate.Gate.from_environment`.  What cannot be
+options.  ``policy`` is that of :meth:`diskwright.graph.gate.Gate.from_environment`; ``map_paths``
+says what prefixes of paths mean here that images name, above all of Windows paths.  What cannot be
 opened raises its own error (OSError, ImageError, Refused, ...).
 """
 
@@ -13,14 +14,17 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ..engine.kernel import BaseDriver
-from ..graph.gate import Gate
+from ..errors import UsageError
+from .gates import gate_of
 from .images import ImageSpec, OpenFailed, close_all
 
 if TYPE_CHECKING:
+    from ..findings import CheckResult
     from .compare import Comparison
     from .info import NodeInfo
 
 Source = str | bytes | os.PathLike[str] | os.PathLike[bytes] | Mapping[str, Any]
+MapPaths = Mapping[str, str] | None
 OnProgress = Callable[[int, int], None]
 
 
@@ -30,11 +34,13 @@ def spec_of(
     policy: str | None = None,
     cache: str = "writeback",
     force_share: bool = False,
+    map_paths: MapPaths = None,
 ) -> ImageSpec:
     """The description of a disk that the operations take."""
     reference = source if isinstance(source, Mapping) else os.fsdecode(source)
     name = reference if isinstance(reference, str) else str(dict(reference))
-    return ImageSpec(name, reference, format, cache, force_share, Gate.from_environment(policy))
+    gate = gate_of(policy, map_paths=map_paths)
+    return ImageSpec(name, reference, format, cache, force_share, gate)
 
 
 @contextmanager
@@ -51,6 +57,7 @@ async def info(
     *,
     format: str | None = None,
     policy: str | None = None,
+    map_paths: MapPaths = None,
     force_share: bool = False,
 ) -> NodeInfo:
     """What an image is: format, sizes, backing file, and what its format tells of itself.
@@ -60,7 +67,9 @@ async def info(
     from .info import info
 
     with _plain_errors():
-        return await info(driver, spec_of(source, format, policy, force_share=force_share))
+        return await info(
+            driver, spec_of(source, format, policy, force_share=force_share, map_paths=map_paths)
+        )
 
 
 async def info_chain(
@@ -69,13 +78,16 @@ async def info_chain(
     *,
     format: str | None = None,
     policy: str | None = None,
+    map_paths: MapPaths = None,
     force_share: bool = False,
 ) -> list[NodeInfo]:
     """:func:`info` of an image and of everything below it, which passes the gate."""
     from .info import info_chain
 
     with _plain_errors():
-        return await info_chain(driver, spec_of(source, format, policy, force_share=force_share))
+        return await info_chain(
+            driver, spec_of(source, format, policy, force_share=force_share, map_paths=map_paths)
+        )
 
 
 async def check(
@@ -83,18 +95,29 @@ async def check(
     source: Source,
     *,
     format: str | None = None,
+    policy: str | None = None,
+    map_paths: MapPaths = None,
     force_share: bool = False,
+    repair: str | None = None,
     on_progress: OnProgress | None = None,
-) -> Any:
-    """Check an image without changing it; returns what its format found (leaks, corruptions).
+) -> CheckResult:
+    """Check an image; returns what its format found (leaks, corruptions).
 
-    Raises NotSupported for a format that has nothing to check.
+    ``repair`` (``leaks`` or ``all``) mends it: what is returned is found by a second check, with
+    the counts of what was repaired by the first.  Raises NotSupported for a format that has
+    nothing to check, or that cannot be repaired.
     """
-    from .check import check
+    from .check import REPAIRS, check
 
+    if repair not in (None, *REPAIRS):
+        raise UsageError(f"repair is one of {', '.join(REPAIRS)}, not '{repair}'")
     with _plain_errors():
-        spec = spec_of(source, format, "untrusted", force_share=force_share)
-        return (await check(driver, spec, on_progress))[2]
+        spec = spec_of(source, format, policy, force_share=force_share, map_paths=map_paths)
+        done = await check(driver, spec, on_progress, repair=repair)
+    if done.repaired is not None:
+        done.found.leaks_fixed = done.repaired.leaks_fixed
+        done.found.corruptions_fixed = done.repaired.corruptions_fixed
+    return done.found
 
 
 async def convert(
@@ -105,6 +128,7 @@ async def convert(
     *,
     format: str | None = None,
     policy: str | None = None,
+    map_paths: MapPaths = None,
     options: Mapping[str, Any] | None = None,
     create: bool = True,
     cache: str = "writeback",
@@ -130,8 +154,8 @@ async def convert(
     with _plain_errors():
         return await convert(
             driver,
-            [spec_of(source, format, policy, force_share=force_share)],
-            spec_of(target, target_format, policy, cache),
+            [spec_of(source, format, policy, force_share=force_share, map_paths=map_paths)],
+            spec_of(target, target_format, policy, cache, map_paths=map_paths),
             settings,
             on_progress=on_progress,
         )
@@ -145,6 +169,7 @@ async def compare(
     format: str | None = None,
     other_format: str | None = None,
     policy: str | None = None,
+    map_paths: MapPaths = None,
     strict: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Comparison:
@@ -157,8 +182,10 @@ async def compare(
     nodes = []
     try:
         with _plain_errors():
-            nodes.append(await spec_of(one, format, policy).open(driver))
-            nodes.append(await spec_of(other, other_format, policy).open(driver))
+            nodes.append(await spec_of(one, format, policy, map_paths=map_paths).open(driver))
+            nodes.append(
+                await spec_of(other, other_format, policy, map_paths=map_paths).open(driver)
+            )
         return await compare(*nodes, strict=strict, on_progress=on_progress)
     finally:
         await close_all(nodes)
@@ -172,6 +199,7 @@ async def commit(
     keep: bool = False,
     format: str | None = None,
     policy: str | None = None,
+    map_paths: MapPaths = None,
     on_progress: OnProgress | None = None,
 ) -> None:
     """Write what an overlay holds into its backing file (or into ``base`` further down), and
@@ -179,7 +207,7 @@ async def commit(
     from .commit import commit
 
     with _plain_errors():
-        spec = spec_of(source, format, policy)
+        spec = spec_of(source, format, policy, map_paths=map_paths)
         await commit(driver, spec, base=base, keep=keep, on_progress=on_progress)
 
 
@@ -192,6 +220,7 @@ async def rebase(
     unsafe: bool = False,
     format: str | None = None,
     policy: str | None = None,
+    map_paths: MapPaths = None,
     on_progress: OnProgress | None = None,
 ) -> None:
     """Give an image another backing file (None: none) without changing what the disk reads.
@@ -201,5 +230,5 @@ async def rebase(
     from .rebase import rebase
 
     with _plain_errors():
-        spec = spec_of(source, format, policy)
+        spec = spec_of(source, format, policy, map_paths=map_paths)
         await rebase(driver, spec, backing, backing_format, unsafe=unsafe, on_progress=on_progress)

@@ -8,18 +8,22 @@ from typing import Any, NamedTuple
 
 from ..engine.copy import CopyFailed, CopyOptions, Segment, copy
 from ..engine.kernel import BaseDriver
-from ..errors import DiskError, ImageInUse, UsageError
+from ..errors import DiskError, ImageInUse, NotSupported, UsageError
+from ..graph import registry
 from ..graph.graph import chain, leaf_of, primary
 from ..graph.names import parse
 from ..graph.node import Node
 from ..graph.opener import close_disk, discard_disk
-from ..graph.status import Status, block_status
+from ..graph.status import Status, all_status, block_status
 from ..units import SECTOR, align_up
 from .create import create
 from .images import ImageSpec, OpenFailed, close_all
+from .streaming import Pass, limited, one_pass, salvaged, write_pass
 
 BUFFER = 2 << 20
 SPARSE = 4096
+# Formats that hold compressed data, which this version reads at most.
+_NOT_COMPRESSED_YET = ("qcow2",)
 
 
 class TargetFailed(DiskError):
@@ -37,7 +41,8 @@ class Settings(NamedTuple):
     and is written into).  ``overlay``: the target has a backing file, so what the source's own top
     layer does not hold is left out.  ``sparse``: look for zeroes in blocks of so many bytes (0:
     allocate everything).  ``target_is_zero``: the caller vouches for it.  ``offload``: let the
-    host copy between plain files.  ``rate``: bytes a second, 0 for no limit.
+    host copy between plain files.  ``rate``: bytes a second, 0 for no limit.  ``compress``: only
+    into a format that can hold compressed data (whether it does, its options say).
     """
 
     options: Mapping[str, Any] = {}
@@ -50,6 +55,7 @@ class Settings(NamedTuple):
     rate: int = 0
     offload: bool = False
     salvage: bool = False
+    compress: bool = False
 
 
 async def convert(
@@ -62,12 +68,14 @@ async def convert(
     on_progress: Callable[[int, int], None] | None = None,
     on_lost: Callable[[int, OSError], None] | None = None,
     on_unknown: Callable[[int, OSError], None] | None = None,
+    on_one_pass: Callable[[], None] | None = None,
 ) -> int:
     """Copy ``sources``, one behind the other, to ``target``; returns the bytes of data copied.
 
     ``target.format`` is the format to make or to open.  Unless the target's cache mode is
     ``unsafe``, file and directory are durable when this returns.  Raises OpenFailed, TargetFailed,
-    CopyFailed, UsageError.  ``on_sources`` is called when the sources are open.
+    CopyFailed, UsageError.  ``on_sources`` is called when the sources are open, ``on_one_pass``
+    when the target is one that is written in one pass: it is whole at the end or not there.
     While salvaging, ``on_lost`` is told each sector that could not be read, ``on_unknown`` each of
     which nobody could say what it is.
     """
@@ -78,8 +86,13 @@ async def convert(
         if on_sources is not None:
             on_sources()
         total = sum(align_up(node.size, SECTOR) for node in nodes)
+        tell = _Told(on_progress, on_lost, on_unknown)
         if settings.create:
-            await _make(driver, nodes, target, total, settings)
+            plan = await _make(driver, nodes, target, total, settings)
+            if plan is not None:
+                durable = target.cache != "unsafe"
+                made = on_one_pass or (lambda: None)
+                return await _one_pass(driver, nodes, plan, settings, tell, made, durable)
         elif isinstance(target.reference, str):
             try:
                 _refuse_itself(nodes, target.reference, target.name)
@@ -89,7 +102,8 @@ async def convert(
         try:
             if not settings.create and out.size < total:
                 raise UsageError("output file is smaller than input file")
-            done = await _copy(driver, nodes, out, settings, on_progress, on_lost, on_unknown)
+            _check_writable(out, target, settings)
+            done = await _copy(driver, nodes, out, settings, tell)
             if target.cache != "unsafe":
                 await out.flush()
         except BaseException:
@@ -101,25 +115,54 @@ async def convert(
         await close_all(nodes)
 
 
+class _Told(NamedTuple):
+    """Whom to tell what."""
+
+    on_progress: Callable[[int, int], None] | None
+    on_lost: Callable[[int, OSError], None] | None
+    on_unknown: Callable[[int, OSError], None] | None
+
+
 async def _make(
     driver: BaseDriver, nodes: list[Node], target: ImageSpec, total: int, settings: Settings
-) -> None:
+) -> Pass | None:
+    """Make the target; one that is written in one pass is only planned."""
     assert target.format is not None and isinstance(target.reference, str)
-    name = target.reference
+    name, fmt = target.reference, target.format
     options = {key: value for key, value in settings.options.items() if key != "size"}
+    if settings.compress:
+        _check_compression(fmt)
     try:
         _refuse_itself(nodes, name, name)
-        await create(
-            driver,
-            name,
-            target.format,
-            total,
-            options,
-            gate=target.gate,
-            look_at_backing=False,
-        )
+        plan = await one_pass(driver, name, fmt, total, options, target.gate, target.cache)
+        if plan is None:
+            gate = target.gate
+            await create(driver, name, fmt, total, options, gate=gate, look_at_backing=False)
+        return plan
     except (OSError, DiskError) as error:
-        raise TargetFailed(target.name, target.format, error) from error
+        raise TargetFailed(target.name, fmt, error) from error
+
+
+def _check_compression(fmt: str) -> None:
+    """Raise unless compressed data may be asked of the format."""
+    if fmt in _NOT_COMPRESSED_YET:
+        raise NotSupported(f"Writing compressed images (-c) is not supported for '{fmt}'")
+    if registry.driver(fmt).stream is None:
+        raise UsageError("Compression not supported for this file format")
+
+
+def _check_writable(out: Node, target: ImageSpec, settings: Settings) -> None:
+    """Raise for a target that exists and cannot be copied into as the settings ask."""
+    if settings.compress:
+        if not settings.create:
+            _check_compression(out.driver_name)
+        if not getattr(getattr(out, "format", None), "cluster_size", 0):
+            raise UsageError("invalid cluster size")
+    if out.read_only and not settings.create and registry.driver(out.driver_name).stream:
+        raise UsageError(
+            f"'{target.name}' cannot be written into: an image of this kind is made anew, in one "
+            "pass (without -n)"
+        )
 
 
 def _refuse_itself(nodes: list[Node], reference: str, name: str) -> None:
@@ -144,16 +187,10 @@ def _refuse_itself(nodes: list[Node], reference: str, name: str) -> None:
 
 
 async def _copy(
-    driver: BaseDriver,
-    nodes: list[Node],
-    out: Node,
-    settings: Settings,
-    on_progress: Callable[[int, int], None] | None,
-    on_lost: Callable[[int, OSError], None] | None,
-    on_unknown: Callable[[int, OSError], None] | None,
+    driver: BaseDriver, nodes: list[Node], out: Node, settings: Settings, tell: _Told
 ) -> int:
     zero = settings.target_is_zero or (
-        settings.create and not settings.overlay and _new_is_zero(out, settings)
+        settings.create and not settings.overlay and await _new_is_zero(out, settings)
     )
     target = out
     if settings.offload:
@@ -162,18 +199,9 @@ async def _copy(
     if settings.overlay:
         below = out.child("backing")
         base, covered = _base_of(nodes, below), below.size if below is not None else 0
-    unknown = on_unknown if settings.salvage else None
+    unknown = tell.on_unknown if settings.salvage else None
     source = _Sources(nodes, settings.sparse > 0, base, covered, target is not out, unknown)
-    total = await source.data() if on_progress is not None else 0
-    done = 0
-
-    def moved(length: int, zero: bool) -> None:
-        nonlocal done
-        if not zero:
-            done += length
-            if on_progress is not None:
-                on_progress(min(done, total), total)
-
+    count = await _Count.of(source, tell)
     options = CopyOptions(
         sparse=settings.sparse,
         target_zero=zero and settings.sparse > 0,
@@ -184,9 +212,50 @@ async def _copy(
         offload=target is not out,
         salvage=settings.salvage,
     )
+    on_lost = tell.on_lost
     lost = None if on_lost is None else (lambda offset, _, error: on_lost(offset, error))
-    await copy(driver, target, source.segments(), options, moved, lost)
-    return done
+    await copy(driver, target, source.segments(), options, count.moved, lost)
+    return count.done
+
+
+async def _one_pass(
+    driver: BaseDriver,
+    nodes: list[Node],
+    plan: Pass,
+    settings: Settings,
+    tell: _Told,
+    on_made: Callable[[], None],
+    durable: bool,
+) -> int:
+    unknown = tell.on_unknown if settings.salvage else None
+    source = _Sources(nodes, settings.sparse > 0, None, 0, False, unknown)
+    count = await _Count.of(source, tell)
+    segments = limited(driver, source.segments(), settings.rate)
+    if settings.salvage:
+        segments = salvaged(segments, tell.on_lost)
+    await write_pass(driver, plan, segments, on_made, count.moved, durable)
+    return count.done
+
+
+class _Count:
+    """The bytes of data that were copied, of ``total`` (0: nobody wants to know)."""
+
+    def __init__(self, total: int, on_progress: Callable[[int, int], None] | None) -> None:
+        self.total, self.on_progress = total, on_progress
+        self.done = 0
+
+    @classmethod
+    async def of(cls, source: _Sources, tell: _Told) -> _Count:
+        """Look through the source first, where somebody is to be told how far it is."""
+        told = tell.on_progress
+        return cls(await source.data() if told is not None else 0, told)
+
+    def moved(self, length: int, zero: bool) -> None:
+        """So many bytes were copied, or told to be zeroes."""
+        if not zero:
+            self.done += length
+            if self.on_progress is not None:
+                self.on_progress(min(self.done, self.total), self.total)
 
 
 class _Sources:
@@ -251,12 +320,17 @@ class _Sources:
             start += align_up(node.size, SECTOR)
 
 
-def _new_is_zero(out: Node, settings: Settings) -> bool:
+async def _new_is_zero(out: Node, settings: Settings) -> bool:
     """Whether an image that was just made reads as zeroes."""
     if leaf_of(out).driver_name in ("file", "memory"):
         return True
-    preallocated = settings.options.get("preallocation") not in (None, "off")
-    return out.driver_name != "raw" and not preallocated
+    # A device holds whatever it held before, where the image already refers to its bytes.
+    if out.driver_name == "raw" or settings.options.get("preallocation") not in (None, "off"):
+        return False
+    async for part in all_status(out):
+        if not part.zero:
+            return False
+    return True
 
 
 def _plain_file(out: Node) -> Node | None:

@@ -15,11 +15,53 @@ from ..graph.names import parse
 from ..units import SECTOR, align_up
 
 # What `Formatting` lines show, in qemu-img's order (measured with 10.0).
-SHOWN = (
+_COMMON = (
     "cluster_size", "extended_l2", "preallocation", "compression_type", "size", "compat",
     "backing_file", "backing_fmt", "data_file", "data_file_raw", "lazy_refcounts", "refcount_bits",
     "nocow", "extent_size_hint",
 )  # fmt: skip
+_OF_PROTOCOLS = ("nocow", "extent_size_hint", "preallocation")
+_ORDER = {
+    "qcow2": _COMMON,
+    "vhdx": ("size", "log_size", "block_size", "subformat", "block_state_zero"),
+    "vmdk": (
+        "size", "adapter_type", "backing_file", "backing_fmt", "compat6", "hwversion",
+        "toolsversion", "subformat", "zeroed_grain",
+    ),
+}  # fmt: skip
+# Options that are shown only where they were given, and what is shown where nothing was.
+_ONLY_GIVEN = {"preallocation", "compat"}
+_UNSAID = {
+    "qcow2": {"extended_l2": "off"},
+    "vhdx": {"log_size": "1048576", "block_size": "0"},
+    "vmdk": {"compat6": "off", "hwversion": "undefined"},
+}
+
+
+def shown(fmt: str, complete: Mapping[str, Any], given: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The options that the ``Formatting`` line of a new image shows.
+
+    ``complete``: all of them; ``given``: those that the caller named.
+    """
+    unsaid = _UNSAID.get(fmt, {})
+    names = _ORDER.get(fmt) or tuple(sorted(_COMMON, key="preallocation".__eq__))
+    told = fmt == "qcow2" or fmt not in _ORDER  # there also defaults are shown
+    if not told:
+        rest = [name for name in complete if name not in names and name not in _OF_PROTOCOLS]
+        names = (*names, *rest, *_OF_PROTOCOLS)
+    out = []
+    for name in names:
+        value = complete.get(name)
+        asked = name in given or name in ("size", "backing_file", "backing_fmt")
+        if not (asked or (told and name not in _ONLY_GIVEN)):
+            value = None
+        if value is None:
+            value = unsaid.get(name)
+        if isinstance(value, bool):
+            value = "on" if value else "off"
+        if value is not None:
+            out.append((name, str(value)))
+    return out
 
 
 def split_options(text: str) -> dict[str, str]:

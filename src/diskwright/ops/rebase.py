@@ -6,6 +6,7 @@ import errno
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+from ..contract import Procedure
 from ..engine.copy import CopyOptions, Segment, copy
 from ..engine.kernel import BaseDriver
 from ..errors import DiskError, NotSupported, UsageError
@@ -17,7 +18,7 @@ from ..graph.node import Node
 from ..graph.opener import close_disk, open_disk
 from ..graph.status import allocated_above, block_status
 from ..units import align_down
-from .commit import same_file
+from .commit import identity_of, same_file
 from .images import ImageSpec
 
 WINDOW = 1 << 20
@@ -33,12 +34,17 @@ async def rebase(
     backing_cache: str = "writeback",
     on_open: Callable[[Node], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
+    on_warning: Callable[[str], None] | None = None,
 ) -> None:
     """Make ``backing`` (None: nothing) the backing file of ``spec``.
 
     What the disk reads stays the same: where the old and the new backing file differ, the old
     content is written into the image first, and is durable before the header changes.  ``unsafe``
     changes the header alone.  Raises OpenFailed, UsageError, OSError, DiskError.
+
+    An image that records the identity of its backing file (VHDX, VMDK) records that of the new
+    one.  For ``unsafe`` only the header of the new one is read; where it cannot be, the recorded
+    identity stays, and ``on_warning`` is told.
     """
     if backing_format is not None:
         try:
@@ -49,6 +55,7 @@ async def rebase(
         spec = spec._replace(gate=spec.gate.allowing(backing))
     top: Any = await spec.open(driver, writable=True, backing=not unsafe)
     new: Node | None = None
+    identity: str | None = None
     try:
         if on_open is not None:
             on_open(top)
@@ -62,8 +69,11 @@ async def rebase(
             if backing is not None:
                 new = await _open_new(driver, top, spec, backing, backing_format, backing_cache)
             await _keep(driver, top, new, on_progress)
+            identity = identity_of(new)
+        elif backing is not None and hasattr(top.format, "parent_identity"):
+            identity = await _identity(driver, top, spec, backing, backing_format, on_warning)
         try:
-            await top.run_procedure(change(backing, backing_format if backing else None))
+            await top.run_procedure(_change(change, backing, backing_format, identity))
         except OSError as error:
             if error.errno == errno.ENOSPC:
                 raise UsageError(
@@ -80,15 +90,50 @@ async def rebase(
     await close_disk(top)
 
 
+def _change(
+    change: Callable[..., Procedure], backing: str | None, fmt: str | None, identity: str | None
+) -> Procedure:
+    if backing is None:
+        return change(None, None)
+    # A format that records no identity need not take one.
+    return change(backing, fmt) if identity is None else change(backing, fmt, identity)
+
+
+async def _identity(
+    driver: BaseDriver,
+    top: Node,
+    spec: ImageSpec,
+    backing: str,
+    fmt: str | None,
+    on_warning: Callable[[str], None] | None,
+) -> str | None:
+    """The identity of the new backing file, of which nothing but the header is looked at."""
+    try:
+        new = await _open_new(driver, top, spec, backing, fmt, "writeback", chain=False)
+    except (OSError, DiskError) as error:
+        if on_warning is not None:
+            on_warning(f"{error}; the identity recorded of the old one stays")
+        return None
+    found = identity_of(new)
+    await close_disk(new)
+    return found
+
+
 async def _open_new(
-    driver: BaseDriver, top: Node, spec: ImageSpec, backing: str, fmt: str | None, cache: str
+    driver: BaseDriver,
+    top: Node,
+    spec: ImageSpec,
+    backing: str,
+    fmt: str | None,
+    cache: str,
+    chain: bool = True,
 ) -> Node:
     """The new backing file; a relative name is relative to the image, as it will be read later."""
     name = backing
     if not protocol_of(name) and not name.startswith("/"):
         name = resolve(base_of(top), name)
     try:
-        return await open_disk(driver, name, format=fmt, cache=cache, gate=spec.gate)
+        return await open_disk(driver, name, format=fmt, cache=cache, gate=spec.gate, backing=chain)
     except (OSError, DiskError) as error:
         raise UsageError(
             f"Could not open new backing file '{backing}': {explain(error)}"

@@ -1,0 +1,43 @@
+"""The gate of a call: its policy, and what paths of other machines mean here."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping
+
+from ..errors import UsageError
+from ..graph.gate import Gate
+
+VARIABLE = "DISKWRIGHT_MAP_PATH"
+
+
+def gate_of(
+    policy: str | None = None,
+    typed: Iterable[str] = (),
+    map_paths: Mapping[str, str] | None = None,
+) -> Gate:
+    """The gate with ``policy`` (None: the environment's), which admits ``typed`` references.
+
+    ``map_paths``: prefixes of paths that images may name, and the directories that stand for them;
+    they win over those of the variable DISKWRIGHT_MAP_PATH.  Raises UsageError.
+    """
+    return Gate.from_environment(policy, typed, {**from_environment(), **(map_paths or {})})
+
+
+def from_environment() -> dict[str, str]:
+    """The mappings in DISKWRIGHT_MAP_PATH: ``FROM=TO;FROM=TO``, a semicolon in a path doubled."""
+    text = os.environ.get(VARIABLE, "")
+    return pairs(
+        (part.replace("\0", ";") for part in text.replace(";;", "\0").split(";")), VARIABLE
+    )
+
+
+def pairs(words: Iterable[str], by: str) -> dict[str, str]:
+    """``FROM=TO`` words as a dict; ``by`` is what a message calls them.  Raises UsageError."""
+    out: dict[str, str] = {}
+    for word in filter(None, words):
+        prefix, equals, directory = word.partition("=")
+        if not (prefix and equals and directory):
+            raise UsageError(f"{by} expects FROM=TO, not '{word}'")
+        out[prefix] = directory
+    return out
