@@ -286,13 +286,16 @@ class Run:
         (data,) = await self.node.read([0], [self.case.size])
         self.model.check(bytes(data), 0, begun, self.driver.tick(), what)
 
-    async def end(self) -> None:
+    async def end(self) -> bool:
+        """Close; True when everything could be written."""
         try:
             await self.graph.close()
+            return True
         except OSError as error:
             full = error.errno == errno.ENOSPC and self.case.capacity
             if not self._failure() and not full:
                 raise
+            return False
 
     def go(self, crashes: int = 12) -> Stats:
         """Run all of it; raises what is wrong."""
@@ -300,7 +303,7 @@ class Run:
             self.faulty = True
         self.driver.run(self.main())
         failed = self._failure()
-        self.driver.run(self.end())
+        clean = self.driver.run(self.end())
         left = [task.name for task in self.driver.tasks]
         if left or any(leaf.in_flight for leaf in self.graph.leaves):
             raise Damage(f"close left tasks: {left}")
@@ -315,7 +318,8 @@ class Run:
         if not failed:
             states = [bytes(leaf.data) for leaf in self.graph.leaves]
             moment = self.driver.tick()
-            Reopened(self, states, moment, "after close", leaks=self.case.check_leaks()).look()
+            leaks = clean and self.case.check_leaks()
+            Reopened(self, states, moment, "after close", leaks=leaks).look()
             self.stats["clean ends"] += 1
         for node, _ in self.graph.order:
             self.stats["allocations"] += node.engine.epochs.last
