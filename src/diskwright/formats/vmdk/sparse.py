@@ -1,0 +1,163 @@
+"""Sparse extents, ``KDMV`` and ``COWD``, as parts: opening, and the way to the disk.
+
+Both redundant copies of a table are written in the same group; until a flush has ended they may
+differ, which is why the header says ``uncleanShutdown`` from the first change to the close.  An
+extent whose header says so when it is opened for writing gets its copies made equal first.
+"""
+
+from __future__ import annotations
+
+import struct
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+from ...contract import HostRange, Length, MetaWrite, Procedure, Read
+from ...errors import MalformedImage, UnsupportedFeature
+from ...findings import CheckResult
+from ...ondisk import little_endian_array, little_endian_bytes, zeros
+from .parts import Image
+from .space import Run
+from .sparse_header import SECTOR, Esx, Hosted, Layout, read_header
+from .sparse_plan import PER_SECTOR, SparsePlanner
+
+
+class SparsePart(SparsePlanner):
+    """One sparse extent as a `Part`."""
+
+    def __init__(self, image: Image, slot: str, start: int, layout: Layout) -> None:
+        super().__init__(image, slot, start, layout)
+        self.unclean = layout.unclean
+        """The header on disk says that the extent is in use, or was not closed in order."""
+        self._free_written = 0
+
+    # -- to the disk
+    def before(self) -> list[MetaWrite]:
+        """The header's word that the extent is in use."""
+        if self.unclean or self.layout.refuse_write is not None:
+            return []
+        return [MetaWrite(self.slot, self.layout.unclean_at, b"\1")]
+
+    def announced(self) -> None:
+        """It is on disk."""
+        if self.before():
+            self.unclean = True
+
+    def closing(self) -> list[MetaWrite]:
+        """The header's word that the extent is in order."""
+        if not self.unclean or self.damage is not None:
+            return []
+        self.unclean = False
+        return [MetaWrite(self.slot, self.layout.unclean_at, b"\0")]
+
+    def freeze(self, tables: list[MetaWrite], links: list[MetaWrite]) -> Any:
+        """See `Part.freeze`."""
+        if not self._dirty and not self._dirty_links and not self._freed:
+            return None
+        for index, (first, stop) in self._dirty.items():
+            table = self.table(self.directory[index])
+            assert table is not None
+            table.dirty = False
+            new = index in self._new
+            first, stop = first // PER_SECTOR * PER_SECTOR, -(-stop // PER_SECTOR) * PER_SECTOR
+            raw = little_endian_bytes(table.data, first, stop)
+            tag = "l2_alloc_write" if new else "l2_update"
+            for entries in (self.directory, self.copy):
+                if entries and self._is_place(entries[index]):
+                    at = entries[index] * SECTOR + 4 * first
+                    (tables if new else links).append(MetaWrite(self.slot, at, raw, tag))
+        for sector in sorted(self._dirty_links):
+            for place, entries in (
+                (self.layout.directory, self.directory),
+                (self.layout.copy, self.copy),
+            ):
+                if entries:
+                    raw = little_endian_bytes(
+                        entries, sector * PER_SECTOR, (sector + 1) * PER_SECTOR
+                    )
+                    links.append(MetaWrite(self.slot, (place + sector) * SECTOR, raw, "l1_update"))
+        if self.layout.free_at and self.space.end > self._free_written:
+            # Raised before anything refers to what is below it.
+            self._free_written = self.space.end
+            raw = struct.pack("<I", min(self.space.end, 0xFFFFFFFF))
+            tables.append(MetaWrite(self.slot, self.layout.free_at, raw))
+        freed, self._freed = self._freed, []
+        self._dirty, self._new, self._dirty_links = {}, set(), set()
+        return freed
+
+    def settle(self, token: Any) -> list[HostRange]:
+        """Nothing on disk refers to these grains any more."""
+        freed: list[Run] = token
+        return [HostRange(self.slot, a * SECTOR, (b - a) * SECTOR) for a, b in freed]
+
+    def release(self, ranges: Sequence[HostRange], zeroed: bool) -> None:
+        """Punched grains may be used again."""
+        for part in ranges:
+            start = part.offset // SECTOR
+            self.space.give(start, start + part.length // SECTOR, zeroed)
+
+    # -- what is told of it
+    def info(self) -> dict[str, Any]:
+        """See `Part.info`."""
+        return {
+            "virtual-size": self.length,
+            "format": "VMFSSPARSE" if self.layout.free_at else "SPARSE",
+            "cluster-size": self.unit,
+        }
+
+    def check(self, result: CheckResult, fix: str = "") -> Procedure:
+        """See `Part.check`; in units of grains."""
+        from .checking import check
+
+        return check(self, result, fix)
+
+
+def open_extent(image: Image, slot: str, start: int, writable: bool | None = None) -> Procedure:
+    """Open an uncompressed sparse extent, which begins at guest byte ``start``; returns a
+    `SparsePart` as long as the header says.
+
+    ``writable`` (None: as the image is): an extent that was not closed in order gets the copies
+    of its tables made equal.  Raises MalformedImage, also where neither directory is inside the
+    file, and UnsupportedFeature.
+    """
+    header: Hosted | Esx = yield from read_header(slot)
+    if isinstance(header, Hosted) and header.compressed:
+        raise UnsupportedFeature("compressed grains in an extent that is no stream")
+    layout = header.layout()
+    part = SparsePart(image, slot, start, layout)
+    size = yield Length(slot)
+    part.use_layout(layout, -(-size // SECTOR))
+    yield from read_directories(part)
+    if writable is None:
+        writable = image.writable
+    checked = image.options.get("check")
+    if layout.unclean and writable and not checked and layout.refuse_write is None and part.copy:
+        from .repair import equalize
+
+        yield from equalize(part)
+    return part
+
+
+def read_directories(part: SparsePart) -> Procedure:
+    """Read both directories; one that is outside the file is that of the other's entries."""
+    layout = part.layout
+    length = layout.tables * 4
+    found: list[array[int]] = []
+    part.damage = None
+    for sector, name in ((layout.directory, "gdOffset"), (layout.copy, "rgdOffset")):
+        if name == "rgdOffset" and not sector:
+            break
+        if not length:
+            found.append(zeros(32, 0))
+        elif sector > 0 and sector + -(-length // SECTOR) <= part.space.end:
+            (raw,) = yield Read(part.slot, [(sector * SECTOR, length)])
+            found.append(little_endian_array(32, raw))
+        else:
+            part.damage = f"the grain directory at sector {sector:#x} ({name}) is outside the file"
+            found.append(zeros(32, 0))
+    directory, copy = found[0], found[1] if len(found) > 1 else zeros(32, 0)
+    if part.damage is not None and length:
+        if not directory and not copy:
+            raise MalformedImage(part.damage, field="gdOffset", offset=56)
+        directory, copy = directory or copy, zeros(32, 0)
+    part.use_directories(directory, copy)
