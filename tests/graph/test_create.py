@@ -64,7 +64,7 @@ def test_relative_backing_names_mean_the_overlays_folder(here: Path, peer: Any) 
     [
         (("foo", 1, {}), "Unknown driver 'foo'"),
         (("file", 1, {}), "does not support image creation"),
-        (("vmdk", 1, {}), "'vmdk' is not supported"),
+        (("vdi", 1, {}), "'vdi' is not supported"),
         (("qcow2", None, {}), "Image creation needs a size parameter"),
         (("qcow2", 1, {"foo": 1}), "Invalid parameter 'foo'"),
         (("qcow2", 1, {"cluster_size": 3}), "Cluster size must be a power of two"),

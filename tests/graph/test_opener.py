@@ -299,10 +299,10 @@ def test_signatures_do_not_shadow_each_other() -> None:
 
 
 def test_images_of_other_formats_are_never_taken_for_raw() -> None:
-    Path("x.vmdk").write_bytes(b"KDMV" + bytes(2000))
-    with pytest.raises(NotSupported, match="'vmdk' is not supported"):
-        diskwright.open("x.vmdk")
-    with diskwright.open("x.vmdk", format="raw") as disk:
+    Path("x.qed").write_bytes(b"QED\0" + bytes(2000))
+    with pytest.raises(NotSupported, match="'qed' is not supported"):
+        diskwright.open("x.qed")
+    with diskwright.open("x.qed", format="raw") as disk:
         assert not disk.probed
 
 

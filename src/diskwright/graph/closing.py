@@ -31,11 +31,15 @@ async def _close(top: Node) -> BaseException | None:
     if graph is not None:
         graph.roots.pop(top, None)
     closing = [top]
+    closed: set[Node] = set()
     while closing:
         node = closing.pop()
+        if node in closed:
+            continue  # it was in two slots
         if node.parents or (graph is not None and node in graph.roots):
             _relax(graph, node)
             continue
+        closed.add(node)
         try:
             await node.close()
         except (Exception, Cancelled) as error:

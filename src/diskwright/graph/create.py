@@ -23,14 +23,14 @@ from ..extents import Extent
 from ..units import SECTOR, align_up
 from . import registry
 from .closing import close_disk, discard_disk
+from .creating import Creations, create_file, remove
 from .gate import Gate
-from .graph import Graph
+from .graph import Graph, own_leaves
 from .mapped import MappedNode
+from .named import identity_of
 from .names import Options, parse, resolve
-from .node import Node
 from .opener import open_disk
-from .options import checked, convert
-from .perms import ALL, CONSISTENT_READ, RESIZE, WRITE, Use
+from .options import convert
 
 
 class _Nothing:
@@ -116,7 +116,12 @@ async def prepare(
     check_backing: bool = True,
 ) -> tuple[Driver, Options, Options]:
     """All that can be said about a creation before anything is written: the format, its options
-    complete (``size`` among them, as it was given), and those of the protocol."""
+    complete (``size`` among them, as it was given), and those of the protocol.
+
+    Of a backing file the options also tell ``backing_size`` (bytes) and, where its format has one,
+    ``backing_identity``.  Option ``parent`` is another name for ``backing_file``, of the format
+    itself where none is given.
+    """
     found = registry.driver(fmt)
     if found.create is None or found.kind != "format":
         raise NotSupported(f"Format driver '{fmt}' does not support image creation")
@@ -132,8 +137,15 @@ async def prepare(
     given = create_options(found, {k: v for k, v in (options or {}).items() if k not in beside})
     if size is None:
         size = given.get("size")
+    if given.get("parent"):
+        if given.get("backing_file"):
+            raise UsageError("'parent' and 'backing_file' are the same: give one of them")
+        given["backing_file"] = given.pop("parent")
+        given.setdefault("backing_fmt", found.name)
     if given.get("backing_file"):
-        size = await _look_at_backing(driver, filename, given, size, check_backing, gate)
+        size = await _look_at_backing(
+            driver, filename, found, given, size, check_backing, gate
+        )
     if size is None:
         raise UsageError("Image creation needs a size parameter")
     given["size"] = size
@@ -146,30 +158,39 @@ async def write_image(
     found: Driver,
     options: Mapping[str, Any],
     beside: Mapping[str, Any] | None = None,
-) -> None:
+) -> tuple[str, ...]:
     """Make the file and run the format's creation (``options`` complete, ``size`` among them;
-    ``beside`` are creation options of the protocol)."""
+    ``beside`` are creation options of the protocol).
+
+    Returns the other files that the format made beside it, as ``filename`` is given: the caller's
+    own, so a gate may be told of them.
+    """
     assert found.create is not None
     where, plain = parse(filename)
     if not plain:
         raise UsageError("An image is created by its file name")
     # Whatever can be found wrong with the options is, before the file is touched.
-    procedure = primed(found.create(dict(options)))
+    procedure = primed(found.create({**options, "file-name": where.get("filename")}))
     graph = Graph(driver)
     file, made = await create_file(graph, where, beside)
-    node: Node = file
+    node = MappedNode(driver, found.name, _Nothing(), {"file": file}, graph.tables)
+    creations = Creations(node, beside, fresh=False)
+    node.engine.creator = creations
     try:
-        node = MappedNode(driver, found.name, _Nothing(), {"file": file}, graph.tables)
-        node.read_only = True  # nothing is left to write back when it is closed
         graph.add(node)
         await node.run_procedure(procedure, whole_image=False)
-        await file.flush()
+        for leaf in own_leaves(node):
+            await leaf.flush()
+        node.read_only = True  # nothing is left to write back when it is closed
     except BaseException:
+        node.read_only = True
         await discard_disk(node)
+        creations.remove()
         if made is not None:
-            _remove(made)
+            remove(made)
         raise
     await close_disk(node)
+    return tuple(creations.names)
 
 
 def primed(procedure: Procedure) -> Procedure:
@@ -190,55 +211,26 @@ def _resumed(request: Request, procedure: Procedure) -> Procedure:
         return stop.value
 
 
-async def create_file(
-    graph: Graph, where: Options, beside: Mapping[str, Any] | None = None
-) -> tuple[Node, str | None]:
-    """Make (or empty) what ``where`` describes and open it for writing.
-
-    Also returns the path to remove when the creation fails later; None when it was there before.
-    """
-    options = dict(where)
-    protocol = registry.driver(str(options["driver"]))
-    if protocol.create is None:
-        raise NotSupported(f"Protocol driver '{protocol.name}' does not support image creation")
-    path = str(options["filename"]) if protocol.name == "file" else None
-    existed = path is None or os.path.lexists(path)
-    given = checked(protocol, {k: v for k, v in options.items() if k != "driver"})
-    node: Node = await protocol.create(
-        graph.driver, {"driver": protocol.name, **given, **(beside or {})}
-    )
-    node.options = {"driver": protocol.name, **given}
-    graph.add(node)
-    made = None if existed else path
-    try:
-        graph.use(node, Use(frozenset({CONSISTENT_READ, WRITE, RESIZE}), ALL))
-        graph.refresh(node)
-        del graph.roots[node]
-        if node.size:
-            await node.truncate(0)
-    except BaseException:
-        await discard_disk(node)
-        if made is not None:
-            _remove(made)
-        raise
-    return node, made
-
-
 async def _look_at_backing(
     driver: BaseDriver,
     filename: str,
+    found: Driver,
     given: Options,
     size: int | None,
     look: bool,
     gate: Gate | None,
 ) -> int | None:
-    """Check the backing file that a new image is to have; returns the new image's size."""
+    """Check the backing file that a new image is to have; returns the new image's size.
+
+    ``given`` is told what the format records of it.  Where nobody asked to look, a backing file
+    that cannot be opened is no error, but what a format must record cannot be known then.
+    """
     name, fmt = str(given["backing_file"]), given.get("backing_fmt")
     if fmt is not None:
         registry.driver(str(fmt))
     elif not look:
         raise UsageError("Backing file specified without backing format")
-    if not look:
+    if not look and "identity" not in found.capabilities:
         return size
     resolved = resolve(filename, name)
     if resolved == filename or _same_file(resolved, filename):
@@ -250,15 +242,19 @@ async def _look_at_backing(
             driver, resolved, format=str(fmt) if fmt else None, backing=False, gate=gate
         )
     except (OSError, DiskError) as error:
+        if not look:
+            return size
         error.add_note("Could not open backing image")
         raise
-    found, length = backing.driver_name, backing.size
+    name, length = backing.driver_name, backing.size
+    given["backing_size"] = length
+    given["backing_identity"] = identity_of(backing)
     await close_disk(backing)
     if fmt is None:
         raise UsageError(
-            f"Backing file specified without backing format\nDetected format of {found}."
+            f"Backing file specified without backing format\nDetected format of {name}."
         )
-    return length if size is None else size
+    return length if size is None and look else size
 
 
 def _same_file(one: str, other: str) -> bool:
@@ -268,8 +264,11 @@ def _same_file(one: str, other: str) -> bool:
         return False
 
 
-def _remove(path: str) -> None:
-    try:
-        os.unlink(path)
-    except OSError:
-        pass
+__all__ = [
+    "create_file",
+    "create_image",
+    "create_options",
+    "prepare",
+    "primed",
+    "write_image",
+]

@@ -3,14 +3,18 @@
 An image is data from anywhere.  A backing file's name in its header could make the one who opens
 it read any file of theirs, so by default such a name is refused, and the refusal says what allows
 it.  What the caller typed is the caller's own and needs no leave.
+
+A path of another machine is mapped first (see :mod:`.paths`).  A mapping says what a name means,
+it is no leave: the image still chooses the file below the mapped directory.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from ..errors import Refused, UsageError
+from .paths import PathMap
 
 VARIABLE = "DISKWRIGHT_POLICY"
 POLICIES = ("untrusted", "trusted")
@@ -22,27 +26,39 @@ class Gate:
 
     ``policy``: ``untrusted`` admits nothing but what the caller typed, ``trusted`` everything.
     ``allow``: references (as an image may write them, or resolved) that the caller typed.
+    ``paths``: what prefixes of absolute paths mean here, above all of Windows paths.
     """
 
     max_depth = 80
     """Longest chain of backing files that is followed: a read passes through every layer, each a
     few frames of the interpreter's stack."""
 
-    def __init__(self, policy: str = "untrusted", allow: Iterable[str] = ()) -> None:
+    def __init__(
+        self,
+        policy: str = "untrusted",
+        allow: Iterable[str] = (),
+        paths: Mapping[str, str] | None = None,
+    ) -> None:
         if policy not in POLICIES:
             raise UsageError(f"Unknown policy '{policy}': it must be one of {', '.join(POLICIES)}")
         self.policy = policy
         self.typed = frozenset(allow)
+        self.paths = PathMap(paths or {})
 
     @classmethod
-    def from_environment(cls, policy: str | None = None, allow: Iterable[str] = ()) -> Gate:
+    def from_environment(
+        cls,
+        policy: str | None = None,
+        allow: Iterable[str] = (),
+        paths: Mapping[str, str] | None = None,
+    ) -> Gate:
         """The gate of a command: ``policy`` where it was typed, otherwise what the variable
         DISKWRIGHT_POLICY says, otherwise ``untrusted``."""
-        return cls(policy or os.environ.get(VARIABLE) or "untrusted", allow)
+        return cls(policy or os.environ.get(VARIABLE) or "untrusted", allow, paths)
 
     def allowing(self, *references: str) -> Gate:
         """The same gate, which also admits ``references``: the caller typed them."""
-        return Gate(self.policy, self.typed.union(references))
+        return Gate(self.policy, self.typed.union(references), self.paths.paths)
 
     def admit(
         self, reference: str, by: str, *, resolved: str = "", role: str = "backing file"

@@ -89,15 +89,26 @@ class Graph:
         for node in walk(top):
             users = [uses[node] for uses in (self.roots, self.extra) if node in uses]
             use = combined(node, users)
-            force = bool(node.options.get("force-share"))
-            if force:
+            if node.options.get("force-share"):
                 use = Use(use.perms, ALL)
-            for slot, edge in node.children.items():
-                need = child_use(node, kind(node.driver_name), slot, use, force)
-                edge.perms, edge.shared = need.perms, need.shared
+            for slot in node.children:
+                self._put_to_use(node, slot, use)
             setter = getattr(node, "set_permissions", None)
             if setter is not None:
                 setter(use.perms, use.shared)
+
+    def refresh_slot(self, node: Node, slot: str) -> None:
+        """The same for the child in one slot of ``node``, whose own use stays what it is."""
+        users = [uses[node] for uses in (self.roots, self.extra) if node in uses]
+        self._put_to_use(node, slot, combined(node, users))
+        self.refresh(node.children[slot].child)
+
+    @staticmethod
+    def _put_to_use(node: Node, slot: str, use: Use) -> None:
+        force = bool(node.options.get("force-share"))
+        edge = node.children[slot]
+        need = child_use(node, kind(node.driver_name), slot, use, force)
+        edge.perms, edge.shared = need.perms, need.shared
 
 
 def walk(top: Node) -> Iterator[Node]:
@@ -123,6 +134,21 @@ def leaf_of(node: Node) -> Node:
         if below is None:
             return node
         node = below
+
+
+def own_leaves(node: Node) -> list[Node]:
+    """All leaves that hold the node's own data and metadata, each once: a disk may be in many
+    files.  Those of its backing file are not among them."""
+    found: dict[Node, None] = {}
+    stack = [node]
+    while stack:
+        below = stack.pop()
+        own = [edge.child for slot, edge in below.children.items() if slot != "backing"]
+        if own:
+            stack.extend(reversed(own))
+        else:
+            found[below] = None
+    return list(found)
 
 
 def primary(node: Node) -> Node | None:

@@ -37,6 +37,8 @@ class MappedNode(Node):
         self._slots: dict[str, Node] = {}
         self.engine = Engine(driver, format, self._slots, tables or Tables(), opener)
         self.closed = False
+        self.creations: Any = None
+        """Makes files beside the image (:class:`.creating.Creations`); None where nothing may."""
         for slot, child in children.items():
             self.attach(slot, child)
 
@@ -148,7 +150,14 @@ class MappedNode(Node):
     ) -> Any:
         """Run a format's procedure; ``whole_image``: alone, with nothing dirty (rule 8)."""
         self.engine.procedures.on_progress = on_progress
-        return await self.engine.procedures.run(procedure, whole_image)
+        if self.creations is None:
+            return await self.engine.procedures.run(procedure, whole_image)
+        attempt = self.creations.attempt(procedure)
+        try:
+            return await self.engine.procedures.run(attempt.procedure, whole_image)
+        except BaseException:
+            await attempt.undo()
+            raise
 
     async def close(self) -> None:
         if self.closed:

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..errors import UsageError
+from .paths import foreign
 
 Options = dict[str, Any]
 Reference = str | Mapping[str, Any]
@@ -217,8 +218,9 @@ def directory_of(name: str) -> str:
 
 
 def resolve(base: str, name: str) -> str:
-    """``name`` as the image ``base`` means it: absolute paths and names with a protocol as they
-    are, others in the directory of ``base`` (neither is normalised: symbolic links count)."""
-    if name.startswith("/") or protocol_of(name):
+    """``name`` as the image ``base`` means it: absolute paths (Windows ones too) and names with a
+    protocol as they are, others in the directory of ``base`` (neither is normalised: symbolic links
+    count)."""
+    if name.startswith("/") or foreign(name) or protocol_of(name):
         return name
     return directory_of(base) + name

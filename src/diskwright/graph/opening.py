@@ -9,14 +9,16 @@ from typing import Any, NamedTuple
 from ..errors import DiskError, ImageError, UsageError
 from . import names, registry
 from .closing import discard_disk
-from .display import base_of, display_name
+from .creating import equip
+from .display import display_name
 from .gate import Gate
 from .graph import Graph, leaf_of
 from .guard import GuardedNode
 from .mapped import MappedNode
+from .named import backing_names, check_identity, located, role_of
 from .names import Options
 from .node import Node
-from .options import CHILD_SLOTS, Mode, checked, take_common
+from .options import Mode, checked, child_option, take_children, take_common
 from .perms import ALL
 from .probe import PROBE_BYTES
 
@@ -26,10 +28,9 @@ _UNSAID = object()
 
 
 class _Named(NamedTuple):
-    """Something that the image in ``node`` names; ``given`` is what the caller said instead."""
+    """The backing file that the image in ``node`` names; ``given`` is what the caller said."""
 
     node: Node
-    slot: str
     reference: str
     format: str | None
     given: Any
@@ -166,21 +167,16 @@ class Opening:
         probed: bool,
     ) -> Node:
         node: MappedNode | None = None
-        children: dict[str, Node] = {"file": below}
         backing: Any = options.pop("backing", _UNSAID)
         try:
             if mode.writable and below.read_only:
                 mode = mode._replace(writable=False)
             found = registry.driver(driver_name)
             assert found.open is not None
-            for slot in CHILD_SLOTS:
-                if isinstance(options.get(slot), dict | str):
-                    children[slot] = await self.child(options.pop(slot), mode, chain)
             inherited = mode._replace(writethrough=False, detect_zeroes="off")
+            offered = take_children(options)
             given = checked(found, options)
-            told: Options = {"read-only": not mode.writable, "check": self.check}
-            if leaf_of(below).driver_name == "host_device":
-                told["zero_beyond_end"] = False  # a device holds whatever it held before
+            told = self._told(mode, below)
             if backing is not _UNSAID or not self.backing:
                 told["backing"] = "given" if isinstance(backing, dict | str) else None
             format, procedure = found.open({**given, **told})
@@ -188,23 +184,29 @@ class Opening:
             kind = GuardedNode if guarded else MappedNode
 
             asked: list[str] = []
+            files: dict[str, Node] = {}
 
             async def opener(slot: str, reference: str, inner: str | None) -> None:
                 assert node is not None
                 asked.append(slot)
-                self.pending.append(_Named(node, slot, reference, inner, backing, inherited, chain))
+                if slot == "backing":
+                    self.pending.append(_Named(node, reference, inner, backing, inherited, chain))
+                else:
+                    instead = offered.pop(slot, None)
+                    await self._fill(node, slot, reference, instead, inherited, chain, files)
 
             node = kind(
                 self.graph.driver,
                 driver_name,
                 format,
-                children,
+                {"file": below},
                 self.graph.tables,
                 opener=opener,
             )
             node.options = {"driver": driver_name, **given}
             if isinstance(backing, dict | str):
                 node.options["backing"] = "given"
+            node.options.update((child_option(slot), "given") for slot in offered)
             if mode.force_share:
                 node.options["force-share"] = True
             node.read_only = not mode.writable
@@ -217,6 +219,12 @@ class Opening:
             self.graph.refresh(node)
             await node.run_procedure(procedure, whole_image=False)
             node.engine.opener = None
+            for slot in offered:
+                raise UsageError(
+                    f"Block format '{driver_name}' does not support the option "
+                    f"'{child_option(slot)}'"
+                )
+            equip(node)
             reference = getattr(format, "backing_file", None) or ""
             if "backing" not in asked and (reference or isinstance(backing, dict | str)):
                 inner = getattr(format, "backing_format", None)
@@ -225,36 +233,84 @@ class Opening:
         except BaseException as error:
             _say_file(error, below)
             if node is not None:
+                node.read_only = True  # of what is half open nothing is to be written
                 await discard_disk(node)
-            for child in children.values():
-                await self._give_up(child)
+            await self._give_up(below)
             raise
         return node
 
+    def _told(self, mode: Mode, below: Node) -> Options:
+        """What a format is told beside its own options."""
+        leaf = leaf_of(below)
+        told: Options = {
+            "read-only": not mode.writable,
+            "writable": mode.writable,
+            "check": self.check,
+            "file-name": leaf.options.get("filename"),
+        }
+        if leaf.driver_name == "host_device":
+            told["zero_beyond_end"] = False  # a device holds whatever it held before
+        return told
+
+    async def _fill(
+        self,
+        node: Node,
+        slot: str,
+        reference: str,
+        given: Any,
+        mode: Mode,
+        chain: _Chain,
+        files: dict[str, Node],
+    ) -> None:
+        """Put the plain file that the image names (or what the caller gave instead) into a slot,
+        at once.  Two slots may name the same file: it is opened, and locked, once; ``files`` are
+        those that are open."""
+        if given is not None:
+            child = await self.child(given, mode, chain)
+        else:
+            role = role_of(slot)
+            where = names.parse(located(self.gate, node, [reference], role))[0]
+            if registry.kind(str(where.get("driver", "raw"))) != "protocol":
+                raise ImageError(
+                    f"'{reference}' is named as its {role}, and is no plain file",
+                    file=display_name(node),
+                )
+            same = _identity_of(where)
+            try:
+                child = files[same] = files.get(same) or await self.node(where, mode, chain)
+            except (OSError, DiskError) as error:
+                error.add_note(f"Could not open {role}")
+                raise
+        try:
+            node.attach(slot, child)
+            self.graph.refresh_slot(node, slot)
+        except BaseException:
+            if node.child(slot) is child:
+                node.detach(slot)
+            await self._give_up(child)
+            raise
+
     async def _open_named(self, wanted: _Named) -> None:
-        """Put into a slot what the image names, unless the caller gave or forbade it."""
-        node, slot, given, mode = wanted.node, wanted.slot, wanted.given, wanted.mode
-        if slot == "backing":
-            mode = mode._replace(writable=False)
-            if given is None or (given is _UNSAID and not self.backing):
-                return
-            if isinstance(given, str):
-                node.attach(slot, self.graph.find(given))
-                return
-            if isinstance(given, dict):
-                if "driver" not in given and wanted.format:
-                    given = {"driver": wanted.format, **given}
-                if not wanted.reference or not _lacks_file(given):
-                    node.attach(slot, await self.node(given, mode, wanted.chain))
-                    return
-        elif node.child(slot) is not None:
+        """Open the backing file that the image names, unless the caller gave or forbade it."""
+        node, given, mode = wanted.node, wanted.given, wanted.mode._replace(writable=False)
+        if given is None or (given is _UNSAID and not self.backing):
             return
+        below = await self._backing(wanted, mode)
+        node.attach("backing", below)
+        if not self.check:
+            check_identity(node, below)
+
+    async def _backing(self, wanted: _Named, mode: Mode) -> Node:
+        node, given = wanted.node, wanted.given
+        if isinstance(given, str):
+            return self.graph.find(given)
+        if isinstance(given, dict):
+            if "driver" not in given and wanted.format:
+                given = {"driver": wanted.format, **given}
+            if not wanted.reference or not _lacks_file(given):
+                return await self.node(given, mode, wanted.chain)
         by = display_name(node)
-        role = "backing file" if slot == "backing" else slot.replace("-", " ")
-        resolved = wanted.reference
-        if not names.protocol_of(resolved) and not resolved.startswith("/"):
-            resolved = names.resolve(base_of(node), resolved)
-        admitted = self.gate.admit(wanted.reference, by, resolved=resolved, role=role)
+        admitted = located(self.gate, node, backing_names(node) or [wanted.reference])
         chain = (*wanted.chain, _file_identity(by))
         if len(chain) > self.gate.max_depth:
             raise ImageError(
@@ -263,19 +319,15 @@ class Opening:
         try:
             parsed, plain = names.parse(admitted)
             if _identity_of(parsed) in chain:
-                raise ImageError(
-                    f"{role.capitalize()} '{admitted}' creates an infinite loop", file=by
-                )
-            if slot == "backing" and isinstance(given, dict):
+                raise ImageError(f"Backing file '{admitted}' creates an infinite loop", file=by)
+            if isinstance(given, dict):
                 # The caller said how, not where: the place is still what the image names.
                 options = names.merged({"file": parsed} if plain else parsed, given)
-                below = await self.node(options, mode, chain)
-            else:
-                below = await self.disk(parsed, plain, wanted.format, mode, chain)
+                return await self.node(options, mode, chain)
+            return await self.disk(parsed, plain, wanted.format, mode, chain)
         except (OSError, DiskError) as error:
-            error.add_note(f"Could not open {role}")
+            error.add_note("Could not open backing file")
             raise
-        node.attach(slot, below)
 
     async def _give_up(self, node: Node) -> None:
         """Close a child whose parent could not be opened, unless others use it."""

@@ -20,8 +20,8 @@ CACHE_MODES = {
     "unsafe": (False, True, False),
 }
 
-CHILD_SLOTS = ("file", "backing", "data-file")
-"""Options of a format that stand for other nodes."""
+NUMBERED = {"extents": "extent."}
+"""Options that are lists of nodes, and how the slots begin that these fill."""
 
 _SUFFIXES = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
 _TRUE = (True, "on", "yes", "true", "y")
@@ -81,6 +81,34 @@ def take_common(options: Options, mode: Mode) -> tuple[Mode, str]:
             "unmap"
         )
     return mode, str(name)
+
+
+def take_children(options: Options) -> dict[str, Any]:
+    """Take the options that stand for other nodes (beside ``file`` and ``backing``) out of
+    ``options``, by slot: ``extents.3`` is slot ``extent.3``."""
+    found: dict[str, Any] = {}
+    if isinstance(options.get("data-file"), dict | str):
+        found["data-file"] = options.pop("data-file")
+    for option, prefix in NUMBERED.items():
+        value = options.get(option)
+        if isinstance(value, list):
+            value = dict(enumerate(value))
+        if not isinstance(value, dict):
+            continue
+        for number in value:
+            if not str(number).isdecimal() or len(str(number)) > 9:
+                raise UsageError(f"'{option}' is a list: '{option}.{number}' is not in it")
+        found.update({f"{prefix}{int(number)}": child for number, child in value.items()})
+        del options[option]
+    return found
+
+
+def child_option(slot: str) -> str:
+    """The option that fills ``slot``; see :func:`take_children`."""
+    for option, prefix in NUMBERED.items():
+        if slot.startswith(prefix):
+            return f"{option}.{slot[len(prefix):]}"
+    return slot
 
 
 def discard_mode(value: Any) -> str:

@@ -6,11 +6,11 @@ each kind of node asks of its children was measured at the lock bytes that qemu 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from ..errors import UsageError
-from .node import Node
+from .node import Edge, Node
 
 CONSISTENT_READ = "consistent-read"
 WRITE = "write"
@@ -42,12 +42,10 @@ def root_use(writable: bool, shared: frozenset[str] = ALL, resize: bool = False)
 def combined(node: Node, users: Iterable[Use]) -> Use:
     """All uses of ``node`` taken together: everything that anyone needs, and what all share.
 
-    Raises UsageError when one needs what another does not share.
+    Raises UsageError when one needs what another does not share.  What one parent does through
+    several slots is its own affair (two extents in one file).
     """
-    uses = [
-        (Use(edge.perms, edge.shared), f"'{edge.parent.name}' as '{edge.slot}'")
-        for edge in node.parents
-    ]
+    uses = list(_of_parents(node))
     uses.extend((use, "the program") for use in users)
     perms: frozenset[str] = frozenset()
     shared = ALL
@@ -62,6 +60,17 @@ def combined(node: Node, users: Iterable[Use]) -> Use:
         perms |= use.perms
         shared &= use.shared
     return Use(perms, shared)
+
+
+def _of_parents(node: Node) -> Iterator[tuple[Use, str]]:
+    """What each parent makes of ``node``, and how to call it."""
+    by: dict[tuple[Node, bool], list[Edge]] = {}
+    for edge in node.parents:
+        by.setdefault((edge.parent, edge.slot == "backing"), []).append(edge)
+    for (parent, _), edges in by.items():
+        perms = frozenset().union(*(edge.perms for edge in edges))
+        shared = ALL.intersection(*(edge.shared for edge in edges))
+        yield Use(perms, shared), f"'{parent.name}' as '{edges[0].slot}'"
 
 
 def child_use(node: Node, kind: str, slot: str, use: Use, force_share: bool) -> Use:

@@ -28,6 +28,8 @@ class Entry(NamedTuple):
 BUILTIN: dict[str, Entry] = {
     "raw": Entry("format", "diskwright.formats.raw"),
     "qcow2": Entry("format", "diskwright.formats.qcow2"),
+    "vhdx": Entry("format", "diskwright.formats.vhdx"),
+    "vmdk": Entry("format", "diskwright.formats.vmdk"),
     "file": Entry("protocol", "diskwright.protocols.file"),
     "host_device": Entry("protocol", "diskwright.protocols.file"),
     "memory": Entry("protocol", "diskwright.protocols.memory"),

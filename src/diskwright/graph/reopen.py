@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from ..engine.engine import Engine
-from ..errors import DiskError, NotSupported
+from ..errors import DiskError, NotSupported, Refused
 from . import registry
-from .graph import primary
+from .creating import equip
+from .display import display_name
 from .guard import GuardedNode
 from .mapped import MappedNode
 from .node import Node
@@ -36,11 +37,13 @@ async def reopen(node: Node, *, writable: bool | None = None, cache: str | None 
 
 
 def _layers(node: Node) -> list[Node]:
-    """From ``node`` down to the leaf."""
-    layers = [node]
-    while (below := primary(layers[-1])) is not None:
-        layers.append(below)
-    return layers
+    """``node`` and all below it that its own bytes are in, each before its children."""
+    found = [node]
+    for layer in found:
+        for slot, edge in layer.children.items():
+            if slot != "backing" and edge.child not in found:
+                found.append(edge.child)
+    return found
 
 
 async def _settle(node: Node) -> None:
@@ -54,8 +57,6 @@ async def _settle(node: Node) -> None:
 
 
 async def _switch(node: Node, layers: list[Node], writable: bool, cache: str | None) -> None:
-    leaf = layers[-1]
-    change = getattr(leaf, "reopen", None)
     low = None
     if cache is not None:
         direct, no_flush, writethrough = CACHE_MODES[cache]
@@ -65,12 +66,12 @@ async def _switch(node: Node, layers: list[Node], writable: bool, cache: str | N
                 layer.writethrough = writethrough and layer is node
         if writethrough and not isinstance(node, GuardedNode):
             raise NotSupported(f"cache mode '{cache}' can only be chosen when a disk is opened")
-    if change is not None:
-        await change(writable=writable, cache=low)
-    else:
-        leaf.read_only = not writable
-    for layer in reversed(layers[:-1]):
-        layer.read_only = not writable
+    for layer in reversed(layers):
+        change = getattr(layer, "reopen", None)
+        if change is not None:
+            await change(writable=writable, cache=low)
+        else:
+            layer.read_only = not writable
     graph = node.graph
     if graph is not None:
         if node in graph.roots:
@@ -80,7 +81,7 @@ async def _switch(node: Node, layers: list[Node], writable: bool, cache: str | N
         else:
             graph.extra.pop(node, None)
         graph.refresh(node)
-    for layer in reversed(layers[:-1]):
+    for layer in reversed(layers):
         if isinstance(layer, MappedNode):
             await _format_again(layer, writable)
     node.changed()
@@ -91,12 +92,24 @@ async def _format_again(node: MappedNode, writable: bool) -> None:
     driver = registry.driver(node.driver_name)
     assert driver.open is not None
     old = node.engine
-    options = {**getattr(node.format, "options", {}), "read-only": not writable}
-    options.pop("writable", None)
+    options = {
+        **getattr(node.format, "options", {}),
+        "read-only": not writable,
+        "writable": writable,
+    }
     if node.child("backing") is not None:
         options["backing"] = "given"
     format, procedure = driver.open(options)
-    node.engine = Engine(node.driver, format, old.slots, old.tables)
+
+    async def opener(slot: str, reference: str, inner: str | None) -> None:
+        # Everything that was named when it was opened first is still open.
+        if slot != "backing" and node.child(slot) is None:
+            rule = "the image did not name it when it was opened"
+            raise Refused(reference, rule, "opening the image anew", file=display_name(node))
+
+    node.engine = Engine(node.driver, format, old.slots, old.tables, opener)
     node.format = format
     old.view.clear()
     await node.run_procedure(procedure, whole_image=False)
+    node.engine.opener = None
+    equip(node)

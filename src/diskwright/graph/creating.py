@@ -1,0 +1,200 @@
+"""Files that a format makes beside its image: extents of a disk that is in many files."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from ..contract import Create, GuestWrite, Procedure, Punch, Truncate, Write
+from ..errors import NotSupported, UsageError
+from . import registry
+from .closing import discard_disk
+from .display import base_of
+from .graph import Graph, leaf_of
+from .mapped import MappedNode
+from .names import Options, check_path, directory_of
+from .node import Node
+from .options import checked
+from .perms import ALL, CONSISTENT_READ, RESIZE, WRITE, Use
+
+
+async def create_file(
+    graph: Graph, where: Options, beside: Mapping[str, Any] | None = None
+) -> tuple[Node, str | None]:
+    """Make (or empty) what ``where`` describes and open it for writing.
+
+    Also returns the path to remove when the creation fails later; None when it was there before.
+    """
+    options = dict(where)
+    protocol = registry.driver(str(options["driver"]))
+    if protocol.create is None:
+        raise NotSupported(f"Protocol driver '{protocol.name}' does not support image creation")
+    path = str(options["filename"]) if protocol.name == "file" else None
+    existed = path is None or os.path.lexists(path)
+    given = checked(protocol, {k: v for k, v in options.items() if k != "driver"})
+    node: Node = await protocol.create(
+        graph.driver, {"driver": protocol.name, **given, **(beside or {})}
+    )
+    node.options = {"driver": protocol.name, **given}
+    graph.add(node)
+    made = None if existed else path
+    try:
+        graph.use(node, Use(frozenset({CONSISTENT_READ, WRITE, RESIZE}), ALL))
+        graph.refresh(node)
+        del graph.roots[node]
+        if node.size:
+            await node.truncate(0)
+    except BaseException:
+        await discard_disk(node)
+        if made is not None:
+            remove(made)
+        raise
+    return node, made
+
+
+class Creations:
+    """The creator of one node: ``await creations(slot, name)`` (see ``Engine.creator``).
+
+    ``beside``: creation options of the protocol.  With ``fresh`` a file that is there already is
+    an error: an image that grows must not empty what it did not make.
+    """
+
+    def __init__(
+        self, node: MappedNode, beside: Mapping[str, Any] | None = None, fresh: bool = True
+    ) -> None:
+        self.node = node
+        self.beside = beside or {}
+        self.fresh = fresh
+        self.names: list[str] = []
+        """All files that were made or emptied, as the image's own name is given."""
+        self.new: dict[str, str] = {}
+        """Those of them that were not there before, by slot."""
+
+    async def __call__(self, slot: str, name: str) -> None:
+        """Make ``name`` beside the image and put it into ``slot``.
+
+        Raises UsageError for what is no bare file name, for a name that the image or another file
+        of it has, and for a slot that is taken; FileExistsError; and what making it raises.
+        """
+        node = self.node
+        if not bare(name):
+            raise UsageError(f"{name!r} cannot be the name of a file beside the image")
+        if node.child(slot) is not None:
+            raise UsageError(f"There is a file for '{slot}' already")
+        leaf, own = leaf_of(node), base_of(node)
+        path = check_path(directory_of(own) + name)
+        if leaf.driver_name != "file":
+            raise NotSupported(f"Beside a {leaf.driver_name} node no '{name}' can be made")
+        if any(_same_file(path, other) for other in (own, *self.names)):
+            raise UsageError(f"'{path}' is a file of the image already")
+        if self.fresh and os.path.lexists(path):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+        where: Options = {k: v for k, v in leaf.options.items() if k in ("locking", "aio")}
+        handled = {
+            "cache": getattr(leaf, "cache", "writeback"),
+            "discard": "unmap" if getattr(leaf, "unmap", True) else "ignore",
+        }
+        child, made = await create_file(
+            node.graph,
+            {**where, "driver": leaf.driver_name, "filename": path},
+            {**self.beside, **handled},
+        )
+        self.names.append(path)
+        if made is not None:
+            self.new[slot] = made
+        node.attach(slot, child)
+        node.graph.refresh_slot(node, slot)
+
+    async def take_back(self, slot: str) -> None:
+        """Close what was made for ``slot``, and remove it unless it was there before."""
+        child = self.node.detach(slot)
+        if child is not None:
+            path = str(child.options.get("filename"))
+            self.names = [name for name in self.names if name != path]
+            await discard_disk(child)
+        if slot in self.new:
+            remove(self.new.pop(slot))
+
+    def remove(self) -> None:
+        """Remove all that was not there before."""
+        for path in self.new.values():
+            remove(path)
+        self.new.clear()
+
+    def attempt(self, procedure: Procedure) -> Attempt:
+        """``procedure``, watched."""
+        return Attempt(self, procedure)
+
+
+class Attempt:
+    """A procedure whose new files go again when it fails in time: before it wrote to a file that
+    was there already.  Later the image may refer to them, and a file too many does no harm."""
+
+    def __init__(self, creations: Creations, procedure: Procedure) -> None:
+        self.creations = creations
+        self.procedure = self._watched(procedure)
+        self._made: set[str] = set()
+        self._written: set[str] = set()
+        self._ended = False
+
+    def _watched(self, procedure: Procedure) -> Procedure:
+        answer: Any = None
+        error: Exception | None = None
+        while True:
+            try:
+                request = procedure.send(answer) if error is None else procedure.throw(error)
+            except StopIteration as stop:
+                self._ended = True
+                return stop.value
+            answer = error = None
+            if isinstance(request, Write):
+                self._written.update(write.slot for write in request.writes)
+            elif isinstance(request, Punch):
+                self._written.update(part.slot for part in request.ranges)
+            elif isinstance(request, Truncate):
+                self._written.add(request.slot)
+            elif isinstance(request, GuestWrite):
+                self._written.add("")
+            try:
+                answer = yield request
+            except Exception as caught:
+                error = caught
+            else:
+                if isinstance(request, Create):
+                    self._made.add(request.slot)
+
+    async def undo(self) -> None:
+        """The procedure raised: take its files back if nothing can refer to them."""
+        if not self._ended and self._written <= self._made:
+            for slot in self._made:
+                await self.creations.take_back(slot)
+
+
+def equip(node: MappedNode) -> None:
+    """Let the procedures of ``node`` make files, if it is writable."""
+    if node.read_only:
+        node.creations = node.engine.creator = None
+    else:
+        node.creations = node.engine.creator = Creations(node)
+
+
+def bare(name: str) -> bool:
+    """True for a file's name without any path, on this system and on Windows."""
+    return bool(name) and name not in (".", "..") and not set(name) & set('/\\\0')
+
+
+def remove(path: str) -> None:
+    """Take away what a creation that failed has made."""
+    try:
+        os.unlink(path)
+    except OSError:
+        pass
+
+
+def _same_file(one: str, other: str) -> bool:
+    try:
+        return one == other or os.path.samefile(one, other)
+    except (OSError, ValueError):
+        return False
