@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from inspect import signature
 from typing import Any, NamedTuple
 
 from ..engine.kernel import BaseDriver
@@ -84,8 +83,11 @@ def _check_of(node: Node) -> Callable[..., Any]:
 
 
 def _repairable(node: Node) -> None:
-    """Raise NotSupported unless the check of the node's format can repair."""
-    if not signature(_check_of(node)).parameters:
+    """Raise NotSupported unless the check of the node's format can repair: takes what to mend."""
+    check = _check_of(node)
+    try:
+        check("").close()  # a procedure that is not begun does nothing
+    except TypeError:
         raise NotSupported(
             f"Repairing images (--repair) is not supported for the format '{node.driver_name}'"
-        )
+        ) from None

@@ -12,7 +12,7 @@ from ..engine.kernel import BaseDriver
 from ..errors import DiskError, UsageError
 from ..graph.closing import discard_disk
 from ..graph.display import base_of
-from ..graph.graph import primary
+from ..graph.named import identity_of
 from ..graph.node import Node
 from ..graph.opener import close_disk
 from ..graph.reopen import reopen
@@ -106,14 +106,6 @@ class _Link:
         if self.recorded is not None and now is not None and now != self.recorded:
             change = self.child.format.change_backing(self.name, self.format, now)
             await self.child.run_procedure(change)
-
-
-def identity_of(node: Node | None) -> str | None:
-    """What a child records of the disk in ``node`` (see ``abilities.Backed``); None: nothing."""
-    while node is not None and not hasattr(node, "format"):
-        node = primary(node)  # a filter
-    found: str | None = getattr(getattr(node, "format", None), "identity", None)
-    return found
 
 
 def layer(top: Node, name: str, base: str | None) -> Node:

@@ -88,7 +88,9 @@ async def convert(
         total = sum(align_up(node.size, SECTOR) for node in nodes)
         tell = _Told(on_progress, on_lost, on_unknown)
         if settings.create:
-            plan = await _make(driver, nodes, target, total, settings)
+            plan, others = await _make(driver, nodes, target, total, settings)
+            # What was just made here needs nobody's leave to be opened.
+            target = target._replace(gate=target.gate.allowing(*others))
             if plan is not None:
                 durable = target.cache != "unsafe"
                 made = on_one_pass or (lambda: None)
@@ -125,8 +127,9 @@ class _Told(NamedTuple):
 
 async def _make(
     driver: BaseDriver, nodes: list[Node], target: ImageSpec, total: int, settings: Settings
-) -> Pass | None:
-    """Make the target; one that is written in one pass is only planned."""
+) -> tuple[Pass | None, tuple[str, ...]]:
+    """Make the target; one that is written in one pass is only planned.  Also returns the names of
+    further files that were made."""
     assert target.format is not None and isinstance(target.reference, str)
     name, fmt = target.reference, target.format
     options = {key: value for key, value in settings.options.items() if key != "size"}
@@ -135,10 +138,12 @@ async def _make(
     try:
         _refuse_itself(nodes, name, name)
         plan = await one_pass(driver, name, fmt, total, options, target.gate, target.cache)
-        if plan is None:
-            gate = target.gate
-            await create(driver, name, fmt, total, options, gate=gate, look_at_backing=False)
-        return plan
+        if plan is not None:
+            return plan, ()
+        gate = target.gate
+        return None, await create(
+            driver, name, fmt, total, options, gate=gate, look_at_backing=False
+        )
     except (OSError, DiskError) as error:
         raise TargetFailed(target.name, fmt, error) from error
 

@@ -112,8 +112,8 @@ async def create(
     gate: Gate | None = None,
     look_at_backing: bool = True,
     on_ready: Callable[[dict[str, Any]], None] | None = None,
-) -> int:
-    """Make an image; returns its size in bytes.
+) -> tuple[str, ...]:
+    """Make an image; returns the names of the other files that were made for it.
 
     ``on_ready`` is told the complete options before anything is written.  See
     :func:`diskwright.graph.create.create_image`.
@@ -124,6 +124,4 @@ async def create(
     if on_ready is not None:
         on_ready({**given, **beside})
     given["size"] = align_up(given["size"], SECTOR)
-    await write_image(driver, filename, found, given, beside)
-    length: int = given["size"]
-    return length
+    return await write_image(driver, filename, found, given, beside)

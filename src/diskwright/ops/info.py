@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 from ..engine.kernel import BaseDriver
 from ..errors import DiskError, ImageError
-from ..graph.display import base_of, display_name
+from ..graph.display import display_name
 from ..graph.graph import leaf_of
-from ..graph.names import resolve
+from ..graph.named import backing_names, located, meaning
 from ..graph.node import Node
 from ..graph.opener import close_disk
 from ..graph.registry import kind
@@ -59,21 +59,28 @@ async def info_chain(driver: BaseDriver, spec: ImageSpec) -> list[NodeInfo]:
         if spec.name in seen:
             raise ImageError(f"Backing file '{spec.name}' creates an infinite loop.")
         seen.add(spec.name)
-        found.append(await info(driver, spec))
-        last = found[-1]
-        if last.backing_name is None:
-            return found
-        if last.full_backing_name is None:
-            raise OpenFailed(
-                last.filename, ImageError(f"cannot tell what '{last.backing_name}' means from here")
-            )
+        node = await spec.open(driver, backing=False, check=True)
         try:
-            name = spec.gate.admit(
-                last.backing_name, last.filename, resolved=last.full_backing_name
-            )
-        except DiskError as error:
-            raise OpenFailed(last.full_backing_name, error) from error
+            last = describe(node)
+            found.append(last)
+            if last.backing_name is None:
+                return found
+            name = _below(spec, node, last)
+        finally:
+            await close_disk(node)
         spec = spec._replace(name=name, reference=name, format=last.backing_format)
+
+
+def _below(spec: ImageSpec, node: Node, last: NodeInfo) -> str:
+    """The reference of the backing file that ``node`` names.  Raises OpenFailed."""
+    if last.full_backing_name is None:
+        raise OpenFailed(
+            last.filename, ImageError(f"cannot tell what '{last.backing_name}' means from here")
+        )
+    try:
+        return located(spec.gate, node, backing_names(node))
+    except DiskError as error:
+        raise OpenFailed(last.full_backing_name, error) from error
 
 
 def describe(node: Node) -> NodeInfo:
@@ -116,7 +123,7 @@ def describe(node: Node) -> NodeInfo:
 def full_backing_name(node: Node, name: str) -> str | None:
     """What the backing file's name ``name`` means from ``node``; None where nobody can tell."""
     try:
-        return resolve(base_of(node), name)
+        return meaning(node, name)
     except DiskError:
         return None
 

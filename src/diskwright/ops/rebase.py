@@ -13,12 +13,13 @@ from ..errors import DiskError, NotSupported, UsageError
 from ..graph import registry
 from ..graph.closing import discard_disk, explain
 from ..graph.display import base_of
+from ..graph.named import identity_of
 from ..graph.names import protocol_of, resolve
 from ..graph.node import Node
 from ..graph.opener import close_disk, open_disk
 from ..graph.status import allocated_above, block_status
 from ..units import align_down
-from .commit import identity_of, same_file
+from .commit import same_file
 from .images import ImageSpec
 
 WINDOW = 1 << 20
@@ -69,7 +70,7 @@ async def rebase(
             if backing is not None:
                 new = await _open_new(driver, top, spec, backing, backing_format, backing_cache)
             await _keep(driver, top, new, on_progress)
-            identity = identity_of(new)
+            identity = identity_of(new) if new is not None else None
         elif backing is not None and hasattr(top.format, "parent_identity"):
             identity = await _identity(driver, top, spec, backing, backing_format, on_warning)
         try:
