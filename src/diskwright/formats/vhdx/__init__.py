@@ -59,6 +59,7 @@ DRIVER = Driver(
     open=open_format,
     create=create_new,
     capabilities=frozenset(
-        {"backing", "change_backing", "check", "discard", "identity", "make_empty", "resize", "zero"}
+        {"backing", "change_backing", "check", "discard"}
+        | {"identity", "make_empty", "resize", "zero"}
     ),
 )

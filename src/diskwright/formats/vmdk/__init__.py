@@ -78,6 +78,7 @@ DRIVER = Driver(
     create=create_new,
     stream=stream,
     capabilities=frozenset(
-        {"backing", "change_backing", "check", "discard", "identity", "make_empty", "resize", "zero"}
+        {"backing", "change_backing", "check", "discard"}
+        | {"identity", "make_empty", "resize", "zero"}
     ),
 )
