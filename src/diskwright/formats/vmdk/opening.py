@@ -200,11 +200,18 @@ def _open_extent(image: Vmdk, slot: str, start: int, line: ExtentLine, number: i
             f"the extent has {header.capacity} sectors; the descriptor, line {line.line}, says "
             f"{line.sectors}"
         )
-    return (yield from _open_sparse(image, slot, start, length, header))
+    return (
+        yield from _open_sparse(image, slot, start, length, header, line.access)
+    )
 
 
 def _open_sparse(
-    image: Vmdk, slot: str, start: int, length: int, header: Hosted | Esx
+    image: Vmdk,
+    slot: str,
+    start: int,
+    length: int,
+    header: Hosted | Esx,
+    access: str = RW,
 ) -> Procedure:
     """Open the sparse extent in ``slot`` whose checked header is ``header``; returns its part."""
     if isinstance(header, Hosted) and header.compressed:
@@ -213,7 +220,8 @@ def _open_sparse(
         return (yield from open_stream(image, slot, start, length, header))
     from .sparse import open_sparse
 
-    return (yield from open_sparse(image, slot, start, length, header))
+    writable = image.writable and access == RW and not image.options.get("check")
+    return (yield from open_sparse(image, slot, start, length, header, writable))
 
 
 def _open_parent(image: Vmdk) -> Procedure:

@@ -8,7 +8,7 @@ guest offsets of the image (``start`` added) and host offsets in ``slot``.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol
 
 from ...contract import HostRange, MetaWrite, NeedMeta, Plan, Procedure, Range, TableStore
@@ -19,7 +19,6 @@ from ...findings import CheckResult
 class Image(Protocol):
     """What a part may ask of the machine that it belongs to."""
 
-    options: Mapping[str, Any]
     tables: TableStore
     writable: bool
     ready: bool

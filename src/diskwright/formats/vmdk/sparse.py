@@ -13,20 +13,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...contract import HostRange, Length, MetaWrite, Procedure, Read
-from ...errors import MalformedImage, UnsupportedFeature
+from ...errors import MalformedImage
 from ...findings import CheckResult
 from ...ondisk import little_endian_array, little_endian_bytes, zeros
 from .parts import Image
 from .space import Run
-from .sparse_header import SECTOR, Esx, Hosted, Layout, read_header
+from .sparse_header import SECTOR, Esx, Hosted, Layout
 from .sparse_plan import PER_SECTOR, SparsePlanner
 
 
 class SparsePart(SparsePlanner):
     """One sparse extent as a `Part`."""
 
-    def __init__(self, image: Image, slot: str, start: int, layout: Layout) -> None:
-        super().__init__(image, slot, start, layout)
+    def __init__(self, image: Image, slot: str, start: int, length: int, layout: Layout) -> None:
+        super().__init__(image, slot, start, length, layout)
         self.unclean = layout.unclean
         """The header on disk says that the extent is in use, or was not closed in order."""
         self._free_written = 0
@@ -112,26 +112,21 @@ class SparsePart(SparsePlanner):
         return check(self, result, fix)
 
 
-def open_extent(image: Image, slot: str, start: int, writable: bool | None = None) -> Procedure:
-    """Open an uncompressed sparse extent, which begins at guest byte ``start``; returns a
-    `SparsePart` as long as the header says.
+def open_sparse(
+    image: Image, slot: str, start: int, length: int, header: Hosted | Esx, writable: bool
+) -> Procedure:
+    """Read the directories of an uncompressed sparse extent of ``length`` bytes that begins at
+    guest byte ``start``; returns a `SparsePart`.
 
-    ``writable`` (None: as the image is): an extent that was not closed in order gets the copies
-    of its tables made equal.  Raises MalformedImage, also where neither directory is inside the
-    file, and UnsupportedFeature.
+    ``writable``: in an extent that was not closed in order the copies of the tables are made
+    equal.  Raises MalformedImage where neither directory is inside the file.
     """
-    header: Hosted | Esx = yield from read_header(slot)
-    if isinstance(header, Hosted) and header.compressed:
-        raise UnsupportedFeature("compressed grains in an extent that is no stream")
     layout = header.layout()
-    part = SparsePart(image, slot, start, layout)
+    part = SparsePart(image, slot, start, length, layout)
     size = yield Length(slot)
     part.use_layout(layout, -(-size // SECTOR))
     yield from read_directories(part)
-    if writable is None:
-        writable = image.writable
-    checked = image.options.get("check")
-    if layout.unclean and writable and not checked and layout.refuse_write is None and part.copy:
+    if writable and layout.unclean and layout.refuse_write is None and part.copy:
         from .repair import equalize
 
         yield from equalize(part)

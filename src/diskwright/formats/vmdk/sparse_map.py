@@ -31,11 +31,11 @@ class SparseMap:
     that one can be read).
     """
 
-    def __init__(self, image: Image, slot: str, start: int, layout: Layout) -> None:
+    def __init__(self, image: Image, slot: str, start: int, length: int, layout: Layout) -> None:
         self.image = image
         self.slot = slot
         self.start = start
-        self.length = layout.capacity * SECTOR
+        self.length = length
         self.directory: array[int] = zeros(32, 0)
         self.copy: array[int] = zeros(32, 0)
         self._short: dict[int, array[int]] = {}

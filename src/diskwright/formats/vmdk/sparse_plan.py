@@ -47,8 +47,8 @@ class _State:
 class SparsePlanner(SparseMap):
     """`gather`, `reserve`, `commit` and `abort`."""
 
-    def __init__(self, image: Image, slot: str, start: int, layout: Layout) -> None:
-        super().__init__(image, slot, start, layout)
+    def __init__(self, image: Image, slot: str, start: int, length: int, layout: Layout) -> None:
+        super().__init__(image, slot, start, length, layout)
         self.damage: str | None = None
         """Why nothing can be written before a repair."""
         self._dirty: dict[int, Run] = {}
