@@ -1,4 +1,4 @@
-"""Random qcow2 workloads, and everything that a loss of power could leave of them."""
+"""Random workloads, and everything that a loss of power could leave of them."""
 
 from __future__ import annotations
 
@@ -11,15 +11,12 @@ from typing import Any, NamedTuple
 from diskwright.contract import FUA, MAY_UNMAP
 from diskwright.engine.kernel import Driver
 from diskwright.engine.tables import Tables
-from diskwright.formats import qcow2
 from diskwright.graph.mapped import MappedNode
 from diskwright.testing.memory import POISON, RecordingNode
 from diskwright.testing.model import Mismatch, Model
 from diskwright.testing.scheduler import SeededDriver
-from races.cases import qcow2_image, random_base
 
-CLUSTER = 512
-KINDS = ("plain", "backing", "lazy", "v2", "narrow", "wide", "zeroing")
+from .kits import KINDS, Kit
 
 
 class Saved(NamedTuple):
@@ -32,59 +29,44 @@ class Saved(NamedTuple):
     base: bytes
     content: bytes
     dirty: bool
+    format: str
 
 
 class Workload:
     """One seed: a client that writes, zeroes, discards, resizes and flushes a small disk."""
 
-    def __init__(self, kind: str, seed: int, steps: int = 30) -> None:
+    def __init__(self, kind: str, seed: int, steps: int = 0) -> None:
         self.kind, self.seed = kind, seed
         self.rng = rng = random.Random(f"{kind} {seed}")
         self.driver = SeededDriver(seed, eager=None)
-        self.size = rng.choice([60 * CLUSTER, 160 * CLUSTER])
-        self.smallest = 40 * CLUSTER
-        options: dict[str, Any] = {"size": self.size, "cluster_size": CLUSTER}
-        self.base = b""
-        if kind == "backing":
-            self.base = random_base(rng, rng.choice([self.smallest, 20 * CLUSTER + 100]))
-            options["backing_file"], options["backing_fmt"] = "base", "raw"
-        if kind == "lazy":
-            options["lazy_refcounts"] = True
-        if kind == "v2":
-            options["compat"] = "0.10"
-        if kind in ("narrow", "wide"):
-            options["refcount_bits"] = 1 if kind == "narrow" else 64
+        self.kit = kit = Kit(kind, rng)
+        self.size, self.base = kit.size, kit.base
         self.leaf = RecordingNode(
-            self.driver,
-            qcow2_image(*sorted(options.items())),
-            delay=10,
-            zeroes_discards=kind == "zeroing",
+            self.driver, kit.image(), delay=10, zeroes_discards=kit.zeroes_discards
         )
-        self.node, self.opening = self._node(self.driver, self.leaf, 1600)
-        self.model = Model(self.base[: self.size].ljust(400 * CLUSTER, b"\0"), self.driver.tick)
+        self.node, self.opening = self._node(self.driver, self.leaf, kit.budget)
+        whole = max(*kit.sizes, kit.size)
+        self.model = Model(self.base[: self.size].ljust(whole, b"\0"), self.driver.tick)
         self.sizes: list[tuple[int, int, int]] = [(-1, -1, self.size)]
         """(begun, ended, size) of the resizes that succeeded."""
-        self.steps = steps
+        self.steps = steps or kit.steps
         self.stats: Counter[str] = Counter()
         self.last = 0
 
-    def _node(self, driver: Any, leaf: RecordingNode, budget: int, **more: Any) -> Any:
+    def _node(self, driver: Any, leaf: RecordingNode, budget: int) -> Any:
         slots = {"file": leaf}
-        options = {"writable": True, **more}
         if self.base:
             slots["backing"] = RecordingNode(driver, self.base)
-            options["backing"] = "given"
-        assert qcow2.DRIVER.open is not None
-        format, opening = qcow2.DRIVER.open(options)
-        return MappedNode(driver, "qcow2", format, slots, Tables(budget)), opening
+        format, opening = self.kit.open()
+        return MappedNode(driver, self.kit.format, format, slots, Tables(budget)), opening
 
     # -- the workload
     def _range(self) -> tuple[int, int]:
         rng = self.rng
-        length = rng.choice([1, 100, CLUSTER, CLUSTER, 700, 4 * CLUSTER, 9 * CLUSTER])
+        length = rng.choice(self.kit.lengths)
         offset = rng.randrange(self.size)
         if rng.random() < 0.6:
-            offset -= offset % CLUSTER
+            offset -= offset % self.kit.unit
         return offset, min(length, self.size - offset)
 
     async def _write(self) -> None:
@@ -108,8 +90,9 @@ class Workload:
 
     async def _discard(self) -> None:
         offset, length = self._range()
-        start, end = -(-offset // CLUSTER) * CLUSTER, offset + length
-        end -= 0 if end == self.size else end % CLUSTER
+        unit = self.kit.unit
+        start, end = -(-offset // unit) * unit, offset + length
+        end -= 0 if end == self.size else end % unit
         request = self.model.zero(start, end - start) if start < end else None
         await self.node.discard([offset], [length])
         if request is not None:
@@ -121,7 +104,7 @@ class Workload:
         self.model.flushed(begun)
 
     async def _resize(self) -> None:
-        size = self.rng.choice([self.smallest, 100 * CLUSTER, 200 * CLUSTER, 300 * CLUSTER])
+        size = self.rng.choice(self.kit.sizes)
         low, high = sorted((size, self.size))
         request = self.model.zero(low, high - low)
         begun = self.driver.tick()
@@ -133,7 +116,8 @@ class Workload:
     async def main(self) -> None:
         await self.node.run_procedure(self.opening, whole_image=False)
         menu = [self._write] * 7 + [self._zero, self._discard, self._discard]
-        menu += [self._flush, self._flush, self._resize]
+        menu += [self._flush, self._flush]
+        menu += [self._resize] * self.kit.may_resize()
         beside = None
         for _ in range(self.steps):
             action = self.rng.choice(menu)
@@ -152,18 +136,20 @@ class Workload:
         self.last = self.driver.tick()
 
     # -- the crashes
-    def states(self, each: int) -> list[tuple[int, int, bytes]]:
-        """(moment, sector, image): ``each`` for every prefix of the log, at both sector sizes."""
-        moments = {change.issued for change in self.leaf.log}
-        moments |= {change.done for change in self.leaf.log}
-        moments |= {ended for _, ended in self.leaf.barriers}
-        moments.add(self.last)
-        out = []
-        for moment in sorted(moments):
-            for i in range(each):
-                sector = (512, 4096)[(moment + i) % 2]
-                out.append((moment, sector, self.leaf.crash_state(moment, self.rng, sector)))
-        return out
+    def moments(self, each: int) -> list[int]:
+        """Every prefix of the log, ``each`` times (of large images: some of them)."""
+        found = {change.issued for change in self.leaf.log}
+        found |= {change.done for change in self.leaf.log}
+        found |= {ended for _, ended in self.leaf.barriers}
+        found.add(self.last)
+        every = [moment for moment in sorted(found) for _ in range(each)]
+        most = self.kit.most
+        return every if len(every) <= most else sorted(self.rng.sample(every, most))
+
+    def state(self, number: int, moment: int) -> tuple[int, int, bytes]:
+        """(moment, sector, image): what a loss of power then may leave."""
+        sector = (512, 4096)[(moment + number) % 2]
+        return moment, sector, self.leaf.crash_state(moment, self.rng, sector)
 
     def look(self, moment: int, sector: int, image: bytes) -> Saved:
         """Open, check and read a crash state; raises when anything is not as it must be."""
@@ -171,7 +157,8 @@ class Workload:
         driver = Driver()
         leaf = RecordingNode(driver, image)
         node, opening = self._node(driver, leaf, 1 << 20)
-        dirty = bool(image[79] & 1) and image[7] > 2
+        format = self.kit.format
+        dirty = format == "vhdx" or (format == "qcow2" and bool(image[79] & 1) and image[7] > 2)
         content = driver.run(self._look(node, opening, what))
         sizes = [s for begun, ended, s in self.sizes if begun <= moment]
         settled = max(i for i, (_, ended, _) in enumerate(self.sizes) if ended <= moment)
@@ -181,7 +168,7 @@ class Workload:
         if POISON in content:
             raise Mismatch(f"{what}: bytes of a freed cluster at {content.index(POISON):#x}")
         self.model.check_crash(content, moment, what)
-        return Saved(self.kind, self.seed, moment, image, self.base, content, dirty)
+        return Saved(self.kind, self.seed, moment, image, self.base, content, dirty, format)
 
     async def _look(self, node: Any, opening: Any, what: str) -> bytes:
         await node.run_procedure(opening, whole_image=False)
@@ -199,10 +186,11 @@ def explore(kind: str, seed: int, each: int, keep: int) -> tuple[Counter[str], l
     kept: list[Saved] = []
     try:
         work.driver.run(work.main())
-        states = work.states(each)
-        chosen = set(work.rng.sample(range(len(states)), min(keep, len(states))))
-        for i, state in enumerate(states):
-            saved = work.look(*state)
+        moments = work.moments(each)
+        keep = min(keep, len(moments)) if work.kit.others else 0
+        chosen = set(work.rng.sample(range(len(moments)), keep))
+        for i, moment in enumerate(moments):
+            saved = work.look(*work.state(i, moment))
             work.stats["states"] += 1
             if i in chosen:
                 kept.append(saved)

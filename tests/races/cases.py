@@ -13,6 +13,7 @@ from diskwright.engine.kernel import Driver
 from diskwright.engine.node import Node
 from diskwright.engine.tables import Tables
 from diskwright.formats import qcow2, raw
+from diskwright.graph import registry
 from diskwright.graph.mapped import MappedNode
 from diskwright.testing.composed import Cipher, Concat, Crypt, Part
 from diskwright.testing.memory import NEVER, RecordingNode
@@ -200,15 +201,21 @@ class ExtentsCase(Case):
 
 
 @lru_cache(maxsize=64)
-def qcow2_image(*options: tuple[str, Any]) -> bytes:
-    """An empty qcow2 image."""
+def new_image(format: str, *options: tuple[str, Any]) -> bytes:
+    """An empty image that is one file."""
     driver = Driver()
     leaf = RecordingNode(driver)
     holder = MappedNode(driver, "create", Crypt(64), {"file": leaf})
-    create = qcow2.DRIVER.create
+    create = registry.driver(format).create
     assert create is not None
-    driver.run(holder.run_procedure(create(dict(options)), whole_image=False))
+    given = {"file-name": f"disk.{format}", **dict(options)}
+    driver.run(holder.run_procedure(create(given), whole_image=False))
     return bytes(leaf.data)
+
+
+def qcow2_image(*options: tuple[str, Any]) -> bytes:
+    """An empty qcow2 image."""
+    return new_image("qcow2", *options)
 
 
 class Qcow2Case(Case):

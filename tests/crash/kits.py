@@ -1,0 +1,103 @@
+"""What the crash workloads must know of each kind of image."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+from diskwright.graph import registry
+from races.cases import new_image, random_base
+
+KIB, MIB = 1 << 10, 1 << 20
+QCOW2 = ("plain", "backing", "lazy", "v2", "narrow", "wide", "zeroing")
+VHDX = ("vhdx", "vhdx-4096", "vhdx-differencing")
+VMDK = ("vmdk", "vmdk-zeroed", "vmdk-backing")
+KINDS = QCOW2 + VHDX + VMDK
+
+
+class Kit:
+    """One kind of image, its particulars drawn from ``rng``."""
+
+    def __init__(self, kind: str, rng: random.Random) -> None:
+        self.kind = kind
+        self.base = b""
+        self.create: dict[str, Any] = {}
+        self.opened: dict[str, Any] = {"writable": True}
+        self.most = 1 << 30
+        """Crash states looked at, of one workload."""
+        self.others = True
+        """Other programs can open it by itself."""
+        if kind in VHDX:
+            self._vhdx(rng)
+        elif kind in VMDK:
+            self._vmdk(rng)
+        else:
+            self._qcow2(rng)
+        self.zeroes_discards = kind == "zeroing" or rng.random() < (kind not in QCOW2) / 2
+        self.create["size"] = self.size
+        if self.base:
+            self.opened["backing"] = "given"
+
+    def _qcow2(self, rng: random.Random) -> None:
+        self.format, self.unit, self.steps = "qcow2", 512, 30
+        unit = self.unit
+        self.size = rng.choice([60 * unit, 160 * unit])
+        self.sizes = [40 * unit, 100 * unit, 200 * unit, 300 * unit]
+        self.lengths = [1, 100, unit, unit, 700, 4 * unit, 9 * unit]
+        self.budget = 1600
+        self.create["cluster_size"] = unit
+        if self.kind == "backing":
+            self.base = random_base(rng, rng.choice([40 * unit, 20 * unit + 100]))
+            self.create |= {"backing_file": "base", "backing_fmt": "raw"}
+        if self.kind == "lazy":
+            self.create["lazy_refcounts"] = True
+        if self.kind == "v2":
+            self.create["compat"] = "0.10"
+        if self.kind in ("narrow", "wide"):
+            self.create["refcount_bits"] = 1 if self.kind == "narrow" else 64
+
+    def _vhdx(self, rng: random.Random) -> None:
+        self.format, self.unit, self.steps = "vhdx", MIB, 14
+        self.size = rng.choice([3 * MIB, 3 * MIB + 40 * KIB])
+        self.sizes = [2 * MIB, 3 * MIB + 8 * KIB, 5 * MIB]
+        self.lengths = [1, 512, 4096, 5000, 70_000, MIB, MIB + 4096]
+        self.budget, self.most = 5000, 60
+        self.create |= {"block_size": MIB, "log_size": MIB}
+        if self.kind == "vhdx-4096":
+            self.create["logical_sector_size"] = 4096
+            self.others = False
+        if self.kind == "vhdx-differencing":
+            self.base = random_base(rng, rng.choice([2 * MIB, 2 * MIB + 8 * KIB]))
+            identity = "{11111111-2222-3333-4444-555555555555}"
+            self.create |= {"backing_file": "base.vhdx", "backing_fmt": "vhdx"}
+            self.create |= {"backing_identity": identity}
+            self.others = False
+
+    def _vmdk(self, rng: random.Random) -> None:
+        self.format, self.unit, self.steps = "vmdk", 64 * KIB, 24
+        self.size = rng.choice([20 * self.unit, 20 * self.unit + 512])
+        self.sizes = [12 * self.unit, 30 * self.unit, 30 * self.unit + 1024]
+        self.lengths = [1, 512, 4096, 5000, self.unit, 3 * self.unit, 4 * self.unit + 512]
+        self.budget, self.most = 4200, 120
+        if self.kind == "vmdk-zeroed":
+            self.create["zeroed_grain"] = True
+        if self.kind == "vmdk-backing":
+            self.base = random_base(rng, rng.choice([12 * self.unit, 5 * self.unit + 512]))
+            self.create |= {"backing_file": "base.vmdk", "backing_fmt": "vmdk"}
+            self.create |= {"backing_identity": "12345678"}
+            self.others = False
+
+    def image(self) -> bytes:
+        """A new image."""
+        return new_image(self.format, *sorted(self.create.items()))
+
+    def open(self) -> tuple[Any, Any]:
+        """(format, opening procedure)."""
+        open_format = registry.driver(self.format).open
+        assert open_format is not None
+        found: tuple[Any, Any] = open_format({"file-name": f"disk.{self.format}", **self.opened})
+        return found
+
+    def may_resize(self) -> bool:
+        """The driver can."""
+        return "resize" in registry.driver(self.format).capabilities
