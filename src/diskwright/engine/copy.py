@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from typing import NamedTuple
 
 from ..contract import MAY_UNMAP
 from ..errors import DiskError, words
+from .buffers import page_buffer, zero_runs
 from .kernel import BaseDriver, Future, Task, wait_all
 from .node import Node
 
@@ -77,8 +78,7 @@ class Copier:
         self.options = options
         self.on_progress = on_progress
         self.on_lost = on_lost
-        self._free: list[bytearray] = []
-        self._zero_block = bytes(options.sparse)
+        self._free: list[memoryview] = []
         self._started = 0.0
         self._moved = 0
 
@@ -148,9 +148,9 @@ class Copier:
         return done == part.length
 
     async def _through_buffer(self, part: Segment, before: Future[None] | None) -> None:
-        buffer = self._free.pop() if self._free else bytearray(self.options.buffer)
+        buffer = self._free.pop() if self._free else page_buffer(self.options.buffer)
         try:
-            view = memoryview(buffer)[: part.length]
+            view = buffer[: part.length]
             try:
                 await part.source.read([part.source_offset], [part.length], [view])
             except (OSError, DiskError) as error:
@@ -163,7 +163,7 @@ class Copier:
             data: list[memoryview] = []
             zero_offsets: list[int] = []
             zero_lengths: list[int] = []
-            for start, end, zero in self.runs(buffer, part.length):
+            for start, end, zero in self._runs(view):
                 if not zero:
                     offsets.append(part.target_offset + start)
                     data.append(view[start:end])
@@ -192,25 +192,11 @@ class Copier:
                 if self.on_lost is not None:
                     self.on_lost(part.source_offset + start, len(piece), failed)
 
-    def runs(self, buffer: bytearray, length: int) -> Iterator[tuple[int, int, bool]]:
-        """Runs of zero and other blocks in ``buffer``: (start, end, zero)."""
-        block = self.options.sparse
-        if not block:
-            yield 0, length, False
-            return
-        zeroes = self._zero_block
-        start, state = 0, None
-        for position in range(0, length, block):
-            if position + block <= length:
-                zero = buffer.startswith(zeroes, position)
-            else:
-                zero = buffer.startswith(zeroes[: length - position], position, length)
-            if zero is not state:
-                if state is not None:
-                    yield start, position, state
-                start, state = position, zero
-        if state is not None:
-            yield start, length, state
+    def _runs(self, view: memoryview) -> Iterable[tuple[int, int, bool]]:
+        """Runs of zero and other blocks: (start, end, zero)."""
+        if not self.options.sparse:
+            return [(0, len(view), False)]
+        return zero_runs(view, self.options.sparse)
 
     async def _zero(self, offset: int, length: int) -> None:
         if not self.options.target_zero:
