@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
+from ...abilities import StreamWriter
 from ...contract import Barrier, Create, MetaWrite, Procedure, Progress, Truncate, Write
 from ...errors import UsageError
 from ...units import SECTOR, align_up
@@ -151,9 +152,11 @@ def new_text(
         parent = parent_cid(None if identity is None else str(identity), NO_CONTENT)
         hint = f"parentFileNameHint={between_quotes(backing)}"
     heads = 16 if adapter == "ide" else 255
+    hint_and_names = "\n".join([hint, *map(format_extent, extents)])
     lines = [
         "# Disk DescriptorFile",
         "version=1",
+        *([] if hint_and_names.isascii() else ['encoding="UTF-8"']),
         f"CID={new_cid():08x}",
         f"parentCID={parent:08x}",
         f'createType="{subformat}"',
@@ -205,7 +208,7 @@ def new_extent(wanted: Wanted, slot: str, sectors: int) -> Procedure:
     if wanted.kind.flat:
         yield Truncate(slot, sectors * SECTOR, wanted.preallocation)
     elif wanted.kind.type == "SESPARSE":
-        from .sesparse import new_sesparse
+        from .sesparse_header import new_sesparse
 
         yield from new_sesparse(slot, sectors)
     else:
@@ -221,7 +224,7 @@ def _sparse(wanted: Wanted, slot: str, sectors: int, text: bytes | None) -> Proc
         yield from new_hosted(slot, sectors, text, wanted.zeroed_grain)
 
 
-def stream_writer(options: Mapping[str, Any]) -> Any:
+def stream_writer(options: Mapping[str, Any]) -> StreamWriter | None:
     """The `StreamWriter` of these options; None where the image is not a stream."""
     if (options.get("subformat") or "") != "streamOptimized" or options.get("backing_file"):
         return None

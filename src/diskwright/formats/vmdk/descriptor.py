@@ -59,11 +59,11 @@ ENCODINGS = {
 
 _EXTENT = re.compile(
     rb"[ \t]*(RW|RDONLY|NOACCESS)[ \t]+([0-9]{1,20})[ \t]+([A-Za-z]+)"
-    rb'(?:[ \t]+"([^"]*)"(?:[ \t]+([0-9]{1,20}))?(?:[ \t]+(\S.*?))?)?[ \t]*',
+    rb'(?:[ \t]+"([^"]*)"(?:[ \t]+([0-9]{1,20}))?(?:[ \t]+(\S.*))?)?',
     re.IGNORECASE,
 )
 _LIKE_EXTENT = re.compile(rb"[ \t]*[A-Za-z]+[ \t]+[0-9]+[ \t]+[A-Za-z]+")
-_SETTING = re.compile(rb"[ \t]*([A-Za-z][\w.:-]*)[ \t]*=[ \t]*(.*?)[ \t]*")
+_SETTING = re.compile(rb"[ \t]*([A-Za-z][\w.:-]*)[ \t]*=[ \t]*(.*)")
 _ONCE = ("version", "encoding", "cid", "parentcid", "createtype", "parentfilenamehint")
 
 
@@ -157,7 +157,7 @@ class Descriptor:
         raw = self._encoded(between_quotes(value)[1:-1])
         if at is not None:
             line = self.lines[at]
-            found = _SETTING.fullmatch(line.rstrip(b"\r\n"))
+            found = _SETTING.fullmatch(line.rstrip())
             assert found is not None
             start, end = found.span(2)
             if end - start > 1 and line[start] == line[end - 1] == 0x22:
@@ -216,9 +216,9 @@ def parse(text: bytes) -> Descriptor:
         stripped = line.strip()
         if not stripped or stripped.startswith(b"#"):
             continue
-        if match := _EXTENT.fullmatch(line.rstrip(b"\r\n")):
+        if match := _EXTENT.fullmatch(line.rstrip()):
             extents.append((number, match))
-        elif match := _SETTING.fullmatch(line.rstrip(b"\r\n")):
+        elif match := _SETTING.fullmatch(line.rstrip()):
             key = match[1].decode("ascii", "replace").lower()
             if key not in found:
                 found[key] = _unquoted(match[2]), number

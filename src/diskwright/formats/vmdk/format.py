@@ -309,9 +309,3 @@ class Vmdk(Links):
         from .resizing import make_empty
 
         return make_empty(self)
-
-    def referenced_clusters(self) -> Procedure:
-        """How many grains of the image have data; see :mod:`.describe`."""
-        from .describe import referenced_clusters
-
-        return referenced_clusters(self)

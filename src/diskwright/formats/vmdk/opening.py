@@ -200,9 +200,7 @@ def _open_extent(image: Vmdk, slot: str, start: int, line: ExtentLine, number: i
             f"the extent has {header.capacity} sectors; the descriptor, line {line.line}, says "
             f"{line.sectors}"
         )
-    return (
-        yield from _open_sparse(image, slot, start, length, header, line.access)
-    )
+    return (yield from _open_sparse(image, slot, start, length, header, line.access))
 
 
 def _open_sparse(
