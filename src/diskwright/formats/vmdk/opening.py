@@ -215,7 +215,9 @@ def _open_sparse(
     if isinstance(header, Hosted) and header.compressed:
         from .stream import open_stream
 
-        return (yield from open_stream(image, slot, start, length, header))
+        part = yield from open_stream(image, slot, start)
+        part.length = length
+        return part
     from .sparse import open_sparse
 
     writable = image.writable and access == RW and not image.options.get("check")
