@@ -11,6 +11,8 @@ from .descriptor import NO_CONTENT, NOACCESS
 if TYPE_CHECKING:
     from .format import Vmdk
 
+_ORDER = ("compressed", "virtual-size", "filename", "cluster-size", "format")
+
 
 def info(image: Vmdk) -> dict[str, Any]:
     """The format-specific data, keyed as ``qemu-img info --output=json`` has them."""
@@ -31,7 +33,8 @@ def info(image: Vmdk) -> dict[str, Any]:
             entry["filename"] = "" if name is None else beside(own, name)
         if access != "RW":
             entry["access"] = access
-        extents.append(entry)
+        known = {key: entry.pop(key) for key in _ORDER if key in entry}
+        extents.append({**known, **entry})
     out["extents"] = extents
     return out
 

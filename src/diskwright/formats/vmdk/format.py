@@ -285,6 +285,12 @@ class Vmdk(Links):
         yield Barrier()
 
     # -- what is told of it
+    @property
+    def cluster_size(self) -> int:
+        """The grain of the first extent (bytes); 0 of an image without grains."""
+        unit = self.parts[0].unit if self.parts else 0
+        return unit if unit > 1 else 0
+
     def info(self) -> dict[str, Any]:
         """The format-specific data, keyed as ``qemu-img info --output=json`` has them."""
         from .describe import info
