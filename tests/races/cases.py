@@ -19,6 +19,8 @@ from diskwright.testing.composed import Cipher, Concat, Crypt, Part
 from diskwright.testing.memory import NEVER, RecordingNode
 from diskwright.testing.toy import Toy, create_toy
 
+MIB = 1 << 20
+
 
 class Graph:
     """One built graph.  ``leaves`` are what a crash hits; ``order`` how the formats open."""
@@ -67,6 +69,12 @@ class Case:
     unit = 256
     faults = True
     resizes = False
+    lengths = (1, 7, 64, 100, 256, 300, 512, 1000, 1024, 3000)
+    """Of requests."""
+    heavy = 1024
+    """Where many clients meet: the first bytes of the disk."""
+    crashes = 1000
+    """Crash states looked at, of one seed; images of megabytes take their time."""
     idle = False
     """Mostly withdrawals and cancelled first writes."""
 
@@ -287,6 +295,89 @@ class Qcow2Case(Case):
         return True
 
 
+class VhdxCase(Case):
+    """VHDX with blocks of 1 MiB; by kind differencing (d) or with sectors of 4 KiB (4)."""
+
+    unit = MIB
+    resizes = True
+    lengths = (1, 100, 512, 3000, 4096, 9000, 70_000, MIB, MIB + 4096)
+    heavy = 2 * MIB
+    crashes = 3
+
+    def __init__(self, rng: random.Random, kind: str = "") -> None:
+        super().__init__(rng)
+        self.size = rng.choice([4 * MIB, 4 * MIB + 24576])
+        self.budget = rng.choice([4200, 9000, 20_000])
+        self.base = bytes(self.size)
+        options: dict[str, Any] = {"size": self.size, "block_size": MIB, "log_size": MIB}
+        if "4" in kind:
+            options["logical_sector_size"] = 4096
+        self.opened: dict[str, Any] = {"writable": True, "file-name": "disk.vhdx"}
+        self.parent = "d" in kind
+        if self.parent:
+            self.base = random_base(rng, self.size - rng.choice([0, 4096 * rng.randrange(300)]))
+            options |= {"backing_file": "base.vhdx", "backing_fmt": "vhdx"}
+            options["backing_identity"] = "{11111111-2222-3333-4444-555555555555}"
+            self.opened["backing"] = "given"
+        image = new_image("vhdx", *sorted(options.items()))
+        self.images = [image]
+        if rng.random() < 0.3:
+            self.capacity = [len(image) + rng.choice([2, 3, 4]) * MIB]
+
+    def compose(self, graph: Graph) -> None:
+        slots: dict[str, Node] = {"file": graph.leaves[0]}
+        if self.parent:
+            slots["backing"] = self.backing(graph, self.base)
+        format, opening = registry.driver("vhdx").open(self.opened)  # type: ignore[misc]
+        graph.mapped("vhdx", format, opening, slots)
+
+    def check_leaks(self) -> bool:
+        # Space that a crash or an abort left unused is found by the next check.
+        return False
+
+
+class VmdkCase(Case):
+    """A sparse VMDK with grains of 64 KiB; by kind over a parent (b), with zeroed grains (z)."""
+
+    unit = 64 << 10
+    resizes = True
+    lengths = (1, 100, 512, 3000, 4096, 9000, 70_000, 64 << 10, 130 << 10)
+    heavy = 128 << 10
+    crashes = 4
+
+    def __init__(self, rng: random.Random, kind: str = "") -> None:
+        super().__init__(rng)
+        self.size = rng.choice([16 * self.unit, 16 * self.unit + 1536])
+        self.budget = rng.choice([2100, 4200, 9000])
+        self.base = bytes(self.size)
+        options: dict[str, Any] = {"size": self.size}
+        # Without zeroed grains nothing hides what the parent holds.
+        self.exact_discard = "z" in kind or "b" not in kind
+        if "z" in kind:
+            options["zeroed_grain"] = True
+        self.opened: dict[str, Any] = {"writable": True, "file-name": "disk.vmdk"}
+        self.parent = "b" in kind
+        if self.parent:
+            self.base = random_base(rng, self.size - rng.choice([0, 512 * rng.randrange(900)]))
+            options |= {"backing_file": "base.vmdk", "backing_fmt": "vmdk"}
+            options["backing_identity"] = "12345678"
+            self.opened["backing"] = "given"
+        image = new_image("vmdk", *sorted(options.items()))
+        self.images = [image]
+        if rng.random() < 0.3:
+            self.capacity = [len(image) + rng.choice([5, 9, 14]) * self.unit]
+
+    def compose(self, graph: Graph) -> None:
+        slots: dict[str, Node] = {"file": graph.leaves[0]}
+        if self.parent:
+            slots["backing"] = self.backing(graph, self.base)
+        format, opening = registry.driver("vmdk").open(self.opened)  # type: ignore[misc]
+        graph.mapped("vmdk", format, opening, slots)
+
+    def check_leaks(self) -> bool:
+        return False
+
+
 class RawCase(Case):
     """Raw with an offset in the middle, on 4 KiB alignment or none."""
 
@@ -328,4 +419,11 @@ CASES: dict[str, Callable[[random.Random], Case]] = {
     "qcow2-aligned": lambda rng: Qcow2Case(rng, "ab"),
     "qcow2-in-raw": lambda rng: Qcow2Case(rng, "ob"),
     "qcow2-chain": lambda rng: Qcow2Case(rng, "h"),
+    "vhdx": VhdxCase,
+    "vhdx-4096": lambda rng: VhdxCase(rng, "4"),
+    "vhdx-differencing": lambda rng: VhdxCase(rng, "d"),
+    "vmdk": VmdkCase,
+    "vmdk-zeroed": lambda rng: VmdkCase(rng, "z"),
+    "vmdk-backing": lambda rng: VmdkCase(rng, "b"),
+    "vmdk-backing-zeroed": lambda rng: VmdkCase(rng, "bz"),
 }

@@ -65,13 +65,13 @@ class Run:
     # -- requests
     def range(self) -> tuple[int, int]:
         rng, unit, size = self.rng, self.case.unit, self.case.size
-        length = rng.choice([1, 7, 64, 100, 256, 300, 512, 1000, 1024, 3000])
+        length = rng.choice(self.case.lengths)
         if rng.random() < 0.5:
             offset = rng.randrange(size - length)
         else:
             offset = min(size - length, rng.randrange(size) // unit * unit)
         if self.heavy:
-            offset %= 1024
+            offset %= self.case.heavy
         return offset, min(length, size - offset)
 
     async def _finish(
@@ -187,7 +187,8 @@ class Run:
     async def resize(self) -> None:
         """Behind the end of what the clients use, the disk grows and shrinks."""
         size = self.case.size
-        await self.node.truncate(self.rng.choice([size, size + 8192, size + 131072]))
+        bigger = size + self.rng.choice([0, 8192, 131072])
+        await self.node.truncate(bigger)
         self.stats["resizes"] += 1
 
     # -- clients
@@ -309,7 +310,7 @@ class Run:
             raise Damage(f"close left tasks: {left}")
         rng = random.Random(self.rng.random())
         sectors = [64, 128] if self.case.unit <= 256 else [512, 512, 4096]
-        for i in range(crashes):
+        for i in range(min(crashes, self.case.crashes)):
             moment = rng.randrange(self.last + 1) if i else self.last
             sector = rng.choice(sectors)
             states = [leaf.crash_state(moment, rng, sector) for leaf in self.graph.leaves]
