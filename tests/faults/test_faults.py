@@ -1,9 +1,9 @@
 """Every request fails once, and nobody loses what was flushed.
 
-For each request of a workload that grows L1 and the refcount table, adds L2 tables and refcount
-blocks, copies on write, discards, zeroes, shrinks, commits and closes: EIO, and ENOSPC unless it is
-a read.  Somebody is told, with the errno; nothing is left running; afterwards, and after a crash at
-that moment, the images check clean (leaks allowed) and hold what was flushed.
+For each request of workloads that grow, copy on write, discard, zero, shrink, commit and close
+(for qcow2 also: that add and move every kind of table): EIO, and ENOSPC unless it is a read.
+Somebody is told, with the errno; nothing is left running; afterwards, and after a crash at that
+moment, the images check clean (leaks allowed) and hold what was flushed.
 """
 
 from __future__ import annotations

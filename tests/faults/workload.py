@@ -25,7 +25,8 @@ MIB = 1 << 20
 GROWN = 2 * MIB + 512 * 1024  # more than an L1 table of one cluster maps
 FULL = 2 * MIB - 12 * 1024  # what a refcount table of one cluster can count, nearly
 BASE = 64 * 1024
-KINDS = ("everything", "refcount table")
+LARGE = ("vhdx", "vhdx-differencing", "vmdk", "vmdk-zeroed", "vmdk-backing")
+KINDS = ("everything", "refcount table", *LARGE)
 
 
 class Wrong(AssertionError):
@@ -93,8 +94,8 @@ class Faulty:
             RecordingNode(self.driver, image, clock=self.tick) for image in (overlay, base)
         ]
         self.which, self.at, self.code = which, at, code
-        self.base, self.base_opening = opened(self.driver, self.leaves[1], None)
-        self.node, self.opening = opened(self.driver, self.leaves[0], self.base)
+        self.opening = self.layers(self.driver, self.leaves)
+        self.base, self.node = self.opening[0][0], self.opening[-1][0]
         self.model = Model(content.ljust(GROWN, b"\0"), self.tick)
         self.sizes = [len(content)]
         self.told: list[str] = []
@@ -187,15 +188,15 @@ class Faulty:
         ]
 
     async def main(self) -> None:
-        for name, opening, node in (
-            ("open the base", self.base_opening, self.base),
-            ("open", self.opening, self.node),
-        ):
-            await self._step(name, lambda n=node, o=opening: n.run_procedure(o, whole_image=False))
+        for node, opening in self.opening:
+            run = node.run_procedure
+            await self._step("open", lambda run=run, o=opening: run(o, whole_image=False))
             if self.told:
                 return
         for name, step in self.steps():
             await self._step(name, step)
+        if not self.told:  # then the end of all was a success, too, whatever failed
+            self.model.flushed(self.tick())
 
     async def _step(self, name: str, step: Callable[[], Awaitable[Any]]) -> None:
         try:
@@ -230,14 +231,20 @@ class Faulty:
             self._reopen(states, moment, "after a crash")
         return self.told
 
+    def layers(self, driver: Any, leaves: list[RecordingNode]) -> list[tuple[MappedNode, Any]]:
+        """The graph over ``leaves``, from below: (node, opening)."""
+        base, base_opening = opened(driver, leaves[1], None)
+        node, opening = opened(driver, leaves[0], base)
+        return [(base, base_opening), (node, opening)]
+
     def _reopen(self, images: list[bytes], moment: int, what: str) -> None:
         driver = Driver()
         leaves = [RecordingNode(driver, image) for image in images]
-        base, base_opening = opened(driver, leaves[1], None)
-        node, opening = opened(driver, leaves[0], base)
+        layers = self.layers(driver, leaves)
+        node = layers[-1][0]
 
         async def look() -> bytes:
-            for one, procedure in ((base, base_opening), (node, opening)):
+            for one, procedure in layers:
                 await one.run_procedure(procedure, whole_image=False)
                 result = await one.run_procedure(one.format.check(), whole_image=False)  # type: ignore[attr-defined]
                 if result.corruptions or (result.leaks and not self.at):
@@ -251,10 +258,19 @@ class Faulty:
         self.model.check_crash(content, moment, what)
 
 
+def made(kind: str, which: int, at: int, code: int) -> Faulty:
+    """The workload of a kind."""
+    if kind in LARGE:
+        from .large import Large
+
+        return Large(kind, which, at, code)
+    return Faulty(kind, which, at, code)
+
+
 def requests(kind: str) -> list[list[str]]:
     """The kinds of the requests that the workload makes of each leaf, in order."""
-    work = Faulty(kind, 0, 0, 0)
-    seen: list[list[str]] = [[], []]
+    work = made(kind, 0, 0, 0)
+    seen: list[list[str]] = [[] for _ in work.leaves]
     for leaf, kinds in zip(work.leaves, seen, strict=True):
         original = leaf._issue
 
@@ -289,7 +305,7 @@ def sweep(some: list[Job]) -> tuple[int, int, list[str]]:
     problems = []
     for job in some:
         try:
-            told += bool(Faulty(*job).go())
+            told += bool(made(*job).go())
         except Exception as error:
             problems.append(f"{job}: {type(error).__name__}: {error}"[:600])
     return len(some), told, problems

@@ -376,6 +376,28 @@ def test_a_client_that_does_not_read_holds_up_nobody(tmp_path: Path) -> None:
         other.close()
 
 
+def test_a_client_that_never_reads_makes_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As long as nobody wants its memory it may take its time."""
+    monkeypatch.setattr("diskwright.export.nbd_connection.STALL_SECONDS", 0.3)
+    left: list[str] = []
+    with exported(tmp_path / "s", memory, budget=12 << 20) as server:
+        export = server.export
+        assert export is not None
+        export.on_left = left.append
+        greedy = Client(str(tmp_path / "s"))
+        greedy.sock.sendall(peer.request(peer.READ, 1, 0, SIZE) * 4)
+        wait_for(lambda: export.budget.used >= SIZE, "its reads to begin")
+        time.sleep(0.5)
+        assert not left
+        other = Client(str(tmp_path / "s"))
+        assert other.read(0, SIZE) == bytes(SIZE)
+        assert left == ["the client does not read its replies"]
+        other.close()
+        greedy.sock.close()
+
+
 # -- the name of the socket
 def test_the_socket_appears_when_it_listens(tmp_path: Path) -> None:
     path = tmp_path / "s"

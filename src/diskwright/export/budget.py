@@ -18,7 +18,7 @@ class Budget:
     ``reclaim`` are asked, when somebody must wait, to give back what they hold without need.
     """
 
-    __slots__ = ("_waiters", "limit", "parent", "peak", "reclaim", "used")
+    __slots__ = ("_asking", "_waiters", "limit", "parent", "peak", "reclaim", "used")
 
     def __init__(self, limit: int, parent: Budget | None = None) -> None:
         self.limit = limit
@@ -26,6 +26,7 @@ class Budget:
         self.used = 0
         self.peak = 0
         self.reclaim: set[Callable[[], None]] = set()
+        self._asking = 0  # how often it waits for its parent
         self._waiters: deque[tuple[int, Future[None]]] = deque()
 
     def take(self, count: int) -> bool:
@@ -44,11 +45,14 @@ class Budget:
         """Wait for ``count`` bytes."""
         await self._wait(count)
         if self.parent is not None:
+            self._asking += 1
             try:
                 await self.parent.acquire(count)
             except BaseException:
                 self._give(count)
                 raise
+            finally:
+                self._asking -= 1
 
     async def _wait(self, count: int) -> None:
         if not self._waiters and not (self.used and self.used + count > self.limit):
@@ -94,3 +98,8 @@ class Budget:
     def contended(self) -> bool:
         """Somebody waits."""
         return bool(self._waiters)
+
+    @property
+    def others_wait(self) -> bool:
+        """Somebody else waits for the parent."""
+        return self.parent is not None and len(self.parent._waiters) > self._asking

@@ -12,7 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from ..contract import FUA
-from ..engine.kernel import Cancelled, Future, Task
+from ..engine.kernel import Cancelled, Future, Task, Timer
 from ..engine.node import Buffer, Node
 from ..errors import DiskError
 from ..wire import nbd_const as c
@@ -31,6 +31,8 @@ READ_GROUP = 4 << 20
 """Reads of one batch are carried out in groups of about so many bytes."""
 LINGER_SECONDS = 30.0
 """How long a client that leaves or is stopped may take to read its last replies."""
+STALL_SECONDS = 30.0
+"""How long a client may read none of its replies while others wait for the memory they take."""
 
 
 class Connection:
@@ -55,13 +57,14 @@ class Connection:
         self._feeder: Task[None] | None = None  # what the client must wait for
         self._running = 0
         self._idle: Future[None] | None = None
+        self._stall: Timer | None = None
         self._held = BUFFER_SIZE  # bytes of the receive buffer that the budget counts
         self.budget.take(BUFFER_SIZE)
 
     # -- life
     def start(self) -> None:
         """Begin."""
-        self.export.budget.reclaim.add(self._shrink)
+        self.export.budget.reclaim.add(self._give_back)
         self._timer = self.driver.later(self.export.handshake_seconds, self._too_slow)
         self._send_handshake()
         self._resume()
@@ -83,7 +86,9 @@ class Connection:
             await self._idle
         await self.outgoing.drained()
         timer.cancel()
-        self.export.budget.reclaim.discard(self._shrink)
+        if self._stall is not None:
+            self._stall.cancel()
+        self.export.budget.reclaim.discard(self._give_back)
         self.budget.release(self._held)
         self.driver.forget(self.fd)
         self.sock.close()
@@ -166,8 +171,24 @@ class Connection:
         else:
             self.budget.release(held)
 
+    def _give_back(self) -> None:
+        """Others wait for the budget."""
+        self._shrink()
+        if self._stall is None and self.outgoing.waiting:
+            left = self.outgoing.moved + STALL_SECONDS - self.driver.now()
+            self._stall = self.driver.later(max(left, 0.0), self._look_at_stall)
+
+    def _look_at_stall(self) -> None:
+        self._stall = None
+        if not (self.budget.others_wait and self.outgoing.waiting):
+            return
+        if self.driver.now() - self.outgoing.moved >= STALL_SECONDS:
+            self.outgoing.abandon()
+        else:
+            self._give_back()
+
     def _shrink(self) -> None:
-        """Give a large receive buffer back, if it is not in use (others wait for the budget)."""
+        """Give a large receive buffer back, if it is not in use."""
         machine = self.machine
         if self._held > BUFFER_SIZE and machine.idle and not machine.buffer.users:
             machine.replace(ReceiveBuffer(BUFFER_SIZE))

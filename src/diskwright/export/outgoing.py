@@ -52,6 +52,8 @@ class Outgoing:
         self.fd = sock.fileno()
         self._sendmsg = _sender(sock)
         self.broken: Exception | None = None
+        self.moved = 0.0
+        """When the client last took something (or when it first had to wait for that)."""
         self._queue: deque[Item] = deque()
         self._drainer: Future[None] | None = None
 
@@ -90,6 +92,11 @@ class Outgoing:
         else:
             callback()
 
+    @property
+    def waiting(self) -> bool:
+        """Something waits for the client to read."""
+        return bool(self._queue)
+
     async def drained(self) -> None:
         """Until everything was sent or the peer is gone."""
         while self._drainer is not None:
@@ -106,6 +113,7 @@ class Outgoing:
 
     def _start(self) -> None:
         if self._queue and self._drainer is None:
+            self.moved = self.driver.now()
             drainer = self.driver.spawn(self._drain(), name="nbd-send")
             self._drainer = drainer
 
@@ -143,6 +151,7 @@ class Outgoing:
                 if len(buffers) == VECTORS:
                     break
         done = self._sendmsg(buffers)
+        self.moved = self.driver.now()
         for _ in buffers:
             head = queue.popleft()
             while isinstance(head, _Sent):
