@@ -104,7 +104,8 @@ async def convert(
         try:
             if not settings.create and out.size < total:
                 raise UsageError("output file is smaller than input file")
-            _check_writable(out, target, settings)
+            if settings.compress:
+                _check_units(out)
             done = await _copy(driver, nodes, out, settings, tell)
             if target.cache != "unsafe":
                 await out.flush()
@@ -156,18 +157,11 @@ def _check_compression(fmt: str) -> None:
         raise UsageError("Compression not supported for this file format")
 
 
-def _check_writable(out: Node, target: ImageSpec, settings: Settings) -> None:
-    """Raise for a target that exists and cannot be copied into as the settings ask."""
-    if settings.compress:
-        if not settings.create:
-            _check_compression(out.driver_name)
-        if not getattr(getattr(out, "format", None), "cluster_size", 0):
-            raise UsageError("invalid cluster size")
-    if out.read_only and not settings.create and registry.driver(out.driver_name).stream:
-        raise UsageError(
-            f"'{target.name}' cannot be written into: an image of this kind is made anew, in one "
-            "pass (without -n)"
-        )
+def _check_units(out: Node) -> None:
+    """Raise for a target whose format could hold compressed data, but not this image."""
+    _check_compression(out.driver_name)
+    if not getattr(getattr(out, "format", None), "cluster_size", 0):
+        raise UsageError("invalid cluster size")
 
 
 def _refuse_itself(nodes: list[Node], reference: str, name: str) -> None:
