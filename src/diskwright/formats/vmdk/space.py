@@ -6,8 +6,9 @@ opened.  Everything else is taken at the end of the file.
 
 from __future__ import annotations
 
+from array import array
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from ...errors import NoSpace
 from ...units import align_up
@@ -24,19 +25,21 @@ class Runs:
     __slots__ = ("ends", "starts")
 
     def __init__(self, runs: Iterable[Run] = ()) -> None:
-        self.starts: list[int] = []
-        self.ends: list[int] = []
-        for start, end in sorted(runs):
+        """``runs`` by ascending start."""
+        self.starts = array("Q")
+        self.ends = array("Q")
+        for start, end in runs:
             if self.ends and start <= self.ends[-1]:
                 self.ends[-1] = max(end, self.ends[-1])
             elif start < end:
                 self.starts.append(start)
                 self.ends.append(end)
 
-    def __iter__(self) -> Iterable[Run]:
-        return iter(list(zip(self.starts, self.ends, strict=True)))
+    def __iter__(self) -> Iterator[Run]:
+        return zip(self.starts, self.ends, strict=True)
 
     def __len__(self) -> int:
+        """The number of runs."""
         return len(self.starts)
 
     def touches(self, start: int, end: int) -> bool:
@@ -51,8 +54,8 @@ class Runs:
         if first < last:
             start = min(start, self.starts[first])
             end = max(end, self.ends[last - 1])
-        self.starts[first:last] = [start]
-        self.ends[first:last] = [end]
+        self.starts[first:last] = array("Q", [start])
+        self.ends[first:last] = array("Q", [end])
 
 
 class Space:
@@ -65,6 +68,11 @@ class Space:
         self.limit = limit
         self.zero_beyond_end = zero_beyond_end
         self._pool: list[Taken] = []
+        self._pooled = 0
+
+    def forget(self) -> None:
+        """Forget what was freed since the file was opened."""
+        self._pool.clear()
         self._pooled = 0
 
     def check(self, grains: int, tables: int) -> None:

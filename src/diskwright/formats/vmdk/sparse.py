@@ -29,7 +29,7 @@ class SparsePart(SparsePlanner):
         super().__init__(image, slot, start, length, layout)
         self.unclean = layout.unclean
         """The header on disk says that the extent is in use, or was not closed in order."""
-        self._free_written = 0
+        self._free_written = layout.free
 
     # -- to the disk
     def before(self) -> list[MetaWrite]:
@@ -148,6 +148,7 @@ def read_directories(part: SparsePart) -> Procedure:
             (raw,) = yield Read(part.slot, [(sector * SECTOR, length)])
             found.append(little_endian_array(32, raw))
         else:
+            part.damaged_field = name
             part.damage = f"the grain directory at sector {sector:#x} ({name}) is outside the file"
             found.append(zeros(32, 0))
     directory, copy = found[0], found[1] if len(found) > 1 else zeros(32, 0)

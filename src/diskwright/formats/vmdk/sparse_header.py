@@ -27,7 +27,7 @@ NONE, DEFLATE = 0, 1
 MAX_SECTORS = 1 << 54  # capacity: its bytes fit into 63 bits
 MAX_GRAIN = 1 << 21  # sectors, 1 GiB
 MAX_ENTRIES = 512  # of a grain table
-MAX_DIRECTORY = 32 << 20  # bytes
+MAX_DIRECTORY = 8 << 20  # bytes: 64 TiB in grains of 64 KiB
 COWD_ENTRIES = 4096
 _MAX_COWD_DIRECTORY = 4 << 20
 
@@ -59,6 +59,8 @@ class Layout(NamedTuple):
     """Byte offset of the field that says so (its first byte)."""
     free_at: int
     """Byte offset of the field for the next free sector, 0 where there is none."""
+    free: int
+    """That sector."""
     fixed: tuple[Range, ...]
     """(start, length) of what is neither table nor grain: header, descriptor, directories."""
     refuse_write: str | None
@@ -136,6 +138,7 @@ class Hosted(NamedTuple):
             self.unclean,
             _UNCLEAN,
             0,
+            0,
             (),
             refuse,
         )
@@ -181,6 +184,7 @@ class Esx(NamedTuple):
             self.unclean,
             _ESX_UNCLEAN,
             _ESX_FREE,
+            self.free,
             tuple(r for r in ((0, COWD_LENGTH // SECTOR), (self.directory, directory)) if r[1]),
             None,
         )

@@ -7,7 +7,7 @@ extent's file, in 32 bits; 0 is none, and 1 a grain of zeroes where the header s
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from ...contract import NeedMeta, Table
 from ...errors import CorruptImage
@@ -140,11 +140,10 @@ class SparseMap:
 
     def _metadata_runs(self) -> Runs:
         if self._metadata is None:
-            size = self.layout.table_sectors
-            runs = [(start, start + length) for start, length in self.layout.fixed]
-            for entries in (self.directory, self.copy):
-                runs += [(sector, sector + size) for sector in entries if sector]
-            self._metadata = Runs(runs)
+            self._metadata = Runs(
+                (start, end)
+                for start, end, _ in places(self.layout, self.directory, self.copy)
+            )
         return self._metadata
 
     def is_metadata(self, start: int, end: int) -> None:
@@ -303,3 +302,23 @@ class SparseMap:
     def holds_data(self, entry: int) -> bool:
         """True for an entry that names a grain."""
         return entry > 1 or (entry == 1 and not self.layout.zeroed)
+
+
+def places(
+    layout: Layout, directory: array[int], copy: array[int]
+) -> Iterator[tuple[int, int, int]]:
+    """(start, end, number) of all structures but grains, in the order of their places.  The number
+    is twice the index of a table, one more for a redundant one, and negative for what is none."""
+    size = layout.table_sectors
+    found = [start << 32 | 2 * i for i, start in enumerate(directory) if start]
+    found += [start << 32 | 2 * i + 1 for i, start in enumerate(copy) if start]
+    found.sort()
+    fixed = sorted(layout.fixed, reverse=True)
+    for key in found:
+        start = key >> 32
+        while fixed and fixed[-1][0] <= start:
+            at, length = fixed.pop()
+            yield at, at + length, -1
+        yield start, start + size, key & 0xFFFFFFFF
+    for at, length in reversed(fixed):
+        yield at, at + length, -1

@@ -51,6 +51,8 @@ class SparsePlanner(SparseMap):
         super().__init__(image, slot, start, length, layout)
         self.damage: str | None = None
         """Why nothing can be written before a repair."""
+        self.damaged_field = ""
+        """The header's field for the directory that is outside the file."""
         self._dirty: dict[int, Run] = {}
         """Changed entries of tables, (first, end)."""
         self._new: set[int] = set()
