@@ -112,6 +112,17 @@ class Descriptor:
         return b"".join(self.lines)
 
     # -- changes
+    def set_geometry(self, old: int, new: int) -> None:
+        """Change the number of cylinders from what a disk of ``old`` sectors has to that of one
+        of ``new``.  Where it is something else it stays."""
+        ddb = self.ddb
+        found = [ddb.get(f"geometry.{what}", "") for what in ("heads", "sectors", "cylinders")]
+        if not all(re.fullmatch("[0-9]{1,18}", value) for value in found):
+            return
+        track = int(found[0]) * int(found[1])
+        if track and int(found[2]) == old // track:
+            self._set("ddb.geometry.cylinders", str(new // track), True, "")
+
     def set_cid(self, cid: int) -> None:
         """Change the content identifier, and the long one where it ends with the old one."""
         long_id = self.settings.get("ddb.longcontentid", "")

@@ -77,7 +77,7 @@ def _embedded(image: Vmdk, length: int) -> Procedure:
             if header.capacity - header.grain < line.sectors < header.capacity:
                 sectors = line.sectors
     image.descriptor = text
-    part = yield from _open_sparse(image, SLOT, 0, sectors * SECTOR, header)
+    part = yield from open_sparse_part(image, SLOT, 0, sectors * SECTOR, header)
     image.use_parts([part], [name], [RW])
 
 
@@ -119,7 +119,7 @@ def _alone(image: Vmdk, head: bytes) -> Procedure:
         part = yield from open_sesparse(image, SLOT, 0, None)
     else:
         header = yield from read_header(SLOT)
-        part = yield from _open_sparse(image, SLOT, 0, header.capacity * SECTOR, header)
+        part = yield from open_sparse_part(image, SLOT, 0, header.capacity * SECTOR, header)
     image.refuse_write = ALONE
     image.use_parts([part], [None], [RW])
 
@@ -145,7 +145,7 @@ def _described(image: Vmdk, length: int) -> Procedure:
         else:
             try:
                 slot = yield from _file_of(line, number, slots)
-                part = yield from _open_extent(image, slot, start, line, number)
+                part = yield from open_extent(image, slot, start, line, number)
             except ImageError as error:
                 error.file = error.file or line.name
                 raise
@@ -172,7 +172,7 @@ def _file_of(line: ExtentLine, number: int, slots: dict[str, tuple[str, bool]]) 
     return slot
 
 
-def _open_extent(image: Vmdk, slot: str, start: int, line: ExtentLine, number: int) -> Procedure:
+def open_extent(image: Vmdk, slot: str, start: int, line: ExtentLine, number: int) -> Procedure:
     length = line.sectors * SECTOR
     if line.type not in SPARSE_TYPES:
         host = (line.offset or 0) * SECTOR
@@ -200,10 +200,10 @@ def _open_extent(image: Vmdk, slot: str, start: int, line: ExtentLine, number: i
             f"the extent has {header.capacity} sectors; the descriptor, line {line.line}, says "
             f"{line.sectors}"
         )
-    return (yield from _open_sparse(image, slot, start, length, header, line.access))
+    return (yield from open_sparse_part(image, slot, start, length, header, line.access))
 
 
-def _open_sparse(
+def open_sparse_part(
     image: Vmdk,
     slot: str,
     start: int,
