@@ -1,0 +1,102 @@
+"""Space in the file for blocks: what was freed in this session, then its end."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Mapping
+from typing import Any
+
+from ...errors import NoSpace
+from .mapping import Mapping as BlockMapping
+from .structures import MAX_FILE
+
+
+class FreeSpace:
+    """Ranges of the file that nothing uses: sorted, apart from each other."""
+
+    __slots__ = ("ends", "starts")
+
+    def __init__(self) -> None:
+        self.starts: list[int] = []
+        self.ends: list[int] = []
+
+    def add(self, start: int, length: int) -> None:
+        """Add a range that is not in the set."""
+        end = start + length
+        i = bisect_left(self.starts, start)
+        if i and self.ends[i - 1] == start:
+            i -= 1
+            start = self.starts[i]
+            del self.starts[i], self.ends[i]
+        if i < len(self.starts) and self.starts[i] == end:
+            end = self.ends[i]
+            del self.starts[i], self.ends[i]
+        self.starts.insert(i, start)
+        self.ends.insert(i, end)
+
+    def take(self, length: int) -> int | None:
+        """The lowest range of so many bytes, taken out; None when there is none."""
+        for i, (start, end) in enumerate(zip(self.starts, self.ends, strict=True)):
+            if end - start >= length:
+                if end - start == length:
+                    del self.starts[i], self.ends[i]
+                else:
+                    self.starts[i] = start + length
+                return start
+        return None
+
+    def clear(self) -> None:
+        """Forget all of it."""
+        self.starts.clear()
+        self.ends.clear()
+
+
+class Allocator(BlockMapping):
+    """Takes and gives back.  Blocks are as long as they say, and lie on a mebibyte."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        super().__init__(options)
+        self.clean = FreeSpace()
+        """Free space that reads as zeroes."""
+        self.dirty = FreeSpace()
+        """Free space that may hold anything."""
+        most = options.get("max_file_size")
+        self.limit = MAX_FILE if most is None else min(int(most), MAX_FILE)
+        self.end_reads_zero = bool(options.get("zero_beyond_end", True))
+
+    def take(self, length: int) -> tuple[int, bool]:
+        """(place, whether it reads as zeroes) of a new block.  Raises NoSpace."""
+        for pool in (self.clean, self.dirty):
+            place = pool.take(length)
+            if place is not None:
+                return place, pool is self.clean
+        place = self.fresh
+        if place + length > self.limit:
+            raise NoSpace
+        self.fresh += length
+        return place, self.end_reads_zero
+
+    def take_all(self, lengths: list[int]) -> list[tuple[int, bool]]:
+        """The same for several blocks; takes nothing when it raises NoSpace."""
+        taken: list[tuple[int, bool]] = []
+        try:
+            for length in lengths:
+                taken.append(self.take(length))
+        except NoSpace:
+            for (place, zero), length in reversed(list(zip(taken, lengths, strict=False))):
+                self.give_back(place, length, zero)
+            raise
+        return taken
+
+    def give_back(self, place: int, length: int, zero: bool) -> None:
+        """A block that nothing points at; ``zero``: it reads as zeroes."""
+        if zero and self.end_reads_zero and place + length == self.fresh:
+            # Nothing has been written there: the end of the file is where it was.
+            self.fresh = place
+        else:
+            (self.clean if zero else self.dirty).add(place, length)
+
+    def forget_space(self) -> None:
+        """After a procedure that moved the end of the file: it says where that is."""
+        self.clean.clear()
+        self.dirty.clear()
