@@ -143,9 +143,7 @@ async def prepare(
         given["backing_file"] = given.pop("parent")
         given.setdefault("backing_fmt", found.name)
     if given.get("backing_file"):
-        size = await _look_at_backing(
-            driver, filename, found, given, size, check_backing, gate
-        )
+        size = await _look_at_backing(driver, filename, found, given, size, check_backing, gate)
     if size is None:
         raise UsageError("Image creation needs a size parameter")
     given["size"] = size

@@ -182,7 +182,7 @@ def equip(node: MappedNode) -> None:
 
 def bare(name: str) -> bool:
     """True for a file's name without any path, on this system and on Windows."""
-    return bool(name) and name not in (".", "..") and not set(name) & set('/\\\0')
+    return bool(name) and name not in (".", "..") and not set(name) & set("/\\\0")
 
 
 def remove(path: str) -> None:

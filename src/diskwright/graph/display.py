@@ -9,11 +9,14 @@ from ..errors import UsageError
 from .graph import leaf_of, primary
 from .names import directory_of, protocol_of
 from .node import Node
+from .options import child_option
 
 # Options that change how a disk is handled, never what it holds: a name need not tell them.
 # Drivers that are not listed tell all of theirs.
 _WEAK: dict[str, frozenset[str] | None] = {
     "qcow2": None,  # None: all of them are weak
+    "vhdx": None,
+    "vmdk": None,
     "file": None,
     "host_device": None,
     "null-co": frozenset({"latency-ns"}),
@@ -28,7 +31,8 @@ def strong_options(node: Node) -> dict[str, Any]:
     if weak is None:
         return {}
     left = {key: value for key, value in node.options.items() if key not in _COMMON | weak}
-    return {key: value for key, value in left.items() if key not in node.children}
+    children = set(map(child_option, node.children))
+    return {key: value for key, value in left.items() if key not in children}
 
 
 def plain_name(node: Node) -> str | None:
@@ -45,7 +49,7 @@ def plain_name(node: Node) -> str | None:
         below = plain_name(image) if image is not None and not strong else None
         return None if below is None else f"blkdebug:{config}:{below}"
     file = node.child("file")
-    if file is None or strong or "backing" in node.options:
+    if file is None or strong or any(_given(node, slot) for slot in ("backing", *node.children)):
         return None
     # A format directly over a protocol is what a file name means; more layers it cannot tell.
     return plain_name(file) if "file" not in file.children else None
@@ -58,12 +62,18 @@ def description(node: Node) -> dict[str, Any]:
     found = {**strong_options(node), "driver": node.driver_name}
     if "filename" in node.options:
         found["filename"] = node.options["filename"]
+    named = hasattr(node, "format")
     for slot, edge in node.children.items():
-        if slot != "backing" or "backing" in node.options:
-            found[slot] = description(edge.child)
+        if slot == "file" or not named or _given(node, slot):
+            found[child_option(slot)] = description(edge.child)
     if "backing" in node.options and "backing" not in node.children:
         found["backing"] = None
     return found
+
+
+def _given(node: Node, slot: str) -> bool:
+    """True for a child that the caller gave where the image names one."""
+    return slot != "file" and child_option(slot) in node.options
 
 
 def display_name(node: Node) -> str:

@@ -269,14 +269,15 @@ class Opening:
             child = await self.child(given, mode, chain)
         else:
             role = role_of(slot)
-            where = names.parse(located(self.gate, node, [reference], role))[0]
-            if registry.kind(str(where.get("driver", "raw"))) != "protocol":
-                raise ImageError(
-                    f"'{reference}' is named as its {role}, and is no plain file",
-                    file=display_name(node),
-                )
-            same = _identity_of(where)
+            admitted = located(self.gate, node, [reference], role)
             try:
+                where = names.parse(admitted)[0]
+                if registry.kind(str(where.get("driver", "raw"))) != "protocol":
+                    raise ImageError(
+                        f"'{reference}' is named as its {role}, and is no plain file",
+                        file=display_name(node),
+                    )
+                same = _identity_of(where)
                 child = files[same] = files.get(same) or await self.node(where, mode, chain)
             except (OSError, DiskError) as error:
                 error.add_note(f"Could not open {role}")

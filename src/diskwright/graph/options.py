@@ -107,7 +107,7 @@ def child_option(slot: str) -> str:
     """The option that fills ``slot``; see :func:`take_children`."""
     for option, prefix in NUMBERED.items():
         if slot.startswith(prefix):
-            return f"{option}.{slot[len(prefix):]}"
+            return f"{option}.{slot[len(prefix) :]}"
     return slot
 
 

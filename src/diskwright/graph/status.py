@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from typing import NamedTuple
 
 from ..extents import DATA, HOLE, INLINE, OPAQUE, PACKED, Data, Extent, Opaque, Zero
-from .graph import Graph, leaf_of, primary
+from .graph import Graph, held_by, own_leaves, primary
 from .mapped import MappedNode
 from .node import Node
 from .registry import kind
@@ -194,8 +194,10 @@ async def _layer(node: Node, start: int, length: int, depth: int) -> list[Status
     position = start
     out: list[Status] = []
     leaf = not node.children
-    deeper = not leaf and await sparse_below(node)
+    sparse = not leaf and await sparse_below(node)
+    plain = getattr(getattr(node, "format", None), "plain_slots", ())
     for extent in await node.extents(start + shift, length):
+        deeper = sparse or (isinstance(extent, Data) and extent.slot in plain)
         for part in await _told(node, extent, leaf, deeper):
             if leaf and part.offset < 0:
                 part = part._replace(offset=position + shift)
@@ -244,21 +246,23 @@ async def sparse_below(node: Node) -> bool:
 
     qemu-img tells holes of the file under allocated clusters only for an image whose clusters in
     use exceed what the host has allocated by a tenth and by two clusters (measured), which is how
-    preallocated metadata look.  For others, asking the file for each range is not worth it.
+    preallocated metadata look.  For others, asking the file for each range is not worth it.  What a
+    format names in ``plain_slots`` (flat extents) is asked always.
     """
     graph: Graph | None = node.graph
     if graph is not None and node in graph.sparse:
         return graph.sparse[node]
-    leaf = leaf_of(node)
-    measure = getattr(leaf, "disk_size", None)
-    held: int | None = measure() if measure is not None else None
     format = getattr(node, "format", None)
     unit: int = getattr(format, "unit", 0)
-    if held is None or unit <= 1:
+    if unit <= 1:
         return False
-    real = held // unit
+    leaves = own_leaves(node)
+    sizes = [held_by(leaf) for leaf in leaves]
+    if None in sizes:
+        return False
+    real = sum(size or 0 for size in sizes) // unit
     least = real + max(real // 10, 2)
-    found = -(-leaf.size // unit) >= least
+    found = sum(-(-leaf.size // unit) for leaf in leaves) >= least
     counting = getattr(format, "referenced_clusters", None)
     if found and counting is not None and isinstance(node, MappedNode):
         count: int = await node.run_procedure(counting(), whole_image=False)
