@@ -142,6 +142,12 @@ class Core:
         parts += [(region.offset, region.end) for region in self.regions]
         self.reserved = sorted(parts)
 
+    def move_bat(self, regions: list[Region], bat: Region) -> None:
+        """The region tables on disk have these regions now."""
+        self.regions, self.bat = regions, bat
+        self._short.clear()
+        self.reserve_structures()
+
     def host_of(self, entry: int, index: int, length: int) -> int:
         """Where the block of ``length`` bytes lies that a BAT entry points at.
 

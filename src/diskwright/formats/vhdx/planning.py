@@ -36,8 +36,8 @@ _ONES = bytes([0xFF]) * PART
 
 
 class Bits:
-    """Sectors of a block that a plan writes; its bits begin at byte ``start`` of the bitmap block at
-    ``place``."""
+    """Sectors of a block that a plan writes; the block's bits begin at byte ``start`` of the
+    bitmap block at ``place``."""
 
     __slots__ = ("block", "fresh", "host", "parts", "place", "start")
 
