@@ -46,6 +46,15 @@ def test_one_pass(disk: Path, peer: Peer, words: tuple[str, ...]) -> None:
     assert (folder / "out.vmdk").read_bytes() == before
 
 
+def test_one_pass_makes_no_overlay(disk: Path) -> None:
+    assert ours("create", "-f", "vmdk", "base", "3M", cwd=disk.parent).status == 0
+    words = ("-O", "vmdk", "-o", "subformat=streamOptimized", "-B", "base", "-F", "vmdk")
+    done = ours("convert", *words, "-f", "raw", "disk.raw", "out", cwd=disk.parent)
+    assert done.status == 1
+    assert b"in one pass cannot have a backing file" in done.err
+    assert not (disk.parent / "out").exists()
+
+
 def test_compressing_into_other_subformats(disk: Path, peer: Peer) -> None:
     """They take ``-c`` and store what they always store; flat ones have no grains."""
     tool = peer("qemu-img")

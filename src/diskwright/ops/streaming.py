@@ -54,7 +54,8 @@ async def one_pass(
         driver, filename, fmt, size, options, gate=gate, check_backing=False
     )
     assert found.stream is not None
-    writer = found.stream({**given, "size": size, "file-name": filename})
+    own = {name: value for name, value in given.items() if not name.startswith("backing_")}
+    writer = found.stream({**own, "size": size, "file-name": filename})
     if writer is None:
         return None
     if given.get("backing_file"):
