@@ -108,6 +108,12 @@ class SesparsePart(SesparsePlan):
         header = self.header
         raw = bytearray()
         length = 8 * header.table_count
+        if header.directory.start + length > self.file_end:
+            raise MalformedImage(
+                "the grain directory is behind the end of the file, which was cut off",
+                field="directory extent",
+                offset=120,
+            )
         while len(raw) < length:
             at = header.directory.start + len(raw)
             (piece,) = yield Read(self.slot, [(at, min(_PIECE, length - len(raw)))], "l1_load")

@@ -9,7 +9,14 @@ from ...contract import Barrier, MetaWrite, Procedure, Progress, Read, Write
 from ...errors import CorruptImage
 from ...findings import CheckResult
 from ...ondisk import little_endian_array
-from .sesparse_header import ENTRIES, FREE_TABLE_AT, GRAIN, GRAIN_SECTORS, TABLE_BYTES
+from .sesparse_header import (
+    ENTRIES,
+    FREE_TABLE_AT,
+    GRAIN,
+    GRAIN_SECTORS,
+    TABLE_BYTES,
+    why_not_written,
+)
 from .sesparse_map import TABLE_LOAD, UNMAPPED, grain_of
 from .sesparse_space import BITS, LOAD, PLACES, SLICE, UPDATE
 
@@ -17,6 +24,8 @@ if TYPE_CHECKING:
     from .sesparse import SesparsePart
 
 _MOST_WRITES = 4096
+_AT_ONCE = 64  # slices of the bitmap
+_NONE = bytes(SLICE)
 
 
 class SesparseCheck:
@@ -26,7 +35,8 @@ class SesparseCheck:
     def __init__(self, part: SesparsePart, result: CheckResult, fix: str) -> None:
         self.part = part
         self.result = result
-        self.fix = fix
+        # Regions that overlap are not repaired: one would be written over the other.
+        self.fix = "" if why_not_written(part.header) else fix
         self.used: dict[int, bytearray] = {}
         self.places: dict[int, int] = {}
         self.writes: list[MetaWrite] = []
@@ -168,15 +178,20 @@ class SesparseCheck:
         """Compare every slice of the bitmap with the grains that are in use."""
         part, header = self.part, self.part.header
         slices = -(-self.limit // BITS)
-        for number in range(slices):
-            (raw,) = yield Read(part.slot, [(header.bitmap.start + number * SLICE, SLICE)], LOAD)
-            used = self.used.get(number, b"")
-            if raw != used and (used or any(raw)):
-                self._compare_bits(number, raw, used)
-                if len(self.writes) > _MOST_WRITES:
-                    yield from self._write()
-            if number % 64 == 0:
-                yield Progress(number, slices)
+        for first in range(0, slices, _AT_ONCE):
+            numbers = range(first, min(first + _AT_ONCE, slices))
+            at = header.bitmap.start + first * SLICE
+            (piece,) = yield Read(part.slot, [(at, len(numbers) * SLICE)], LOAD)
+            yield Progress(first, slices)
+            if not piece.strip(b"\0") and self.used.keys().isdisjoint(numbers):
+                continue
+            for number in numbers:
+                raw = piece[(number - first) * SLICE : (number - first + 1) * SLICE]
+                used = self.used.get(number, _NONE)
+                if raw != used:
+                    self._compare_bits(number, raw, used)
+            if len(self.writes) > _MOST_WRITES:
+                yield from self._write()
 
     def _compare_bits(self, number: int, bits: bytes, used: bytes | bytearray) -> None:
         result = self.result
@@ -226,5 +241,3 @@ def check_sesparse(part: SesparsePart, result: CheckResult, fix: str) -> Procedu
     nothing, and grains that two entries name, stay findings.
     """
     yield from SesparseCheck(part, result, fix).run()
-
-

@@ -74,7 +74,14 @@ class SesparseMap:
                 field="grain directory entry",
                 offset=self.header.directory.start + 8 * number,
             )
-        return tables.start + index * TABLE_BYTES
+        place = tables.start + index * TABLE_BYTES
+        if place + TABLE_BYTES > self.file_end:
+            raise CorruptImage(
+                f"grain table {index} is behind the end of the file, which was cut off",
+                field="grain directory entry",
+                offset=self.header.directory.start + 8 * number,
+            )
+        return place
 
     def link_to(self, index: int) -> int:
         """The entry of the directory that names grain table ``index``."""

@@ -203,6 +203,7 @@ class SesparsePlan(SesparseMap):
         self._directory_parts.add(number >> PART_BITS)
         self.free_table += 1
         self._free_table_dirty = True
+        self.file_end = max(self.file_end, place + TABLE_BYTES)
         self.image.tables.put(self.slot, place, zeros(64, ENTRIES), TABLE_BYTES, dirty=True)
         self._new_tables.add(place)
 

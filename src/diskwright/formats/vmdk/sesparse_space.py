@@ -277,9 +277,7 @@ class SesparseSpace:
         return MetaWrite(self.slot, table.offset, raw, UPDATE)
 
 
-def agreement(
-    slot: str, header: Header, samples: Sequence[tuple[int, int]]
-) -> Procedure:
+def agreement(slot: str, header: Header, samples: Sequence[tuple[int, int]]) -> Procedure:
     """Whether free bitmap and reverse map say of all ``samples`` (guest grain, grain of the file)
     what the tables say; returns True or False."""
     bits = yield Read(slot, [(header.bitmap.start + grain // 8, 1) for _, grain in samples])

@@ -48,9 +48,7 @@ def check_stream(part: StreamPart, result: CheckResult) -> Procedure:
     result.image_end_offset = max(result.image_end_offset, end)
 
 
-def _check_table(
-    part: StreamPart, result: CheckResult, first: int, table: array[int]
-) -> Procedure:
+def _check_table(part: StreamPart, result: CheckResult, first: int, table: array[int]) -> Procedure:
     """Check the grains of one table; returns where the last of them ends."""
     end = 0
     found: list[tuple[int, int]] = []

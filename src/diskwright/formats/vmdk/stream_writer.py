@@ -129,4 +129,3 @@ class StreamOptimized:
         self._sector += align_up(length, SECTOR) // SECTOR
         if self._sector >= _MAX_SECTOR:
             raise NoSpace("A streamOptimized image has at most 2 TiB of compressed data")
-
