@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from ..contract import Create, GuestWrite, Procedure, Punch, Truncate, Write
+from ..contract import Barrier, Create, GuestWrite, Procedure, Punch, Truncate, Write
 from ..errors import NotSupported, UsageError
 from . import registry
 from .closing import discard_disk
@@ -138,6 +138,8 @@ class Attempt:
         self._made: set[str] = set()
         self._written: set[str] = set()
         self._ended = False
+        self._raised: OSError | None = None
+        self._unflushed = False
 
     def _watched(self, procedure: Procedure) -> Procedure:
         answer: Any = None
@@ -148,6 +150,9 @@ class Attempt:
             except StopIteration as stop:
                 self._ended = True
                 return stop.value
+            except OSError as raised:
+                self._raised = raised
+                raise
             answer = error = None
             if isinstance(request, Write):
                 self._written.update(write.slot for write in request.writes)
@@ -161,15 +166,24 @@ class Attempt:
                 answer = yield request
             except Exception as caught:
                 error = caught
+                self._unflushed |= isinstance(request, Barrier)
             else:
                 if isinstance(request, Create):
                     self._made.add(request.slot)
 
     async def undo(self) -> None:
-        """The procedure raised: take its files back if nothing can refer to them."""
-        if not self._ended and self._written <= self._made:
-            for slot in self._made:
-                await self.creations.take_back(slot)
+        """The procedure failed: take its files back if nothing can refer to them.
+
+        The image is what it was before then, so its node has not failed, unless a flush did: that
+        may have lost what others wrote.
+        """
+        if self._ended or not self._written <= self._made:
+            return
+        for slot in self._made:
+            await self.creations.take_back(slot)
+        engine = self.creations.node.engine
+        if engine.failure is self._raised and not self._unflushed:
+            engine.failure = None
 
 
 def equip(node: MappedNode) -> None:
