@@ -75,7 +75,8 @@ def change_backing(
     except UsageError as error:
         raise OSError(errno.EINVAL, "Invalid argument") from error
     _placed(image, data)  # whether it fits is known before anything changes
-    yield from image.announce()
+    # What the disk reads is the caller's affair: of an overlay over this image nothing changes.
+    yield from image.announce(data=False)
     if not image.differencing:
         # The table of an image with a parent has an entry for the bitmap of its last chunk.
         yield from _drop_bitmaps(image, live=False)
