@@ -146,9 +146,9 @@ def actual_size(node: Node) -> int | None:
 
 def _dirty(node: Node) -> bool | None:
     """Whether the image was not closed cleanly; None where its driver cannot tell."""
-    format = getattr(node, "format", None)
-    if format is not None and hasattr(format, "dirty"):
-        return bool(format.dirty)
+    known = getattr(getattr(node, "format", None), "dirty", None)
+    if isinstance(known, bool):
+        return known
     leaf = leaf_of(node)
     if leaf.driver_name in ("file", "host_device"):
         return False
