@@ -27,6 +27,11 @@ class Claims:
         self.end = 0
         """One more than the last of them."""
 
+    @property
+    def dense(self) -> bool:
+        """True when nothing below `end` is free."""
+        return self.count == self.end
+
     def add(self, start: int, length: int) -> bool:
         """Claim ``length`` units; False when one of them was in use (then all of them are in use
         now, but counted once)."""

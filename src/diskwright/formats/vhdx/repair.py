@@ -52,7 +52,7 @@ class Repairer(Checker):
         first = Checker(self.image)
         result = yield from first.run()
         damaged = bool(result.corruptions)
-        if not (damaged or result.leaks or (self.everything and first.stale_headers)):
+        if not damaged and first.claims.dense and not result.leaks and not first.stale_headers:
             return result
         yield from self.image.announce()
         if self.everything:
@@ -199,28 +199,20 @@ class Repairer(Checker):
 
     # -- leaks
     def _give_back(self) -> Procedure:
-        """Cut off what is free at the end of the file; punch the rest, which stays in it."""
+        """Cut off what is leaked; punch what is free between blocks."""
         result = self.result
-        units = -(-max(self.length, self.end) // MIB)
+        end = self.claims.end * MIB
+        if result.leaks:
+            yield from shorten(self.image, end)
+            result.leaks_fixed, result.leaks = result.leaks, 0
         holes: list[HostRange] = []
-        punched = 0
-        for start, length in self.claims.gaps(units):
-            if start + length == units:
-                yield from shorten(self.image, start * MIB)
-                result.leaks -= length
-                result.leaks_fixed += length
-                break
+        for start, length in self.claims.gaps(self.claims.end):
             holes.append(HostRange(SLOT, start * MIB, length * MIB))
-            punched += length
             if len(holes) >= _PUNCHES:
                 yield Punch(holes)
                 holes = []
         if holes:
             yield Punch(holes)
-        if punched:
-            result.say(
-                f"{punched} MiB inside the file are given back to the host but stay in the file"
-            )
 
 
 def repair(image: Vhdx, fix: str) -> Procedure:
