@@ -80,9 +80,13 @@ class Vmdk(Links):
         self.ready = False
         self.content_changed = False
         """The new CID of this opening is on disk."""
+        self.in_use = False
+        """The extents say on disk that they are in use."""
         self._next: Descriptor | None = None
         self._starts: list[int] = []
         self._by_slot: dict[str, list[Part]] = {}
+        self.sparse_slots: frozenset[str] = frozenset()
+        """Flat extents: a hole in their files reads as zeroes, and the status of the disk tells so."""
         self._fast: _Fast | None = None
 
     def use_parts(
@@ -94,6 +98,7 @@ class Vmdk(Links):
         self.access = list(access)
         self._starts = [part.start for part in parts]
         self.size = parts[-1].start + parts[-1].length if parts else 0
+        self.sparse_slots = frozenset(part.slot for part in parts if part.unit == 1)
         self._by_slot = {}
         for part in parts:
             self._by_slot.setdefault(part.slot, []).append(part)
@@ -177,6 +182,8 @@ class Vmdk(Links):
                 able.append((part, cut))
             elif kind != DISCARD:
                 return None
+        if not able and kind == DISCARD:
+            return None
         plan = Plan()
         taken: list[tuple[Part, Any]] = []
         try:
@@ -238,7 +245,7 @@ class Vmdk(Links):
         if self._next is not None and self.place is not None:
             self.place.took(self._next.encode())
             self.descriptor, self._next = self._next, None
-        self.content_changed = True
+        self.content_changed = self.in_use = True
         self.ready = True
 
     # -- the way to the disk
@@ -273,13 +280,13 @@ class Vmdk(Links):
     def close(self) -> Procedure | None:
         """The procedure that says that the extents were closed in order; None when nothing was
         written."""
-        if not (self.writable and self.ready):
+        if not self.in_use:
             return None
         writes = [write for part in self.parts for write in part.closing()]
         return self._close(writes) if writes else None
 
     def _close(self, writes: list[MetaWrite]) -> Procedure:
-        self.ready = False
+        self.ready = self.in_use = False
         yield Barrier()
         yield Write(writes)
         yield Barrier()

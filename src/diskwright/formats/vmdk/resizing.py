@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 _SPLIT_TYPES = ("twogbmaxextentsparse", "twogbmaxextentflat", "2gbmaxextentsparse",
                 "2gbmaxextentflat")  # fmt: skip
 _NUMBERED = re.compile(r"([^/\\]*-[sf])([0-9]+)(\.[^.]*)?")
+_MOST_PASSED = 4096
 _ZEROES = 1 << 20
 _TURN = 1 << 30
 
@@ -85,7 +86,10 @@ def _grow(image: Vmdk, text: Descriptor, size: int, preallocation: str) -> Proce
         yield from _check_end_of_file(last)
     # New files first: as long as nothing refers to them, they go again when something fails.
     for number in range(len(lines), len(wanted)):
-        yield from _new_extent(image, last, f"extent.{number}", wanted[number], preallocation)
+        name = _next_name(wanted[number - 1].name or "")
+        line = wanted[number]._replace(name=name)
+        slot = f"extent.{number}"
+        wanted[number] = yield from _new_extent(image, last, slot, line, preallocation)
     yield from announce(image)
     length = last.length
     if wanted:
@@ -108,7 +112,8 @@ def _grow(image: Vmdk, text: Descriptor, size: int, preallocation: str) -> Proce
 
 
 def _grown_lines(text: Descriptor, last: Part, more: int) -> list[ExtentLine]:
-    """The extent lines of a disk that has ``more`` sectors; none where the text has none."""
+    """The extent lines of a disk that has ``more`` sectors, further ones still without a name of
+    their own; none where the text has none."""
     lines = text.extents
     if not lines:
         return []
@@ -123,13 +128,14 @@ def _grown_lines(text: Descriptor, last: Part, more: int) -> list[ExtentLine]:
     more -= first
     while more:
         length = min(more, most)
-        name = _next_name(wanted[-1].name or "")
-        wanted.append(wanted[-1]._replace(sectors=length, name=name, line=0))
+        wanted.append(wanted[-1]._replace(sectors=length, line=0))
         more -= length
         if len(wanted) > 4096:
             raise UsageError("The image would have more than 4096 extents")
-    if wanted[-1].device and len(wanted) > len(lines):
-        raise NotSupported("Extents with device fields cannot be continued in another file")
+    if len(wanted) > len(lines):
+        _next_name(lines[-1].name or "")
+        if lines[-1].device or lines[-1].offset:
+            raise NotSupported("The last extent cannot be continued in another file")
     return wanted
 
 
@@ -145,9 +151,16 @@ def _next_name(name: str) -> str:
 def _new_extent(
     image: Vmdk, last: Part, slot: str, line: ExtentLine, preallocation: str
 ) -> Procedure:
-    """Make the file of a further extent, which is like ``last``."""
-    assert line.name is not None
-    yield Create(slot, line.name)
+    """Make the file of a further extent, which is like ``last``; returns its line.  A file that
+    is there belongs to somebody else, or to this image when it was larger: it is passed over."""
+    for _ in range(_MOST_PASSED):
+        try:
+            yield Create(slot, line.name or "")
+            break
+        except FileExistsError:
+            line = line._replace(name=_next_name(line.name or ""))
+    else:
+        raise NotSupported(f"There are files in the place of all extents before '{line.name}'")
     if isinstance(last, Flat):
         yield Truncate(slot, line.sectors * SECTOR, preallocation)
     elif line.type == "VMFSSPARSE":
@@ -156,6 +169,7 @@ def _new_extent(
         assert isinstance(last, SparsePart)
         yield from new_hosted(slot, line.sectors, None, last.layout.zeroed)
     yield Barrier()
+    return line
 
 
 def _hide_parent(image: Vmdk, old: int) -> Procedure:

@@ -74,7 +74,7 @@ def _grow_hosted(part: SparsePart, header: Hosted, sectors: int, tables: int) ->
     room = -(-tables * 4 // SECTOR) if move else 0
     count = 2 if part.copy else 1
     at = yield from _behind(part)
-    end = align_up(at + count * (room + (tables - old) * size), header.grain)
+    end = at + count * (room + (tables - old) * size)
     if end >= _LAST:
         raise NoSpace("A sparse extent has less than 2 TiB in its file")
     if tables > old:
@@ -121,9 +121,9 @@ def _grow_esx(part: SparsePart, header: Esx, sectors: int, tables: int) -> Proce
 
 
 def _behind(part: SparsePart) -> Procedure:
-    """The first sector behind all that the file holds, on a grain (but at least 4 KiB)."""
+    """The first sector behind all that the file holds (on 4 KiB where grains are not smaller)."""
     length = yield Length(part.slot)
-    return align_up(max(-(-length // SECTOR), part.space.end), max(part.layout.grain, 8))
+    return align_up(max(-(-length // SECTOR), part.space.end), min(part.layout.grain, 8))
 
 
 def _extend(part: SparsePart, start: int, end: int) -> Procedure:
