@@ -12,7 +12,7 @@ from machine import Machine, put
 
 from diskwright.contract import DISCARD, WRITE
 from diskwright.errors import CorruptImage, ImageError, NoSpace, UnsupportedFeature
-from diskwright.extents import DATA, HOLE, ZERO
+from diskwright.extents import DATA, HOLE, ZERO, Data
 from diskwright.findings import CheckResult
 from diskwright.formats.vmdk.format import Vmdk
 from diskwright.formats.vmdk.sesparse import new_sesparse, open_sesparse
@@ -202,11 +202,13 @@ def test_freed_grains_are_used_again_and_only_once_they_are_punched() -> None:
     machine.write(MIB, b"b" * GRAIN)
     part = machine.format.parts[0]
     (first,) = [e for _, e in machine.extents(MIB, GRAIN)]
+    assert isinstance(first, Data)
     assert first.host == part.header.grains.start + 8 * GRAIN
     machine.flush()
     machine.flush()
     machine.write(2 * MIB, b"c" * GRAIN)
     (second,) = [e for _, e in machine.extents(2 * MIB, GRAIN)]
+    assert isinstance(second, Data)
     assert second.host == part.header.grains.start
     file = machine.close()
     assert checked(over(file)).findings == []
