@@ -110,7 +110,7 @@ class Checker:
     def __init__(self, part: SparsePart, result: CheckResult, fix: str) -> None:
         self.part, self.result = part, result
         writable = part.layout.refuse_write is None
-        self.mender = Mender(part, result) if fix == "all" and writable else None
+        self.mender = Mender(part) if fix == "all" and writable else None
         self.fix_leaks = fix != "" and writable
         self.before = result.corruptions - result.corruptions_fixed
         self.grains = -(-part.layout.capacity // part.layout.grain)
@@ -136,6 +136,7 @@ class Checker:
             result.corruption(part.damage + self.name)
             if self.mender is not None:
                 self.mender.replace_directory()
+                result.corruptions_fixed += 1
         count = self.sectors // layout.grain + 1
         for self.window in range(0, count, _WINDOW):
             self.cells = None
@@ -229,17 +230,30 @@ class Checker:
         bad: list[tuple[int, bool]] = []
         if raw is not None:
             data = little_endian_array(32, raw)
+            other = little_endian_array(32, copy) if copy is not None and copy != raw else None
             bad = self._entries(index, data)
+            for nth, shared in bad:
+                entry = data[nth]
+                data[nth] = self._of_copy(other, nth)
+                if mender is not None:
+                    self.result.corruptions_fixed += 1
+                    if shared and not data[nth]:
+                        data[nth] = yield from mender.duplicate(entry)
         if mender is None or not (bad or (first_pass and (lost or unequal))):
             return
-        if data is not None:
-            other = little_endian_array(32, copy) if copy is not None and copy != raw else None
-            for nth, shared in bad:
-                data[nth] = yield from self._mended(mender, nth, data[nth], other, shared)
         for copies in lost:
             (part.copy if copies else part.directory)[index] = 0
         self.result.corruptions_fixed += problems
         yield from mender.table(index, data)
+
+    def _of_copy(self, other: array[int] | None, nth: int) -> int:
+        """An entry of the other copy, where it is good; 0 otherwise."""
+        if other is None or not self.part.holds_data(other[nth]):
+            return 0
+        if self._take(other[nth], 1) is not None:
+            return 0
+        self._took(other[nth], 1)
+        return other[nth]
 
     def _entries(self, index: int, data: array[int]) -> list[tuple[int, bool]]:
         """Count the grains of one table; returns the entries that are wrong, each with whether
@@ -287,18 +301,6 @@ class Checker:
         if not self.window:
             self.allocated += run
             self.end = max(self.end, min(entry + run * self.part.layout.grain, self.sectors))
-
-    def _mended(
-        self, mender: Mender, nth: int, entry: int, other: array[int] | None, shared: bool
-    ) -> Procedure:
-        """What to put in place of a wrong entry: that of the other copy if it is good, a new place
-        with the same data for a grain that is somebody else's, otherwise none."""
-        self.result.corruptions_fixed += 1
-        good = other is not None and self.part.holds_data(other[nth])
-        if other is not None and good and self._take(other[nth], 1) is None:
-            self._took(other[nth], 1)
-            return other[nth]
-        return (yield from mender.duplicate(entry)) if shared else 0
 
     # -- space that nothing refers to
     def _leaks(self, cells: Cells) -> Procedure:

@@ -8,8 +8,7 @@ from array import array
 from typing import TYPE_CHECKING
 
 from ...contract import Barrier, MetaWrite, Procedure, Progress, Read, Write
-from ...findings import CheckResult
-from ...ondisk import little_endian_bytes, zeros
+from ...ondisk import little_endian_array, little_endian_bytes, zeros
 from .sparse_header import SECTOR
 
 if TYPE_CHECKING:
@@ -22,37 +21,43 @@ _PER_SECTOR = SECTOR // 4
 
 
 def equalize(part: SparsePart) -> Procedure:
-    """Write the primary copy of every grain table over a redundant one that differs, as a crash
-    between two flushes may have left them."""
+    """Make the copies of every grain table equal, as a crash between two flushes may have left
+    them: the primary one is written over a redundant one that differs, and where only one of the
+    directories names a table, the other one gets a table, too."""
     size = part.table_bytes
     step = max(_BATCH // size, 1)
     top = part.space.end - part.layout.table_sectors
+    single: list[tuple[int, int]] = []
     for start in range(0, len(part.directory), step):
-        pairs = [
-            (a, b)
-            for a, b in zip(
-                part.directory[start : start + step], part.copy[start : start + step], strict=True
-            )
-            if 0 < a <= top and 0 < b <= top and a != b
-        ]
-        firsts = (yield Read(part.slot, [(a * SECTOR, size) for a, _ in pairs])) if pairs else []
-        seconds = (yield Read(part.slot, [(b * SECTOR, size) for _, b in pairs])) if pairs else []
+        pairs = []
+        for index in range(start, min(start + step, len(part.directory))):
+            primary, copy = part.directory[index], part.copy[index]
+            if 0 < primary <= top and 0 < copy <= top:
+                pairs.append((primary, copy))
+            elif max(primary, copy) <= top and primary + copy:
+                single.append((index, primary + copy))
+        ranges = [(sector * SECTOR, size) for pair in pairs for sector in pair]
+        raws = (yield Read(part.slot, ranges)) if ranges else []
         writes = [
-            MetaWrite(part.slot, b * SECTOR, first, "l2_update")
-            for (_, b), first, second in zip(pairs, firsts, seconds, strict=True)
+            MetaWrite(part.slot, copy * SECTOR, first, "l2_update")
+            for (_, copy), first, second in zip(pairs, raws[::2], raws[1::2], strict=True)
             if first != second
         ]
         if writes:
             yield Write(writes)
         yield Progress(start, len(part.directory))
-    yield Barrier()
+    mender = Mender(part)
+    for index, sector in single:
+        (raw,) = yield Read(part.slot, [(sector * SECTOR, size)])
+        yield from mender.table(index, little_endian_array(32, raw))
+    yield from mender.directories()
 
 
 class Mender:
     """The writing half of a check."""
 
-    def __init__(self, part: SparsePart, result: CheckResult) -> None:
-        self.part, self.result = part, result
+    def __init__(self, part: SparsePart) -> None:
+        self.part = part
         self.replaced = 0
         """Byte offset of the header's field for a directory that gets a new place."""
         self._links: set[int] = set()
@@ -110,8 +115,8 @@ class Mender:
             yield Write([MetaWrite(part.slot, start * SECTOR + at, raw, "cow_write")])
         return start
 
-    def finish(self) -> Procedure:
-        """The directories, and what the header says."""
+    def directories(self) -> Procedure:
+        """Write the entries of both directories that have changed."""
         part = self.part
         yield Barrier()
         writes = []
@@ -131,12 +136,16 @@ class Mender:
         if writes:
             yield Write(writes)
             yield Barrier()
+
+    def finish(self) -> Procedure:
+        """The directories, and what the header says."""
+        yield from self.directories()
+        part = self.part
         fields = []
         if self.replaced:
             place = part.layout.directory if self.replaced == _GD_FIELD else part.layout.copy
             fields.append(MetaWrite(part.slot, self.replaced, struct.pack("<Q", place)))
             part.damage = None
-            self.result.corruptions_fixed += 1
         if part.layout.free_at:
             fields.append(
                 MetaWrite(part.slot, part.layout.free_at, struct.pack("<I", part.space.end))
