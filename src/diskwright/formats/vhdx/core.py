@@ -43,6 +43,8 @@ class Core:
 
     name: ClassVar[str] = "vhdx"
     cipher_unit = 1
+    sparse_slots = ("file",)
+    """A block is large, and seldom all of it was written: its holes in the file read as zeroes."""
     tables: TableStore
 
     def __init__(self, options: Mapping[str, Any]) -> None:
