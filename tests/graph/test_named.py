@@ -470,7 +470,7 @@ def test_a_parent_that_has_changed_is_found_at_once() -> None:
         opened("child")
     assert descriptors() == before
     assert caught.value.file == "child"
-    for word in ("'p'", "identity one", "two", "rebase -u", "without its backing file"):
+    for word in ("'p'", "identity one", "two", "rebase -u", "Without its backing file"):
         assert word in str(caught.value)
     # To check, to repair and to look at it alone it opens.
     opened("child", check=True)

@@ -57,7 +57,7 @@ class Toy:
         self.identity: str | None = None
         self.parent_identity: str | None = None
         self.extents: list[tuple[str, int, int, str]] = []
-        self.plain_slots: list[str] = []
+        self.sparse_slots: list[str] = []
 
     def info(self) -> dict[str, Any]:
         return {}
@@ -149,7 +149,7 @@ def _open(toy: Toy) -> Procedure:
             toy.size += int(value)
         else:
             setattr(toy, key, value)
-    toy.plain_slots = [slot for slot, *_ in toy.extents]
+    toy.sparse_slots = [slot for slot, *_ in toy.extents]
     if toy.backing_names:
         toy.backing_file, toy.has_backing = toy.backing_names[0], True
         yield Open("backing", toy.backing_names[0], toy.backing_format)

@@ -151,13 +151,6 @@ def own_leaves(node: Node) -> list[Node]:
     return list(found)
 
 
-def held_by(leaf: Node) -> int | None:
-    """Bytes that the host has allocated for a leaf; None where it does not say."""
-    measure = getattr(leaf, "disk_size", None)
-    found: int | None = measure() if measure is not None else None
-    return found
-
-
 def primary(node: Node) -> Node | None:
     """The child that the node's own bytes are in; None for a leaf."""
     for slot in ("file", "image"):

@@ -106,18 +106,16 @@ def check_identity(node: Node, below: Node) -> None:
     if present is None:
         what = (
             f"it was made over an image with the identity {recorded}, but its backing file "
-            f"'{base}' is opened as {parent.driver_name}, which has none"
+            f"'{base}' is opened as {parent.driver_name}, which has none; the format it was made "
+            "over must be given"
         )
     else:
         what = (
             f"it was made over a backing file with the identity {recorded}, but that of '{base}' "
-            f"is {present}: this is another image, or was written to since"
+            f"is {present}: this is another image, or was written to since; if its content is the "
+            "right one, 'rebase -u' records it"
         )
-    raise ImageError(
-        f"{what}. If it is the right one, 'rebase -u' records it; without its backing file the "
-        "image can be opened still",
-        file=by,
-    )
+    raise ImageError(f"{what}. Without its backing file the image can be opened still", file=by)
 
 
 def _spellings(name: str) -> list[str]:

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from typing import NamedTuple
 
 from ..extents import DATA, HOLE, INLINE, OPAQUE, PACKED, Data, Extent, Opaque, Zero
-from .graph import Graph, held_by, own_leaves, primary
+from .graph import Graph, leaf_of, primary
 from .mapped import MappedNode
 from .node import Node
 from .registry import kind
@@ -195,7 +195,7 @@ async def _layer(node: Node, start: int, length: int, depth: int) -> list[Status
     out: list[Status] = []
     leaf = not node.children
     sparse = not leaf and await sparse_below(node)
-    plain = getattr(getattr(node, "format", None), "plain_slots", ())
+    plain = getattr(getattr(node, "format", None), "sparse_slots", ())
     for extent in await node.extents(start + shift, length):
         deeper = sparse or (isinstance(extent, Data) and extent.slot in plain)
         for part in await _told(node, extent, leaf, deeper):
@@ -246,25 +246,24 @@ async def sparse_below(node: Node) -> bool:
 
     qemu-img tells holes of the file under allocated clusters only for an image whose clusters in
     use exceed what the host has allocated by a tenth and by two clusters (measured), which is how
-    preallocated metadata look.  For others, asking the file for each range is not worth it.  What a
-    format names in ``plain_slots`` (flat extents) is asked always.
+    preallocated metadata look.  For others, asking the file for each range is not worth it, but for
+    slots that a format names in its ``sparse_slots`` (flat extents, large blocks) it always is.
     """
     graph: Graph | None = node.graph
     if graph is not None and node in graph.sparse:
         return graph.sparse[node]
     format = getattr(node, "format", None)
-    unit: int = getattr(format, "unit", 0)
-    if unit <= 1:
-        return False
-    leaves = own_leaves(node)
-    sizes = [held_by(leaf) for leaf in leaves]
-    if None in sizes:
-        return False
-    real = sum(size or 0 for size in sizes) // unit
-    least = real + max(real // 10, 2)
-    found = sum(-(-leaf.size // unit) for leaf in leaves) >= least
     counting = getattr(format, "referenced_clusters", None)
-    if found and counting is not None and isinstance(node, MappedNode):
+    leaf = leaf_of(node)
+    measure = getattr(leaf, "disk_size", None)
+    held: int | None = measure() if measure is not None else None
+    if held is None or counting is None or not isinstance(node, MappedNode):
+        return False
+    unit: int = node.format.unit
+    real = held // unit
+    least = real + max(real // 10, 2)
+    found = -(-leaf.size // unit) >= least
+    if found:
         count: int = await node.run_procedure(counting(), whole_image=False)
         found = count >= least
     if graph is not None:
