@@ -103,6 +103,8 @@ def unpin(pins: list[Table]) -> None:
 
 def flush(image: Vhdx) -> Procedure:
     """Write back until nothing is dirty and all that was freed is punched."""
+    if image.tables.dirty():
+        yield from image.announce()
     while True:
         groups = image.freeze()
         yield Barrier()
