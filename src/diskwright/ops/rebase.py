@@ -13,10 +13,10 @@ from ..errors import DiskError, NotSupported, UsageError
 from ..graph import registry
 from ..graph.closing import discard_disk, explain
 from ..graph.display import base_of
-from ..graph.named import identity_of
-from ..graph.names import protocol_of, resolve
+from ..graph.named import identity_of, meaning
 from ..graph.node import Node
 from ..graph.opener import close_disk, open_disk
+from ..graph.paths import foreign
 from ..graph.status import allocated_above, block_status
 from ..units import align_down
 from .commit import same_file
@@ -130,9 +130,14 @@ async def _open_new(
     chain: bool = True,
 ) -> Node:
     """The new backing file; a relative name is relative to the image, as it will be read later."""
-    name = backing
-    if not protocol_of(name) and not name.startswith("/"):
-        name = resolve(base_of(top), name)
+    name = spec.gate.paths.apply(backing)
+    if name is None and foreign(backing):
+        raise UsageError(
+            f"Could not open new backing file '{backing}': it is a path of another machine "
+            "(--map-path says where that is here)"
+        )
+    if name is None:
+        name = meaning(top, backing)
     try:
         return await open_disk(driver, name, format=fmt, cache=cache, gate=spec.gate, backing=chain)
     except (OSError, DiskError) as error:
