@@ -12,6 +12,7 @@ from typing import Any
 from ..engine.futures import BaseDriver
 from ..engine.node import Node
 from ..errors import NotSupported
+from ..graph.gate import Gate
 from ..graph.opener import close_disk, create_image, open_disk
 from ..protocols.memory import MemoryNode
 from ..protocols.null import NullNode
@@ -20,6 +21,12 @@ from .model import pattern
 
 SIZE = (1 << 20) + 1536
 _BASE_SIZE = 700_000
+
+
+_ALIGNED = [("monolithicSparse", 327680), ("monolithicSparse", 65536), ("monolithicSparse", 0)]
+# No grid of grains fits these.
+_RAGGED = [("monolithicSparse", 300544), ("monolithicFlat", 66048), ("vmfsSparse", 100352),
+           ("monolithicSparse", 0)]  # fmt: skip
 
 
 async def _close(node: Node) -> None:
@@ -35,13 +42,19 @@ class _Opened:
         self.debug = create.pop("blkdebug", False)
         self.offset = create.pop("offset", 0)
         self.cache = create.pop("cache", "writeback")
+        self.extents: list[tuple[str, int]] = create.pop("extents", [])
 
     async def __call__(self, driver: BaseDriver, folder: Path, fresh: bool) -> Node:
         path = folder / "disk"
         base = folder / "base"
         if fresh and self.backing:
-            base.write_bytes(pattern(900, 0, _BASE_SIZE))
-        if fresh and self.format == "file":
+            if self.format == "vmdk":  # has no other parents
+                await _made(driver, base, "vmdk")
+            else:
+                base.write_bytes(pattern(900, 0, _BASE_SIZE))
+        if fresh and self.extents:
+            await _composed(driver, path, self.extents)
+        elif fresh and self.format == "file":
             path.write_bytes(bytes(SIZE))
         elif fresh:
             options = dict(self.create)
@@ -51,7 +64,14 @@ class _Opened:
             await create_image(driver, str(path), self.format, size, options)
         reference = self._reference(path, base)
         try:
-            return await open_disk(driver, reference, writable=True, resize=True, cache=self.cache)
+            return await open_disk(
+                driver,
+                reference,
+                writable=True,
+                resize=True,
+                cache=self.cache,
+                gate=Gate("trusted"),  # the extents of an image are files that it names
+            )
         except (NotSupported, OSError) as error:
             if self.cache in ("none", "directsync") and fresh:
                 raise Unavailable(f"cache={self.cache}: {error}") from error
@@ -68,8 +88,39 @@ class _Opened:
             out["offset"] = self.offset
         if self.backing:
             # The caller's own words, so nothing that the image names has to be opened.
-            out["backing"] = {"driver": "raw", "file": {"driver": "file", "filename": str(base)}}
+            below = "vmdk" if self.format == "vmdk" else "raw"
+            out["backing"] = {"driver": below, "file": {"driver": "file", "filename": str(base)}}
         return out
+
+
+async def _made(driver: BaseDriver, path: Path, format: str) -> None:
+    """An image that holds the bytes of a base."""
+    await create_image(driver, str(path), format, _BASE_SIZE)
+    disk = await open_disk(driver, {"driver": format, "file.filename": str(path)}, writable=True)
+    await disk.write([0], [pattern(900, 0, _BASE_SIZE)])
+    await close_disk(disk)
+
+
+async def _composed(driver: BaseDriver, path: Path, extents: list[tuple[str, int]]) -> None:
+    """A VMDK image of several extents, each a (subformat, bytes); the last one takes what is left
+    of the disk."""
+    lines = []
+    left = SIZE
+    for number, (subformat, length) in enumerate(extents):
+        length = min(length, left) if number + 1 < len(extents) else left
+        left -= length
+        whole = path.with_name(f"{path.name}.{number}")
+        await create_image(driver, str(whole), "vmdk", length, {"subformat": subformat})
+        (line,) = [
+            line
+            for line in whole.read_bytes().decode("utf-8", "replace").splitlines()
+            if line.startswith("RW ")
+        ]
+        lines.append(line)
+    path.write_text(
+        "# Disk DescriptorFile\nversion=1\nCID=12345678\nparentCID=ffffffff\n"
+        'createType="custom"\n\n' + "\n".join(lines) + "\n"
+    )
 
 
 def _filed(name: str, format: str, portable: bool = False, **more: Any) -> Subject:
@@ -82,7 +133,7 @@ def _filed(name: str, format: str, portable: bool = False, **more: Any) -> Subje
         SIZE,
         first=pattern(900, 0, _BASE_SIZE) if opened.backing else b"",
         leaf=format == "file",
-        resizes=not opened.offset,
+        resizes=more.get("resizes", not (opened.offset or opened.extents)),
         unit=unit,
         portable=portable,
     )
@@ -107,6 +158,7 @@ def subjects() -> list[Subject]:
             _filed("file", "file", portable),
             _filed("raw", "raw", portable),
             _filed("qcow2", "qcow2", portable, unit=65536),
+            _filed("vmdk", "vmdk", portable, unit=65536),
         ]
     out += [
         _filed("file, cache=none", "file", cache="none"),
@@ -125,6 +177,23 @@ def subjects() -> list[Subject]:
         _filed("qcow2, cache=none", "qcow2", cache="none", cluster_size=4096, unit=4096),
         _filed("raw over blkdebug", "raw", blkdebug=True),
         _filed("qcow2 over blkdebug", "qcow2", blkdebug=True, cluster_size=4096, unit=4096),
+        _filed("vmdk with zeroed grains", "vmdk", zeroed_grain=True, unit=65536),
+        _filed("vmdk over a parent", "vmdk", backing_file="", backing_fmt="vmdk"),
+        _filed(
+            "vmdk with zeroed grains over a parent",
+            "vmdk",
+            backing_file="",
+            backing_fmt="vmdk",
+            zeroed_grain=True,
+            unit=65536,
+        ),
+        _filed("vmdk, monolithicFlat", "vmdk", subformat="monolithicFlat"),
+        _filed("vmdk, twoGbMaxExtentSparse", "vmdk", subformat="twoGbMaxExtentSparse", unit=65536),
+        _filed("vmdk, vmfsSparse", "vmdk", subformat="vmfsSparse", unit=512),
+        _filed("vmdk of three sparse extents", "vmdk", unit=65536, extents=_ALIGNED),
+        _filed("vmdk of ragged extents", "vmdk", extents=_RAGGED),
+        _filed("vmdk over blkdebug", "vmdk", blkdebug=True, unit=65536),
+        _filed("vmdk, cache=none", "vmdk", cache="none", unit=65536),
     ]
     return out
 
