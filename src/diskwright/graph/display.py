@@ -9,7 +9,7 @@ from ..errors import UsageError
 from .graph import leaf_of, primary
 from .names import directory_of, protocol_of
 from .node import Node
-from .options import child_option
+from .options import child_option, numbered
 
 # Options that change how a disk is handled, never what it holds: a name need not tell them.
 # Drivers that are not listed tell all of theirs.
@@ -31,8 +31,9 @@ def strong_options(node: Node) -> dict[str, Any]:
     if weak is None:
         return {}
     left = {key: value for key, value in node.options.items() if key not in _COMMON | weak}
-    children = set(map(child_option, node.children))
-    return {key: value for key, value in left.items() if key not in children}
+    return {
+        key: value for key, value in left.items() if key not in node.children and not numbered(key)
+    }
 
 
 def plain_name(node: Node) -> str | None:
@@ -49,7 +50,7 @@ def plain_name(node: Node) -> str | None:
         below = plain_name(image) if image is not None and not strong else None
         return None if below is None else f"blkdebug:{config}:{below}"
     file = node.child("file")
-    if file is None or strong or any(_given(node, slot) for slot in ("backing", *node.children)):
+    if file is None or strong or any(map(_fills_slot, node.options)):
         return None
     # A format directly over a protocol is what a file name means; more layers it cannot tell.
     return plain_name(file) if "file" not in file.children else None
@@ -64,16 +65,16 @@ def description(node: Node) -> dict[str, Any]:
         found["filename"] = node.options["filename"]
     named = hasattr(node, "format")
     for slot, edge in node.children.items():
-        if slot == "file" or not named or _given(node, slot):
+        if slot == "file" or not named or child_option(slot) in node.options:
             found[child_option(slot)] = description(edge.child)
     if "backing" in node.options and "backing" not in node.children:
         found["backing"] = None
     return found
 
 
-def _given(node: Node, slot: str) -> bool:
-    """True for a child that the caller gave where the image names one."""
-    return slot != "file" and child_option(slot) in node.options
+def _fills_slot(option: str) -> bool:
+    """True for an option of a format that is a child, given where the image may name one."""
+    return option in ("backing", "data-file") or numbered(option)
 
 
 def display_name(node: Node) -> str:

@@ -32,6 +32,7 @@ class MappedNode(Node):
         name: str = "",
         opener: Opener | None = None,
     ) -> None:
+        self._limits: Limits | None = None
         super().__init__(driver, driver_name, name)
         self.format = format
         self._slots: dict[str, Node] = {}
@@ -56,12 +57,24 @@ class MappedNode(Node):
                 format.has_backing = True
             if slot == "file" and hasattr(format, "follow"):
                 format.follow(edge.child.size)  # a disk that is as long as its file
-        limits = Limits()
-        for name, child in self._slots.items():
-            if name != "backing":
-                limits = limits.merged(child.limits)
-        self.limits = limits
+        self._limits = None
         self.changed()
+
+    @property
+    def limits(self) -> Limits:
+        """Of all children but the backing file; merged when they are asked for, as a disk may be
+        in a thousand files."""
+        if self._limits is None:
+            found = Limits()
+            for name, child in self._slots.items():
+                if name != "backing":
+                    found = found.merged(child.limits)
+            self._limits = found
+        return self._limits
+
+    @limits.setter
+    def limits(self, value: Limits) -> None:
+        """Ignored at construction; they are the children's."""
 
     @property
     def size(self) -> int:

@@ -103,6 +103,11 @@ def take_children(options: Options) -> dict[str, Any]:
     return found
 
 
+def numbered(option: str) -> bool:
+    """True for an option that fills one slot of many, ``extents.3``."""
+    return option.partition(".")[0] in NUMBERED
+
+
 def child_option(slot: str) -> str:
     """The option that fills ``slot``; see :func:`take_children`."""
     for option, prefix in NUMBERED.items():
