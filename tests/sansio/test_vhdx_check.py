@@ -387,3 +387,14 @@ def test_a_fixed_image_keeps_a_place_for_every_block() -> None:
     machine = opened(tiny)
     assert image(machine).fixed
     clean(machine.close())
+
+
+def test_region_tables_that_differ_are_what_a_crash_leaves() -> None:
+    tiny = TinyVhdx()
+    other = TinyVhdx(required=0)
+    data = tiny.data[: REGIONS[1]] + other.data[REGIONS[1] :][:65536]
+    data += tiny.data[REGIONS[1] + 65536 :]
+    assert "differ" in clean(data).findings[0]
+    out, _ = mended(data)
+    assert not clean(out).findings
+    assert out[REGIONS[0] :][:65536] == tiny.data[REGIONS[0] :][:65536]

@@ -59,8 +59,8 @@ class Checker:
         """Entries of the BAT."""
         self.partial: list[tuple[int, int]] = []
         """(BAT index, place) of the partially present blocks of the chunk that is being walked."""
-        self.stale_headers = 0
-        """Headers that are not valid."""
+        self.stale = 0
+        """Headers and region tables that a loss of power left behind: no damage."""
         self.cut_off = 0
         """Findings that would be none if the file were ``wanted_end`` bytes long."""
         self.wanted_end = 0
@@ -94,7 +94,7 @@ class Checker:
         raws = yield Read(SLOT, [(offset, HEADER_BYTES) for offset in HEADERS])
         for slot, raw in enumerate(raws):
             if parse_header(raw, slot) is None:
-                self.stale_headers += 1
+                self.stale += 1
                 self.result.say(f"Header {slot + 1} is not valid; the other one is in force")
 
     def check_regions(self) -> Procedure:
@@ -114,8 +114,9 @@ class Checker:
                 yield from self.mend_region_table(number, tables[1 - number])
         first, second = tables
         if first is not None and second is not None and first != second:
-            self.result.corruption("The two region tables differ; the first one is in force")
-            yield from self.mend_region_table(1, first)
+            self.stale += 1
+            self.result.say("The two region tables differ; the first one is in force")
+            yield from self.renew_region_table(1, first)
         self.claims.add(0, 1)
         header = self.image.header
         parts = [
@@ -133,7 +134,11 @@ class Checker:
                 self._cut_off(offset + length)
 
     def mend_region_table(self, number: int, good: bytes | None) -> Procedure:
-        """A check changes nothing."""
+        """Called for one that is not valid; a check changes nothing."""
+        yield from ()
+
+    def renew_region_table(self, number: int, good: bytes) -> Procedure:
+        """Called for one that is not up to date; a check changes nothing."""
         yield from ()
 
     # -- the block allocation table

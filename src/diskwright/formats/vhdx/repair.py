@@ -52,7 +52,7 @@ class Repairer(Checker):
         first = Checker(self.image)
         result = yield from first.run()
         damaged = bool(result.corruptions)
-        if not damaged and first.claims.dense and not result.leaks and not first.stale_headers:
+        if not damaged and first.claims.dense and not result.leaks and not first.stale:
             return result
         yield from self.image.announce()
         if self.everything:
@@ -84,11 +84,14 @@ class Repairer(Checker):
     # -- structures
     def mend_region_table(self, number: int, good: bytes | None) -> Procedure:
         """The other copy is put over a bad one."""
-        if good is None:
-            return
+        if good is not None:
+            yield from self.renew_region_table(number, good)
+            self.mended += 1
+
+    def renew_region_table(self, number: int, good: bytes) -> Procedure:
+        """The same for one that is not up to date."""
         yield Write([MetaWrite(SLOT, REGION_TABLES[number], good)])
         yield Barrier()
-        self.mended += 1
         self.result.say(f"Region table {number + 1} is a copy of the other one now")
 
     # -- entries
