@@ -156,7 +156,7 @@ def _drop_bitmaps(image: Vhdx, live: bool) -> Procedure:
     ratio = (1 << image.ratio_bits) + 1
 
     def body(base: int, values: array[int]) -> Procedure:
-        for index in range(base - (base + 1) % ratio + ratio, base + len(values), ratio):
+        for index in range(base + ratio - 1 - base % ratio, base + len(values), ratio):
             entry = values[index - base]
             if not entry:
                 continue
