@@ -96,7 +96,7 @@ class Workload:
         request = self.model.zero(start, end - start) if start < end else None
         await self.node.discard([offset], [length])
         if request is not None:
-            request.finish(self.driver.tick(), True)
+            request.finish(self.driver.tick(), self.kit.exact_discard)
 
     async def _flush(self) -> None:
         begun = self.driver.tick()

@@ -25,6 +25,8 @@ class Kit:
         self.opened: dict[str, Any] = {"writable": True}
         self.most = 1 << 30
         """Crash states looked at, of one workload."""
+        self.exact_discard = True
+        """What was discarded reads as zeroes."""
         self.others = True
         """Other programs can open it by itself."""
         if kind in VHDX:
@@ -85,7 +87,7 @@ class Kit:
             self.base = random_base(rng, rng.choice([12 * self.unit, 5 * self.unit + 512]))
             self.create |= {"backing_file": "base.vmdk", "backing_fmt": "vmdk"}
             self.create |= {"backing_identity": "12345678"}
-            self.others = False
+            self.others = self.exact_discard = False
 
     def image(self) -> bytes:
         """A new image."""
