@@ -157,7 +157,7 @@ class Core:
         file may be cut off.
         """
         host = entry & OFFSET
-        if host < self.fresh and host >= st.HEADER_SECTION and not self.overlaps(host, length):
+        if host < self.fresh and not self.overlaps(host, length):
             return host
         raise self.bad_entry(entry, index, length)
 
@@ -166,14 +166,19 @@ class Core:
         return any(start < host + length and host < end for start, end in self.reserved)
 
     def bad_entry(self, entry: int, index: int, length: int) -> CorruptImage:
-        """What is wrong with a BAT entry that does not point at a block."""
+        """What is wrong with the place in a BAT entry."""
         host = entry & OFFSET
-        if host + length > st.MAX_FILE or host >= self.fresh:
-            what = f"points at {host:#x}, which is behind the end of the file"
-        elif host < st.HEADER_SECTION or self.overlaps(host, length):
-            what = f"points at {host:#x}, which is in use by the image's own structures"
+        if host < self.fresh and self.overlaps(host, length):
+            what = "which is in use by the image's own structures"
         else:
-            what = f"has state {entry & STATE}, which it cannot have"
+            what = "which is behind the end of the file"
+        return self._entry_error(f"points at {host:#x}, {what}", index)
+
+    def bad_state(self, entry: int, index: int) -> CorruptImage:
+        """A BAT entry has a state that it cannot have in this image."""
+        return self._entry_error(f"has state {entry & STATE}, which it cannot have", index)
+
+    def _entry_error(self, what: str, index: int) -> CorruptImage:
         return CorruptImage(
             f"BAT entry {index} {what}", field="BAT entry", offset=self.entry_field(index)
         )

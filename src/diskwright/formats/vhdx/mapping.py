@@ -7,6 +7,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 
 from ...contract import NeedMeta, Range
+from ...errors import CorruptImage
 from ...extents import Data, Extent, Hole, Inline, Zero, shorten
 from ...ondisk import little_endian_array
 from .core import (
@@ -197,7 +198,7 @@ class Mapping(Core):
             length = min(end - guest, size - inside)
             return self._partial(block, host, guest, length)
         if state != NOT_PRESENT and state not in _READS_ZERO:
-            raise self.bad_entry(entry, index, size)
+            raise self.bad_state(entry, index)
         while nth < limit and entries[nth] & STATE == state:
             nth += 1
         length = min(end - guest, (nth - at) * size - inside)
@@ -215,14 +216,11 @@ class Mapping(Core):
         if entry & STATE == NOT_PRESENT:
             return 0
         if entry & STATE != SB_PRESENT:
-            raise self.bad_entry(entry, index, 1 << 20)
+            raise self.bad_state(entry, index)
         return self.host_of(entry, index, 1 << 20)
 
     def missing_parts(self, bitmap: int, start: int, length: int) -> list[Range]:
-        """The parts of a bitmap block's bytes [start, start + length) that are not in memory.
-
-        Raises CorruptImage where the BAT has a slice there.
-        """
+        """The parts of a bitmap block's bytes [start, start + length) that are not in memory."""
         return [
             (place, PART)
             for place in self.bitmap_tables(bitmap, start, length)
@@ -235,8 +233,7 @@ class Mapping(Core):
         if isinstance(bitmap, NeedMeta):
             return bitmap
         if not bitmap:
-            index = self.bat_index(block)
-            raise self.bad_entry(self._entry(index), index, self.block_size)
+            raise self.no_bitmap(block)
         base = block << self.block_bits
         first = (guest - base) >> self.sector_bits
         last = (guest + length - 1 - base) >> self.sector_bits
@@ -251,11 +248,14 @@ class Mapping(Core):
             out.append(Data(SLOT, host + a - base, b - a, self.ready) if present else Hole(b - a))
         return out
 
-    def _entry(self, index: int) -> int:
-        table = self.slice_table(index // ENTRIES)
-        assert table is not None
-        entry: int = table.data[index % ENTRIES]
-        return entry
+    def no_bitmap(self, block: int) -> CorruptImage:
+        """The sector bitmap is missing that a partially present block needs."""
+        index = self.bitmap_index(block >> self.ratio_bits)
+        return CorruptImage(
+            f"Block {block} is partially present, and BAT entry {index} has no sector bitmap",
+            field="BAT entry",
+            offset=self.entry_field(index),
+        )
 
     def _runs(
         self, bitmap: int, start: int, first: int, stop: int

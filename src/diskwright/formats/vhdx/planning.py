@@ -137,7 +137,7 @@ class Planner(Allocator):
             if state in (FULL, PARTIAL):
                 self.host_of(entry, index, self.block_size)
                 if state == PARTIAL and not self.differencing:
-                    raise self.bad_entry(entry, index, self.block_size)
+                    raise self.bad_state(entry, index)
             if self.differencing and state in (NOT_PRESENT, PARTIAL):
                 if state == NOT_PRESENT and self._covers(block, parts):
                     continue
@@ -198,8 +198,7 @@ class Planner(Allocator):
             if place:
                 missing.update(self.missing_parts(place, start, self.bitmap_bytes))
             elif entries[block] & STATE == PARTIAL:
-                index = self.bat_index(block)
-                raise self.bad_entry(entries[block], index, self.block_size)
+                raise self.no_bitmap(block)
         return NeedMeta(SLOT, list(missing.items()), BAT_LOAD) if missing else found
 
     def _install_bitmap(self, plan: Plan, chunk: int, place: int, zero: bool) -> None:

@@ -75,7 +75,7 @@ class Zeroing(Planner):
                 if self.differencing:
                     state.changes.append((table, index, ZERO))
             elif now in (PARTIAL, 4):
-                raise self.bad_entry(entry, index, size)
+                raise self.bad_state(entry, index)
             elif now != ZERO and kind != DISCARD:
                 # It reads as zeroes here; the specification leaves it open.
                 state.changes.append((table, index, ZERO))
