@@ -7,10 +7,8 @@ import struct
 from typing import Any
 
 import pytest
-import tinyvmdk
 from machine import Machine
 from test_qcow2_crash import History, crash, grow_history
-from tinyvmdk import SECTOR, Reading
 
 from diskwright.contract import DISCARD, WRITE, WRITE_ZERO, ZERO_UNMAP, Groups, NeedMeta
 from diskwright.errors import CorruptImage, ImageError, NoSpace, UnsupportedFeature
@@ -19,6 +17,8 @@ from diskwright.findings import CheckResult
 from diskwright.formats import vmdk
 from diskwright.formats.vmdk.space import Runs, Space
 from diskwright.formats.vmdk.sparse import SparsePart
+from house import tinyvmdk
+from house.tinyvmdk import SECTOR, Reading
 
 SIZE = 96 * 1024 + 1536
 
@@ -382,7 +382,7 @@ def test_high_entries_are_not_signed() -> None:
 
 def test_a_large_directory_is_bounded_and_a_border_is_crossed() -> None:
     size = 1 << 41
-    machine = opened(PLAIN(size, 128, 512))
+    machine = opened(PLAIN(size, 2048, 512))
     for offset in ((1 << 31) - 512, (1 << 40) - 512, size - 1024):
         machine.write(offset, b"z" * 1024)
     machine.close()
@@ -637,10 +637,16 @@ def test_runs() -> None:
 
 
 def test_space_takes_what_was_freed_first() -> None:
-    space = Space(100, 8, 1000, True)
+    space = Space(104, 8, 1000, True)
     assert space.take(2) == [(104, 120, True)]
     space.give(200, 232, False)
     assert space.take(5) == [(200, 232, False), (120, 128, True)]
     space.check(109, 0)
     with pytest.raises(NoSpace):
         space.check(110, 0)
+
+
+def test_space_leaves_room_for_a_grain_that_was_cut_short() -> None:
+    space = Space(101, 8, 1000, True)
+    assert space.take(1) == [(112, 120, True)]
+    assert space.take_tables(3) == 120

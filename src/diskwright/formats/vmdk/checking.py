@@ -130,13 +130,13 @@ class Checker:
             part.space.forget()
         if part.unclean and not part.image.ready:
             result.say(f"The extent{self.name} was not closed in order")
-        found = yield Compute(list, (places(layout, part.directory, part.copy),))
-        self._metadata(found)
         if part.damage is not None:
             result.corruption(part.damage + self.name)
             if self.mender is not None:
                 self.mender.replace_directory()
                 result.corruptions_fixed += 1
+        found = yield Compute(list, (places(part.layout, part.directory, part.copy),))
+        self._metadata(found)
         count = self.sectors // layout.grain + 1
         for self.window in range(0, count, _WINDOW):
             self.cells = None

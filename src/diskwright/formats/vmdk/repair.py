@@ -58,6 +58,7 @@ class Mender:
 
     def __init__(self, part: SparsePart) -> None:
         self.part = part
+        part.space.slack = part.layout.grain - 1
         self.replaced = 0
         """Byte offset of the header's field for a directory that gets a new place."""
         self._links: set[int] = set()

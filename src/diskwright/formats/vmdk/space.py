@@ -67,6 +67,9 @@ class Space:
         self.grain = grain
         self.limit = limit
         self.zero_beyond_end = zero_beyond_end
+        self.slack = grain - 1 if end % grain else 0
+        """The last grain may reach so many sectors beyond ``end``: where the file is no whole
+        number of grains, they may lie on another grid, and the last one be cut short."""
         self._pool: list[Taken] = []
         self._pooled = 0
 
@@ -78,14 +81,17 @@ class Space:
     def check(self, grains: int, tables: int) -> None:
         """Raise NoSpace unless so many grains and sectors of tables can be had."""
         needed = max(grains * self.grain - self._pooled, 0)
-        start = align_up(self.end, _TABLE_ALIGN) + tables if tables else self.end
+        start = self.end + self.slack
+        if tables:
+            start = align_up(start, _TABLE_ALIGN) + tables
         if tables + needed and align_up(start, self.grain) + needed > self.limit:
             raise NoSpace
 
     def take_tables(self, sectors: int) -> int:
         """Sectors behind the end, for tables; returns the first."""
-        start = align_up(self.end, _TABLE_ALIGN)
+        start = align_up(self.end + self.slack, _TABLE_ALIGN)
         self.end = start + sectors
+        self.slack = 0
         return start
 
     def take(self, grains: int) -> list[Taken]:
@@ -101,8 +107,9 @@ class Space:
             needed -= end - start
             self._pooled -= end - start
         if needed:
-            start = align_up(self.end, self.grain)
+            start = align_up(self.end + self.slack, self.grain)
             self.end = start + needed
+            self.slack = 0
             out.append((start, self.end, self.zero_beyond_end))
         return out
 

@@ -62,7 +62,7 @@ class Layout(NamedTuple):
     free: int
     """That sector."""
     fixed: tuple[Range, ...]
-    """(start, length) of what is neither table nor grain: header, descriptor, directories."""
+    """(start, length) of header and descriptor."""
     refuse_write: str | None
     """The feature that keeps the extent from being written."""
 
@@ -75,6 +75,13 @@ class Layout(NamedTuple):
     def table_sectors(self) -> int:
         """Sectors of one grain table."""
         return -(-self.entries * 4 // SECTOR)
+
+    @property
+    def structures(self) -> list[Range]:
+        """(start, length) of all that is neither table nor grain."""
+        length = -(-self.tables * 4 // SECTOR)
+        directories = [(place, length) for place in (self.directory, self.copy) if place]
+        return [*self.fixed, *directories] if length else list(self.fixed)
 
 
 class Hosted(NamedTuple):
@@ -127,28 +134,21 @@ class Hosted(NamedTuple):
             refuse = "writing to a VMDK extent of version 3 (changed blocks are tracked)"
         elif self.flags & ~_KNOWN:
             refuse = f"writing to a VMDK extent with unknown flags {self.flags & ~_KNOWN:#x}"
-        copy = self.redundant if self.flags & REDUNDANT else 0
-        out = Layout(
+        descriptor = (self.descriptor_offset, self.descriptor_size)
+        return Layout(
             self.capacity,
             self.grain,
             self.entries,
             self.directory,
-            copy,
+            self.redundant if self.flags & REDUNDANT else 0,
             bool(self.flags & ZEROED_GRAIN),
             self.unclean,
             _UNCLEAN,
             0,
             0,
-            (),
+            ((0, 1), descriptor) if all(descriptor) else ((0, 1),),
             refuse,
         )
-        directory = -(-out.tables * 4 // SECTOR)
-        fixed = [(0, 1), (self.directory, directory)]
-        if self.descriptor_offset:
-            fixed.append((self.descriptor_offset, self.descriptor_size))
-        if copy:
-            fixed.append((copy, directory))
-        return out._replace(fixed=tuple(run for run in fixed if run[1]))
 
 
 class Esx(NamedTuple):
@@ -173,7 +173,6 @@ class Esx(NamedTuple):
 
     def layout(self) -> Layout:
         """How the extent is laid out."""
-        directory = -(-self.tables * 4 // SECTOR)
         return Layout(
             self.capacity,
             self.grain,
@@ -185,7 +184,7 @@ class Esx(NamedTuple):
             _ESX_UNCLEAN,
             _ESX_FREE,
             self.free,
-            tuple(r for r in ((0, COWD_LENGTH // SECTOR), (self.directory, directory)) if r[1]),
+            ((0, COWD_LENGTH // SECTOR),),
             None,
         )
 

@@ -61,7 +61,7 @@ class SparseMap:
         """Take the directories (``copy`` empty: there is none)."""
         self.directory, self.copy = directory, copy
         # No grain below this one is metadata; most images have all of theirs before the grains.
-        ends = [start + length for start, length in self.layout.fixed]
+        ends = [start + length for start, length in self.layout.structures]
         ends += [max(entries) + self.layout.table_sectors for entries in (directory, copy)
                  if entries]  # fmt: skip
         self._top = max(ends)
@@ -313,7 +313,7 @@ def places(
     found = [start << 32 | 2 * i for i, start in enumerate(directory) if start]
     found += [start << 32 | 2 * i + 1 for i, start in enumerate(copy) if start]
     found.sort()
-    fixed = sorted(layout.fixed, reverse=True)
+    fixed = sorted(layout.structures, reverse=True)
     for key in found:
         start = key >> 32
         while fixed and fixed[-1][0] <= start:

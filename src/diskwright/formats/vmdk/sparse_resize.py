@@ -266,7 +266,7 @@ def _punch(part: SparsePart, ranges: Sequence[Range], metadata: Runs) -> Procedu
 def _metadata(part: SparsePart) -> Runs:
     """The sectors of the file that hold no grains."""
     size = part.layout.table_sectors
-    runs = [(start, start + length) for start, length in part.layout.fixed]
+    runs = [(start, start + length) for start, length in part.layout.structures]
     for entries in (part.directory, part.copy):
         runs += [(sector, sector + size) for sector in entries if sector]
     return Runs(runs)
