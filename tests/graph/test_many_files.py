@@ -1,0 +1,193 @@
+"""VHDX and VMDK in the graph: several files, parents with identities, paths of other machines."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import diskwright
+from diskwright.engine.kernel import Driver
+from diskwright.errors import ImageError, ImageInUse, Refused
+from diskwright.graph.create import create_image
+from diskwright.graph.gate import Gate
+from diskwright.graph.graph import own_leaves
+from diskwright.graph.opener import close_disk, open_disk
+from diskwright.graph.reopen import reopen
+from diskwright.graph.status import all_status
+
+from .tools import run, shell
+
+M = 1 << 20
+SPLIT = ["monolithicFlat", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat"]
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DISKWRIGHT_POLICY", raising=False)
+    return tmp_path
+
+
+@pytest.mark.parametrize("subformat", SPLIT)
+def test_extents_are_locked_as_qemu_locks_them(subformat: str, here: Path, peer: Any) -> None:
+    diskwright.create("x.vmdk", "vmdk", 3 << 30, {"subformat": subformat})
+    extents = sorted(set(os.listdir(here)) - {"x.vmdk"})
+    assert len(extents) == (1 if subformat == "monolithicFlat" else 2)
+    with pytest.raises(Refused, match="no extent that only an image names"):
+        diskwright.open("x.vmdk")
+    qemu_io = peer("qemu-io")
+    with diskwright.open("x.vmdk", writable=True, policy="trusted") as disk:
+        disk.write(0, b"1" * M)
+        disk.write((2 << 30) + M, b"2" * M)
+        for name in ("x.vmdk", *extents):
+            said = shell(here, qemu_io, "-f", "raw", "-c", "write 0 512", name, ok=False)
+            assert "lock" in said
+    pipe = subprocess.PIPE
+    with subprocess.Popen([qemu_io, "x.vmdk"], stdin=pipe, stdout=pipe, stderr=pipe) as other:
+        try:
+            assert other.stdin and other.stdout
+            assert other.stdout.read(7) == b"qemu-io"
+            with pytest.raises(ImageInUse):
+                diskwright.open("x.vmdk", writable=True, policy="trusted")
+        finally:
+            assert other.stdin
+            other.stdin.close()
+    with diskwright.open("x.vmdk", policy="trusted") as disk:
+        assert disk.read((2 << 30) + M, M) == b"2" * M
+
+
+@pytest.mark.parametrize("subformat", ["monolithicSparse", *SPLIT])
+def test_the_status_is_that_of_qemu(subformat: str, here: Path, peer: Any) -> None:
+    shell(here, peer("qemu-img"), "create", "-q", "-f", "vmdk", "-o", f"subformat={subformat}",
+          "x.vmdk", "3G")  # fmt: skip
+    shell(here, peer("qemu-io"), "-c", "write -q 1M 64k", "-c", "write -q 2200M 64k", "x.vmdk")
+    theirs = shell(here, peer("qemu-img"), "map", "--output=json", "x.vmdk")
+    assert theirs == shell_map()
+
+
+def shell_map() -> str:
+    """What our ``map`` says, in the same words."""
+
+    async def work(driver: Driver) -> list[str]:
+        node = await open_disk(driver, "x.vmdk", gate=Gate("trusted"))
+        lines = []
+        async for part in all_status(node):
+            at = f', "offset": {part.offset}' if part.offset >= 0 else ""
+            flags = ", ".join(
+                f'"{key}": {str(value).lower()}'
+                for key, value in (
+                    ("present", part.present), ("zero", part.zero), ("data", part.data),
+                    ("compressed", part.compressed),
+                )
+            )  # fmt: skip
+            lines.append(
+                f'{{ "start": {part.start}, "length": {part.length}, "depth": {part.depth}, '
+                f"{flags}{at}}}"
+            )
+        await close_disk(node)
+        return lines
+
+    return "[" + ",\n".join(run(work)) + "]\n"
+
+
+def test_a_delta_link_whose_parent_was_written_to(here: Path, peer: Any) -> None:
+    qemu_img, qemu_io = peer("qemu-img"), peer("qemu-io")
+    shell(here, qemu_img, "create", "-q", "-f", "vmdk", "p.vmdk", "1M")
+    shell(here, qemu_io, "-c", "write -q -P 1 0 1M", "p.vmdk")
+    diskwright.create("c.vmdk", "vmdk", None, {"backing_file": "p.vmdk", "backing_fmt": "vmdk"})
+    with diskwright.open("c.vmdk", policy="trusted") as disk:
+        assert disk.read(0, 512) == b"\1" * 512
+    shell(here, qemu_io, "-c", "write -q -P 2 0 1M", "p.vmdk")
+    with pytest.raises(ImageError, match="rebase -u") as caught:
+        diskwright.open("c.vmdk", policy="trusted")
+    assert "p.vmdk" in str(caught.value) and caught.value.file == "c.vmdk"
+    diskwright.open("c.vmdk", backing=False).close()
+    Path("raw").write_bytes(bytes(M))
+    with pytest.raises(ImageError, match="opened as raw, which has none"):
+        diskwright.open("c.vmdk", options={"backing": {"driver": "raw", "file.filename": "raw"}})
+
+
+def test_a_differencing_vhdx_that_names_its_parent_by_a_windows_path() -> None:
+    os.mkdir("vms")
+    diskwright.create("vms/p.vhdx", "vhdx", 4 * M)
+    with diskwright.open("vms/p.vhdx", writable=True) as disk:
+        disk.write(0, b"p" * 4096)
+    diskwright.create("c.vhdx", "vhdx", None, {"parent": "vms/p.vhdx"})
+
+    async def work(driver: Driver) -> None:
+        # Over a parent it opens in place, and goes on to write.
+        node: Any = await open_disk(driver, "c.vhdx", gate=Gate("trusted"))
+        below: Any = node.child("backing")
+        assert node.format.parent_identity == below.format.identity
+        await reopen(node, writable=True)
+        await node.write([512], [b"c" * 512])
+        (found,) = await node.read([0], [2048])
+        assert bytes(found) == b"p" * 512 + b"c" * 512 + b"p" * 1024
+        name = "D:\\Machines\\Base\\..\\p.vhdx"
+        await node.run_procedure(node.format.change_backing(name, "vhdx"))
+        await close_disk(node)
+        with pytest.raises(ImageError, match="--map-path") as caught:
+            await open_disk(driver, "c.vhdx", gate=Gate("trusted"))
+        assert name in str(caught.value)
+        paths = {"d:/machines": "vms", "D:": "/nowhere"}
+        with pytest.raises(Refused):
+            await open_disk(driver, "c.vhdx", gate=Gate(paths=paths))
+        node = await open_disk(driver, "c.vhdx", gate=Gate("trusted", paths=paths))
+        (found,) = await node.read([0], [2048])
+        assert bytes(found) == b"p" * 512 + b"c" * 512 + b"p" * 1024
+        await close_disk(node)
+
+    run(work)
+
+
+@pytest.mark.parametrize("subformat", ["twoGbMaxExtentSparse", "twoGbMaxExtentFlat"])
+def test_a_split_image_grows_by_files_of_its_own(subformat: str, here: Path, peer: Any) -> None:
+    async def grow(driver: Driver, size: int) -> list[str]:
+        node: Any = await open_disk(driver, "x.vmdk", writable=True, gate=Gate("trusted"))
+        try:
+            await node.truncate(size)
+            await node.write([node.size - M], [b"e" * M])
+            return [str(leaf.options["filename"]) for leaf in own_leaves(node)]
+        finally:
+            await close_disk(node)
+
+    run(lambda driver: create_image(driver, "x.vmdk", "vmdk", M, {"subformat": subformat}))
+    assert len(run(lambda driver: grow(driver, 5 << 30))) == 4
+    shell(here, peer("qemu-io"), "-r", "-c", f"read -P 0x65 {(5 << 30) - M} 1M", "x.vmdk")
+    files = set(os.listdir(here))
+    taken = "x-s004.vmdk" if subformat == "twoGbMaxExtentSparse" else "x-f004.vmdk"
+    Path(taken).write_bytes(b"mine")
+    grown = run(lambda driver: grow(driver, 7 << 30))
+    assert Path(taken).read_bytes() == b"mine", "what is there is passed over"
+    assert set(os.listdir(here)) == {*files, taken, taken.replace("4", "5")}
+    assert taken.replace("4", "5") in grown and taken not in grown
+    for end in (5 << 30, 7 << 30):
+        shell(here, peer("qemu-io"), "-r", "-c", f"read -P 0x65 {end - M} 1M", "x.vmdk")
+
+
+def test_a_thousand_extents_and_too_few_descriptors(here: Path) -> None:
+    lines = ["# Disk DescriptorFile", "version=1", "CID=12345678", "parentCID=ffffffff",
+             'createType="twoGbMaxExtentFlat"']  # fmt: skip
+    for number in range(300):
+        with open(f"f{number}", "wb") as file:
+            file.truncate(65536)
+        lines.append(f'RW 128 FLAT "f{number}" 0')
+    Path("x.vmdk").write_text("\n".join([*lines, ""]))
+    with diskwright.open("x.vmdk", writable=True, policy="trusted") as disk:
+        disk.write(100 * 65536 - 512, b"n" * 1024)
+        assert disk.read(100 * 65536 - 512, 1024) == b"n" * 1024
+    resource = pytest.importorskip("resource")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    resource.setrlimit(resource.RLIMIT_NOFILE, (200, hard))
+    try:
+        with pytest.raises(OSError, match="Too many open files"):
+            diskwright.open("x.vmdk", policy="trusted")
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if before:
+        assert len(os.listdir("/proc/self/fd")) == before
