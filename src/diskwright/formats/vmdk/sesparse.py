@@ -91,6 +91,19 @@ class SesparsePart(SesparsePlan):
         """See `Part.release`."""
         self.space.release(ranges)
 
+    # -- whole-image procedures
+    def resize(self, sectors: int) -> Procedure:
+        """Change the size of the extent; see :mod:`.sesparse_resize`."""
+        from .sesparse_resize import resize_sesparse
+
+        return resize_sesparse(self, sectors)
+
+    def empty(self) -> Procedure:
+        """Drop all data; see :mod:`.sesparse_resize`."""
+        from .sesparse_resize import empty_sesparse
+
+        return empty_sesparse(self)
+
     # -- what is told of it
     def check(self, result: CheckResult, fix: str) -> Procedure:
         """See :mod:`.sesparse_check`."""

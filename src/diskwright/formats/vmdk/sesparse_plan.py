@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import count
 from typing import Any
 
 from ...contract import (
@@ -17,7 +18,7 @@ from ...contract import (
     Step,
     Table,
 )
-from ...errors import NoSpace, UnsupportedFeature
+from ...errors import UnsupportedFeature
 from ...ondisk import zeros
 from .sesparse_header import ENTRIES, GRAIN, TABLE_BYTES, TABLE_SECTORS
 from .sesparse_map import (
@@ -119,8 +120,6 @@ class SesparsePlan(SesparseMap):
             held = grain_of(entry & (1 << 60) - 1)
             if entry >> 60 == ALLOCATED or (held and held < self.header.grain_count):
                 found.freed[guest] = held
-        if found.fresh and self.free_table + len(found.fresh) > self._table_limit:
-            raise NoSpace("No grain table is left in the extent")
         if needed:
             chosen = self.space.choose(needed)
             if isinstance(chosen, NeedMeta):
@@ -132,10 +131,6 @@ class SesparsePlan(SesparseMap):
             return self.space.need(slices)
         found.freed = {g: held for g, held in found.freed.items() if self.space.is_of(held, g)}
         return None
-
-    @property
-    def _table_limit(self) -> int:
-        return self.header.tables.size // TABLE_SECTORS
 
     def _changes(self, entry: int, kind: str) -> bool:
         """Whether the entry of a grain becomes another one."""
@@ -198,14 +193,24 @@ class SesparsePlan(SesparseMap):
     def _install(self, number: int) -> None:
         """Give directory entry ``number`` an empty table, which stays whatever becomes of the
         plan."""
-        place = self.header.tables.start + self.free_table * TABLE_BYTES
-        self.directory[number] = self.link_to(self.free_table)
+        index = self._free_index()
+        place = self.header.tables.start + index * TABLE_BYTES
+        self.directory[number] = self.link_to(index)
         self._directory_parts.add(number >> PART_BITS)
-        self.free_table += 1
-        self._free_table_dirty = True
+        if index >= self.free_table:
+            self.free_table = index + 1
+            self._free_table_dirty = True
         self.file_end = max(self.file_end, place + TABLE_BYTES)
         self.image.tables.put(self.slot, place, zeros(64, ENTRIES), TABLE_BYTES, dirty=True)
         self._new_tables.add(place)
+
+    def _free_index(self) -> int:
+        """The number of a grain table that is not in use.  There always is one: the region has
+        room for as many as the directory has entries, which was checked when it was opened."""
+        if self.free_table < self.header.tables.size // TABLE_SECTORS:
+            return self.free_table
+        used = {entry & 0xFFFFFFFF for entry in self.directory if entry}
+        return next(index for index in count() if index not in used)
 
     # -- the end of a plan
     def commit(self, state: Any) -> None:
