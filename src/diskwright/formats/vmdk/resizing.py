@@ -99,6 +99,8 @@ def _grow(image: Vmdk, text: Descriptor, size: int, preallocation: str) -> Proce
     if length > last.length:
         if isinstance(last, SparsePart):
             yield from grow(last, length // SECTOR)
+        elif hasattr(last, "resize"):
+            yield from last.resize(length // SECTOR)
         else:
             assert isinstance(last, Flat)
             yield Truncate(last.slot, last.host + length, preallocation)
@@ -216,6 +218,8 @@ def _shrink(image: Vmdk, text: Descriptor, size: int) -> Procedure:
     yield from rewrite_text(image, text)
     if isinstance(part, SparsePart) and length < part.length:
         yield from shrink(part, length // SECTOR, dropped)
+    elif hasattr(part, "resize") and length < part.length:
+        yield from part.resize(length // SECTOR)
     yield from _cut_files(image, part, length, gone)
     yield from _switch(image, text, index, length)
 
@@ -249,6 +253,8 @@ def _check_part(image: Vmdk, part: Part, access: str) -> None:
         raise NotSupported(f"An extent that is {access} cannot be resized")
     if isinstance(part, SparsePart):
         check_changeable(part)
+    elif hasattr(part, "resize"):
+        pass  # it says itself what does not go
     elif not isinstance(part, Flat) or part.type in DEVICE_TYPES:
         kind = part.info().get("format", "")
         raise NotSupported(f"Extents of this type ({kind or 'compressed'}) cannot be resized")
