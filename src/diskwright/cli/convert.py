@@ -116,7 +116,6 @@ def _convert(call: Call, args: Args, fmt: str, options: dict[str, Any], progress
         raise UsageError("Must specify image file name")
     *names, target_name = args.operands
     source_cache = cache_mode(args, "source-cache", "writeback", "Invalid source cache option")
-    typed = (args.get("backing") or "", str(options.get("backing_file") or ""))
     sources = [spec(args, name, format_key="source-format", cache=source_cache) for name in names]
     from ..ops import convert as ops
     from ..ops.create import creatable
@@ -135,10 +134,7 @@ def _convert(call: Call, args: Args, fmt: str, options: dict[str, Any], progress
             if args.get("backing-format") is not None:
                 options["backing_fmt"] = args.get("backing-format")
             if options.get("backing_file") and len(names) > 1:
-                raise UsageError(
-                    "Having a backing file for the target makes no sense when concatenating "
-                    "multiple input images"
-                )
+                raise UsageError(ops.ONE_SOURCE)
             if options.get("backing_file") and fmt == "raw":
                 raise UsageError("Backing file not supported for file format 'raw'")
             if options.get("backing_file") and not options.get("backing_fmt"):
@@ -162,13 +158,14 @@ def _convert(call: Call, args: Args, fmt: str, options: dict[str, Any], progress
             opts_key="target-image-opts",
             cache=args.get("target-cache") or "unsafe",
         )
-        target = target._replace(force_share=False, gate=gate(args, *filter(None, typed)))
+        typed = gate(args, *filter(None, [args.get("backing")]))
+        target = target._replace(force_share=False, gate=typed)
         if target.format is None and "target-image-opts" not in args:
             target = target._replace(format=fmt)
         settings = ops.Settings(
             options=options,
             create=create,
-            overlay=bool(args.get("backing") or (create and options.get("backing_file"))),
+            overlay=bool(args.get("backing")),
             target_is_zero="target-is-zero" in args,
             in_order="oob-writes" not in args,
             offload="copy-range-offloading" in args,

@@ -22,6 +22,9 @@ from .streaming import Pass, limited, one_pass, salvaged, write_pass
 
 BUFFER = 2 << 20
 SPARSE = 4096
+ONE_SOURCE = (
+    "Having a backing file for the target makes no sense when concatenating multiple input images"
+)
 # Formats that hold compressed data, which this version reads at most.
 _NOT_COMPRESSED_YET = ("qcow2",)
 
@@ -38,11 +41,12 @@ class Settings(NamedTuple):
     """How to convert.
 
     ``options``: creation options of the target.  ``create``: make the target (otherwise it exists
-    and is written into).  ``overlay``: the target has a backing file, so what the source's own top
-    layer does not hold is left out.  ``sparse``: look for zeroes in blocks of so many bytes (0:
-    allocate everything).  ``target_is_zero``: the caller vouches for it.  ``offload``: let the
-    host copy between plain files.  ``rate``: bytes a second, 0 for no limit.  ``compress``: only
-    into a format that can hold compressed data (whether it does, its options say).
+    and is written into).  ``overlay``: the target has a backing file (as it also has when the
+    options name one), so what the source's own top layer does not hold is left out.  ``sparse``:
+    look for zeroes in blocks of so many bytes (0: allocate everything).  ``target_is_zero``: the
+    caller vouches for it.  ``offload``: let the host copy between plain files.  ``rate``: bytes a
+    second, 0 for no limit.  ``compress``: only into a format that can hold compressed data
+    (whether it does, its options say).
     """
 
     options: Mapping[str, Any] = {}
@@ -87,10 +91,15 @@ async def convert(
             on_sources()
         total = sum(align_up(node.size, SECTOR) for node in nodes)
         tell = _Told(on_progress, on_lost, on_unknown)
+        below = _below(settings)
+        if below or settings.overlay:
+            settings = settings._replace(overlay=True)
+            if len(nodes) > 1:
+                raise UsageError(ONE_SOURCE)
         if settings.create:
             plan, others = await _make(driver, nodes, target, total, settings)
-            # What was just made here needs nobody's leave to be opened.
-            target = target._replace(gate=target.gate.allowing(*others))
+            # What the caller named, and what was just made, needs nobody's leave to be opened.
+            target = target._replace(gate=target.gate.allowing(*others, *below))
             if plan is not None:
                 durable = target.cache != "unsafe"
                 made = on_one_pass or (lambda: None)
@@ -116,6 +125,12 @@ async def convert(
         return done
     finally:
         await close_all(nodes)
+
+
+def _below(settings: Settings) -> tuple[str, ...]:
+    """The backing file that the options of a new target name."""
+    named = [settings.options.get(name) for name in ("backing_file", "parent")]
+    return tuple(str(name) for name in named if name) if settings.create else ()
 
 
 class _Told(NamedTuple):
