@@ -190,6 +190,7 @@ def subjects() -> list[Subject]:
         _filed("vmdk, monolithicFlat", "vmdk", subformat="monolithicFlat"),
         _filed("vmdk, twoGbMaxExtentSparse", "vmdk", subformat="twoGbMaxExtentSparse", unit=65536),
         _filed("vmdk, vmfsSparse", "vmdk", subformat="vmfsSparse", unit=512),
+        _filed("vmdk, seSparse", "vmdk", subformat="seSparse", unit=4096),
         _filed("vmdk of three sparse extents", "vmdk", unit=65536, extents=_ALIGNED),
         _filed("vmdk of ragged extents", "vmdk", extents=_RAGGED),
         _filed("vmdk over blkdebug", "vmdk", blkdebug=True, unit=65536),
