@@ -819,3 +819,36 @@ def test_images_of_hyper_v(name: str, tmp_path: Path) -> None:
             assert hashlib.sha256(file.read(lengths[at])).digest() == digest
         seen = sum(lengths.values())
         assert raw.stat().st_blocks * 512 <= seen
+
+
+def test_space_between_blocks_is_found_when_an_image_is_opened() -> None:
+    machine = made(8 * MIB, block_size=MIB)
+    for block in range(4):
+        machine.write(block * MIB, bytes([block + 1]) * MIB)
+    machine.discard(MIB, 2 * MIB)
+    machine.poison = True
+    data = machine.close()
+    again = opened(data)
+    again.write(5 * MIB + 100, b"new")
+    again.write(6 * MIB, b"new")
+    assert len(again.slots["file"]) == len(data)
+    again.write(7 * MIB, b"new")
+    assert len(again.slots["file"]) == len(data) + MIB
+    model = bytes([1]) * MIB + bytes(2 * MIB) + bytes([4]) * MIB + bytes(MIB)
+    model += bytes(100) + b"new" + bytes(MIB - 103) + (b"new" + bytes(MIB - 3)) * 2
+    assert again.read(0, 8 * MIB) == model
+    last = opened(again.close())
+    assert last.read(0, 8 * MIB) == model
+    no_corruption(last)
+
+
+def test_a_last_block_that_is_cut_off() -> None:
+    image = TinyVhdx(blocks={0: (FULL, b"x" * 512)})
+    machine = opened(image.data[: image.places[0] + 512])
+    assert machine.read(0, MIB) == b"x" * 512 + bytes(MIB - 512)
+    machine.write(MIB, b"y")
+    machine.write(4096, b"z")
+    assert machine.read(0, 2 * MIB) == (
+        b"x" * 512 + bytes(3584) + b"z" + bytes(MIB - 4097) + b"y" + bytes(MIB - 1)
+    )
+    no_corruption(opened(machine.close()))

@@ -1,4 +1,4 @@
-"""Space in the file for blocks: what was freed in this session, then its end."""
+"""Space in the file for blocks: what is free in it, then its end."""
 
 from __future__ import annotations
 
@@ -95,6 +95,16 @@ class Allocator(BlockMapping):
             self.fresh = place
         else:
             (self.clean if zero else self.dirty).add(place, length)
+
+    def find_gaps(self, used: list[tuple[int, int]]) -> None:
+        """All of the file that is not in one of ``used`` ((start, end), in any order) is free."""
+        at = 0
+        for start, end in sorted(used):
+            if at < start:
+                self.dirty.add(at, start - at)
+            at = max(at, end)
+        if at < self.fresh:
+            self.dirty.add(at, self.fresh - at)
 
     def forget_space(self) -> None:
         """After a procedure that moved the end of the file: it says where that is."""

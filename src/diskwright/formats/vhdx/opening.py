@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from ...contract import Barrier, Length, MetaWrite, Open, Procedure, Read, Write
 from ...errors import CorruptImage, DiskError, MalformedImage, UnsupportedFeature
 from ...ondisk import little_endian_array
-from ...units import align_up
 from . import metadata as md
 from . import structures as st
 from .core import BITMAP_BLOCK, FULL, OFFSET, PARTIAL, STATE
@@ -21,6 +20,8 @@ if TYPE_CHECKING:
 _KNOWN = {st.BAT_REGION: "BAT", st.METADATA_REGION: "metadata"}
 # Sequence numbers that are left for the headers.
 _MOST_SEQUENCE = (1 << 64) - (1 << 32)
+# In a longer BAT nobody looks for space between blocks.
+_MOST_SURVEYED = 1 << 18
 
 
 def open_image(image: Vhdx) -> Procedure:
@@ -54,7 +55,7 @@ def open_image(image: Vhdx) -> Procedure:
     if image.overlay is not None:
         image.opaque = image.overlay.outside(image.reserved)
     if image.writable:
-        yield from _find_end(image)
+        yield from _survey(image)
     yield from _open_parent(image)
     return image
 
@@ -164,33 +165,47 @@ def _read_locator(image: Vhdx) -> Procedure:
         image.locator = None
 
 
-# -- the end of what is in use
-def _find_end(image: Vhdx) -> Procedure:
-    """Walk through the BAT for blocks that end behind the file: new ones must not lie over them.
+# -- what is in use
+def _survey(image: Vhdx) -> Procedure:
+    """Walk through the BAT, where blocks are to be written: new ones must not lie over blocks that
+    end behind the file, and may lie where nothing is.
 
     The last block of the file may be cut off.  Raises CorruptImage for one that begins behind it,
     since space is taken there.
     """
+    checking = bool(image.options.get("check"))
     total = image.entries_for(image.blocks)
+    used: list[tuple[int, int]] | None = None
+    if total <= _MOST_SURVEYED and not checking:
+        used = list(image.reserved)
     for start in range(0, 8 * total, MIB):
         (raw,) = yield Read(SLOT, [(image.bat.offset + start, min(MIB, 8 * total - start))])
         entries = little_endian_array(64, raw)
-        if max(entries) + max(image.block_size, BITMAP_BLOCK) <= image.fresh:
+        highest = max(entries)
+        if used is None and highest + max(image.block_size, BITMAP_BLOCK) <= image.fresh:
+            continue
+        if highest < MIB:
             continue
         for i, entry in enumerate(entries, start // 8):
-            if entry & STATE not in (FULL, PARTIAL):
+            host = entry & OFFSET
+            if not host:
                 continue
             bitmap = (i + 1) % ((1 << image.ratio_bits) + 1) == 0
-            size = BITMAP_BLOCK if bitmap else image.block_size
-            host = entry & OFFSET
+            end = host + (BITMAP_BLOCK if bitmap else image.block_size)
+            if used is not None and host < image.length:
+                used.append((host, end))  # also what a block without content keeps for itself
+            if entry & STATE not in (FULL, PARTIAL):
+                continue
             if host < image.length:
-                image.fresh = max(image.fresh, align_up(host + size, MIB))
-            elif not image.options.get("check"):
+                image.fresh = max(image.fresh, end)
+            elif not checking:
                 raise CorruptImage(
                     f"BAT entry {i} points at {host:#x}, which is behind the end of the file",
                     field="BAT entry",
                     offset=image.entry_field(i),
                 )
+    if used is not None:
+        image.find_gaps(used)
 
 
 def _open_parent(image: Vhdx) -> Procedure:
