@@ -133,6 +133,14 @@ def test_the_image_and_its_files_have_different_names() -> None:
     assert listing() == {"x", "y"}
 
 
+def test_the_backing_file_is_not_emptied() -> None:
+    write_toy("p", "hole=512", "identity=i")
+    for name in ("p", "./p", os.path.abspath("p"), "file:p"):
+        with pytest.raises(UsageError, match="'p' is needed"):
+            create("x", extents="a:p", backing_file=name, backing_fmt="toy")
+        assert listing() == {"p"} and Path("p").stat().st_size
+
+
 def test_what_a_creation_is_told() -> None:
     create("dir-less")
     assert created[-1]["file-name"] == "dir-less"

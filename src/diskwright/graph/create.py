@@ -172,7 +172,9 @@ async def write_image(
     graph = Graph(driver)
     file, made = await create_file(graph, where, beside)
     node = MappedNode(driver, found.name, _Nothing(), {"file": file}, graph.tables)
-    creations = Creations(node, beside, fresh=False)
+    below = options.get("backing_file")
+    keep = [_path(resolve(filename, str(below)))] if below else []
+    creations = Creations(node, beside, fresh=False, keep=keep)
     node.engine.creator = creations
     try:
         graph.add(node)
@@ -253,6 +255,11 @@ async def _look_at_backing(
             f"Backing file specified without backing format\nDetected format of {name}."
         )
     return length if size is None and look else size
+
+
+def _path(name: str) -> str:
+    """The path in a file name."""
+    return name.removeprefix("file:")
 
 
 def _same_file(one: str, other: str) -> bool:

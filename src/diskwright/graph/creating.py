@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..contract import Barrier, Create, GuestWrite, Procedure, Punch, Truncate, Write
@@ -58,15 +58,21 @@ class Creations:
     """The creator of one node: ``await creations(slot, name)`` (see ``Engine.creator``).
 
     ``beside``: creation options of the protocol.  With ``fresh`` a file that is there already is
-    an error: an image that grows must not empty what it did not make.
+    an error: an image that grows must not empty what it did not make.  ``keep`` are files that are
+    needed still, such as the backing file.
     """
 
     def __init__(
-        self, node: MappedNode, beside: Mapping[str, Any] | None = None, fresh: bool = True
+        self,
+        node: MappedNode,
+        beside: Mapping[str, Any] | None = None,
+        fresh: bool = True,
+        keep: Sequence[str] = (),
     ) -> None:
         self.node = node
         self.beside = beside or {}
         self.fresh = fresh
+        self.keep = keep
         self.names: list[str] = []
         """All files that were made or emptied, as the image's own name is given."""
         self.new: dict[str, str] = {}
@@ -89,6 +95,8 @@ class Creations:
             raise NotSupported(f"Beside a {leaf.driver_name} node no '{name}' can be made")
         if any(_same_file(path, other) for other in (own, *self.names)):
             raise UsageError(f"'{path}' is a file of the image already")
+        if any(_same_file(path, other) for other in self.keep):
+            raise UsageError(f"'{path}' is needed, and cannot become a file of the image")
         if self.fresh and os.path.lexists(path):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
         where: Options = {k: v for k, v in leaf.options.items() if k in ("locking", "aio")}
