@@ -126,7 +126,8 @@ class Descriptor:
     def set_cid(self, cid: int) -> None:
         """Change the content identifier, and the long one where it ends with the old one."""
         long_id = self.settings.get("ddb.longcontentid", "")
-        if len(long_id) > 8 and long_id[-8:].lower() == f"{self.cid:08x}":
+        ours = re.fullmatch("[0-9A-Fa-f]{9,64}", long_id)
+        if ours and long_id[-8:].lower() == f"{self.cid:08x}":
             self._set("ddb.longContentID", long_id[:-8] + f"{cid:08x}", True, "")
         self._set("CID", f"{cid:08x}", False, "version")
         self.cid = cid
@@ -151,7 +152,8 @@ class Descriptor:
         kept = {e._replace(line=0): self.lines[e.line - 1] for e in self.extents}
         ending = self._ending()
         new = [
-            kept.get(e._replace(line=0)) or self._encoded(format_extent(e)) + ending
+            (kept.get(e._replace(line=0)) or self._encoded(format_extent(e))).rstrip(b"\r\n")
+            + ending
             for e in extents
         ]
         first = min(old) - 1 if old else len(self.lines)

@@ -86,7 +86,7 @@ class Vmdk(Links):
         self._starts: list[int] = []
         self._by_slot: dict[str, list[Part]] = {}
         self.sparse_slots: frozenset[str] = frozenset()
-        """Flat extents: a hole in their files reads as zeroes, and the status of the disk tells so."""
+        """Flat extents: a hole of their files is one of the disk, and its status says so."""
         self._fast: _Fast | None = None
 
     def use_parts(
