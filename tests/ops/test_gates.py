@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+from pathlib import Path
+
 import pytest
 
+import diskwright
 from cli.support import ours
-from diskwright.errors import UsageError
+from diskwright import aio
+from diskwright.errors import DiskError, Refused, UsageError
 from diskwright.ops.gates import from_environment, gate_of, pairs
 
 
@@ -28,9 +33,34 @@ def test_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         gate_of()
 
 
-def test_on_the_command_line(tmp_path) -> None:
+def test_on_the_command_line(tmp_path: Path) -> None:
     assert ours("create", "-f", "raw", "a", "1M", cwd=tmp_path).status == 0
     words = ("info", "-f", "raw", "--map-path", "C:\\=/c", "--map-path=D:\\=/d", "a")
     assert ours(*words, cwd=tmp_path).status == 0
     done = ours("info", "-f", "raw", "--map-path", "nothing", "a", cwd=tmp_path)
     assert (done.status, done.err) == (1, b"qemu-img: --map-path expects FROM=TO, not 'nothing'\n")
+
+
+def test_from_python(tmp_path: Path) -> None:
+    base, child = tmp_path / "vms" / "base", tmp_path / "child"
+    base.parent.mkdir()
+    diskwright.create(base, "vmdk", 1 << 20)
+    with diskwright.open(base, writable=True) as disk:
+        disk.write(0, b"base")
+    options = {"backing_file": str(base), "backing_fmt": "vmdk"}
+    diskwright.create(child, "vmdk", options=options)
+    paths = {"C:\\VMs": str(base.parent)}
+    diskwright.rebase(child, "C:\\VMs\\base", "vmdk", unsafe=True, map_paths=paths)
+    with pytest.raises(DiskError, match="--map-path"):
+        diskwright.open(child, policy="trusted")
+    with pytest.raises(Refused):
+        diskwright.open(child, map_paths=paths)
+    with diskwright.open(child, policy="trusted", map_paths=paths) as disk:
+        assert disk.read(0, 4) == b"base"
+    assert len(diskwright.info_chain(child, policy="trusted", map_paths=paths)) == 2
+
+    async def read() -> bytes:
+        async with aio.open(child, policy="trusted", map_paths=paths) as disk:
+            return await disk.read(0, 4)
+
+    assert asyncio.run(read()) == b"base"

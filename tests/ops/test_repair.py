@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import struct
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -127,3 +129,36 @@ def test_from_python(tmp_path: Path) -> None:
     assert diskwright.check(path, format="flawed").leaks_fixed == 0
     with pytest.raises(NotSupported):
         diskwright.check(path, format="raw", repair="all")
+
+
+def test_a_vhdx_with_space_that_nothing_uses(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    diskwright.create(path, "vhdx", 32 << 20)
+    with diskwright.open(path, writable=True) as disk:
+        disk.write(0, b"data")
+    whole = path.stat().st_size
+    os.truncate(path, whole + (3 << 20))
+    done = ours("check", "a", cwd=tmp_path)
+    assert done.status == 3 and b"3 leaked clusters were found" in done.out
+    done = ours("check", "-r", "leaks", "a", cwd=tmp_path)
+    assert done.status == 0 and done.out.decode().startswith(REPAIRED.format(3, 0) + CLEAN)
+    assert path.stat().st_size == whole
+    assert ours("io", "-c", "read -v 0 4", "a", cwd=tmp_path, name="diskwright").status == 0
+
+
+def test_a_vmdk_whose_tables_differ(tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    diskwright.create(path, "vmdk", 4 << 20)
+    with diskwright.open(path, writable=True) as disk:
+        disk.write(0, b"data")
+    image = bytearray(path.read_bytes())
+    (copy,) = struct.unpack_from("<Q", image, 48)  # of the redundant grain directory
+    (table,) = struct.unpack_from("<I", image, copy * 512)
+    image[table * 512 : table * 512 + 4] = bytes(4)
+    path.write_bytes(image)
+    done = ours("check", "a", cwd=tmp_path)
+    assert done.status == 2 and b"1 errors were found" in done.out
+    done = ours("check", "-r", "all", "--output=json", "a", cwd=tmp_path)
+    assert done.status == 0 and json.loads(done.out)["corruptions-fixed"] == 1
+    with diskwright.open(path) as disk:
+        assert disk.read(0, 4) == b"data"
