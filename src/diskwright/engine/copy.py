@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import suppress
+from itertools import groupby
 from typing import NamedTuple
 
 from ..contract import MAY_UNMAP
 from ..errors import DiskError, words
 from .buffers import page_buffer, zero_runs
-from .kernel import BaseDriver, Future, Task, wait_all
+from .kernel import BaseDriver, Cancelled, Future, wait_all
 from .node import Node
+
+# Segments of a batch: bounds the requests that one read or write has.
+_MOST_PARTS = 512
+# Writes on their way at a time when they are begun in order: one that runs and one behind it.
+_WRITES = 2
 
 
 class Segment(NamedTuple):
@@ -44,7 +52,8 @@ class CopyOptions(NamedTuple):
 
     ``sparse``: look for zeroes in blocks of so many bytes (0: write everything that is read).
     ``target_zero``: the target reads as zeroes already, so zeroes are left out.
-    ``in_order``: writes are issued in guest order (reads are not).
+    ``in_order``: writes are begun in guest order (reads are not).  ``workers``: batches on their
+    way, ``buffer``: most bytes of each.
     ``rate``: bytes a second, 0 for no limit.  ``offload``: let the kernel copy between plain files.
     ``salvage``: a range that cannot be read becomes zeroes and is told to ``on_lost``.
     """
@@ -59,6 +68,36 @@ class CopyOptions(NamedTuple):
     zero_flags: int = MAY_UNMAP
     offload: bool = False
     salvage: bool = False
+
+
+class Batch:
+    """Segments that are read, searched for zeroes and written together."""
+
+    __slots__ = ("buffer", "held", "length", "parts")
+
+    def __init__(self) -> None:
+        self.parts: list[Segment] = []
+        self.length = 0
+        """Bytes that are not told to be zeroes; in the buffer they follow each other."""
+        self.held: list[tuple[Segment, memoryview | None]] = []
+        """The parts with what was read of them."""
+        self.buffer: memoryview | None = None
+
+    def add(self, part: Segment) -> None:
+        """Take ``part``; one that continues the last one becomes a part of it."""
+        last = self.parts[-1] if self.parts else None
+        if not part.zero:
+            self.length += part.length
+        if (
+            last is not None
+            and last.source is part.source
+            and last.zero is part.zero
+            and last.source_offset + last.length == part.source_offset
+            and last.target_offset + last.length == part.target_offset
+        ):
+            self.parts[-1] = last._replace(length=last.length + part.length)
+        else:
+            self.parts.append(part)
 
 
 class Copier:
@@ -79,27 +118,41 @@ class Copier:
         self.on_progress = on_progress
         self.on_lost = on_lost
         self._free: list[memoryview] = []
+        self._reading: deque[tuple[Batch, Future[None]]] = deque()
+        self._writing: deque[Future[None]] = deque()
         self._started = 0.0
         self._moved = 0
 
     async def run(self, segments: AsyncIterator[Segment]) -> None:
         """Copy all segments; raises the first error after everything issued has ended."""
         self._started = self.driver.now()
-        running: list[Task[None]] = []
-        before: Future[None] | None = None
         try:
-            async for segment in segments:
-                for part in self._parts(segment):
-                    if len(running) >= self.options.workers:
-                        await running.pop(0)
-                    turn: Future[None] = Future()
-                    running.append(
-                        self.driver.spawn(self._one(part, before, turn), "copy", io=True)
-                    )
-                    before = turn if self.options.in_order else None
-                    await self._throttle(part.length)
-        finally:
-            await wait_all(running)
+            async for batch in self._batches(segments):
+                await self._begin(batch)
+            while self._reading:
+                await self._pass_on()
+            while self._writing:
+                await self._writing.popleft()
+        except BaseException:
+            issued = [future for _, future in self._reading] + list(self._writing)
+            with suppress(Exception, Cancelled):
+                await wait_all(issued)
+            raise
+
+    # -- batches
+    async def _batches(self, segments: AsyncIterator[Segment]) -> AsyncIterator[Batch]:
+        """The segments in order, gathered until a buffer is full."""
+        batch = Batch()
+        async for segment in segments:
+            for part in self._parts(segment):
+                if len(batch.parts) >= _MOST_PARTS or (
+                    not part.zero and batch.length + part.length > self.options.buffer
+                ):
+                    yield batch
+                    batch = Batch()
+                batch.add(part)
+        if batch.parts:
+            yield batch
 
     def _parts(self, segment: Segment) -> Iterator[Segment]:
         """Pieces of at most a buffer, cut at multiples of it so that they align in the target.
@@ -116,69 +169,83 @@ class Copier:
             )
             done += length
 
-    async def _throttle(self, length: int) -> None:
-        self._moved += length
+    async def _begin(self, batch: Batch) -> None:
+        """Begin to read a batch, and to write those before it that have been read.
+
+        With a cached source the next batch is read, searched and planned here while the pool
+        writes the one before; with a slow one all that the workers allow are on their way.
+        """
+        while len(self._reading) + len(self._writing) >= self.options.workers:
+            if self._reading and (not self._writing or self._reading[0][1].done):
+                await self._pass_on()
+            else:
+                await self._writing.popleft()
+        if self.options.in_order:
+            self._reading.append(
+                (batch, self.driver.start(self._read(batch), name="copy read", io=True))
+            )
+            while self._reading and self._reading[0][1].done:
+                await self._pass_on()
+        else:
+            self._writing.append(self.driver.start(self._both(batch), name="copy", io=True))
+        await self._throttle(batch)
+
+    async def _pass_on(self) -> None:
+        """Begin to write the first batch that was read."""
+        batch, reading = self._reading.popleft()
+        await reading
+        while len(self._writing) >= _WRITES or (self._writing and self._writing[0].done):
+            await self._writing.popleft()
+        self._writing.append(self.driver.start(self._write(batch), name="copy write", io=True))
+
+    async def _throttle(self, batch: Batch) -> None:
+        self._moved += sum(part.length for part in batch.parts)
         if self.options.rate:
             ahead = self._moved / self.options.rate - (self.driver.now() - self._started)
             if ahead > 0:
                 await self.driver.sleep(ahead)
 
-    async def _one(self, part: Segment, before: Future[None] | None, turn: Future[None]) -> None:
-        """Copy one part; ``before`` is the turn of the part ahead of it, ``turn`` its own."""
-        try:
+    async def _both(self, batch: Batch) -> None:
+        await self._read(batch)
+        await self._write(batch)
+
+    # -- reading
+    async def _read(self, batch: Batch) -> None:
+        """Fill the buffer; what the kernel shall copy is not read."""
+        parts = batch.parts
+        if self.options.offload:
+            parts = batch.parts = [p for p in parts if p.zero or not await self._offloaded(p)]
+        reads: list[tuple[Segment, memoryview]] = []
+        at = 0
+        for part in parts:
             if part.zero:
-                if before is not None:
-                    await before
-                await self._zero(part.target_offset, part.length)
-            elif not (self.options.offload and await self._offloaded(part)):
-                await self._through_buffer(part, before)
-        finally:
-            turn.set()
-        if self.on_progress is not None:
-            self.on_progress(part.length, part.zero)
+                batch.held.append((part, None))
+                continue
+            if batch.buffer is None:
+                batch.buffer = self._free.pop() if self._free else page_buffer(self.options.buffer)
+            view = batch.buffer[at : at + part.length]
+            at += part.length
+            batch.held.append((part, view))
+            reads.append((part, view))
+        for source, group in groupby(reads, lambda read: read[0].source):
+            await self._read_from(source, list(group))
 
-    async def _offloaded(self, part: Segment) -> bool:
-        """Copy in the kernel where both ends are plain data; False when they are not."""
-        copy_range = getattr(self.target, "copy_range", None)
-        if copy_range is None:
-            return False
-        done: int = await copy_range(
-            part.source, part.source_offset, part.target_offset, part.length
-        )
-        return done == part.length
-
-    async def _through_buffer(self, part: Segment, before: Future[None] | None) -> None:
-        buffer = self._free.pop() if self._free else page_buffer(self.options.buffer)
+    async def _read_from(self, source: Node, held: list[tuple[Segment, memoryview]]) -> None:
         try:
-            view = buffer[: part.length]
-            try:
-                await part.source.read([part.source_offset], [part.length], [view])
-            except (OSError, DiskError) as error:
-                if not self.options.salvage or not isinstance(error, OSError):
-                    raise CopyFailed("read", part.target_offset, error) from error
-                await self._salvage(part, view)
-            if before is not None:
-                await before
-            offsets: list[int] = []
-            data: list[memoryview] = []
-            zero_offsets: list[int] = []
-            zero_lengths: list[int] = []
-            for start, end, zero in self._runs(view):
-                if not zero:
-                    offsets.append(part.target_offset + start)
-                    data.append(view[start:end])
-                elif not self.options.target_zero:
-                    zero_offsets.append(part.target_offset + start)
-                    zero_lengths.append(end - start)
-            try:
-                if zero_offsets:
-                    await self.target.zero(zero_offsets, zero_lengths, self.options.zero_flags)
-                if offsets:
-                    await self.target.write(offsets, data, self.options.flags)
-            except (OSError, DiskError) as error:
-                raise CopyFailed("write", part.target_offset, error) from error
-        finally:
-            self._free.append(buffer)
+            await source.read(
+                [part.source_offset for part, _ in held],
+                [part.length for part, _ in held],
+                [view for _, view in held],
+            )
+        except (OSError, DiskError) as error:
+            if len(held) > 1:  # which one was it?
+                for one in held:
+                    await self._read_from(source, [one])
+                return
+            part, view = held[0]
+            if not self.options.salvage or not isinstance(error, OSError):
+                raise CopyFailed("read", part.target_offset, error) from error
+            await self._salvage(part, view)
 
     async def _salvage(self, part: Segment, view: memoryview) -> None:
         """Read what can be read, in sectors; the rest becomes zeroes and is reported."""
@@ -192,18 +259,55 @@ class Copier:
                 if self.on_lost is not None:
                     self.on_lost(part.source_offset + start, len(piece), failed)
 
-    def _runs(self, view: memoryview) -> Iterable[tuple[int, int, bool]]:
-        """Runs of zero and other blocks: (start, end, zero)."""
-        if not self.options.sparse:
-            return [(0, len(view), False)]
-        return zero_runs(view, self.options.sparse)
+    async def _offloaded(self, part: Segment) -> bool:
+        """Copy in the kernel where both ends are plain data; False when they are not."""
+        copy_range = getattr(self.target, "copy_range", None)
+        if copy_range is None:
+            return False
+        done: int = await copy_range(
+            part.source, part.source_offset, part.target_offset, part.length
+        )
+        if done < part.length:
+            return False
+        if self.on_progress is not None:
+            self.on_progress(part.length, False)
+        return True
 
-    async def _zero(self, offset: int, length: int) -> None:
-        if not self.options.target_zero:
-            try:
-                await self.target.zero([offset], [length], self.options.zero_flags)
-            except (OSError, DiskError) as error:
-                raise CopyFailed("write", offset, error) from error
+    # -- writing
+    async def _write(self, batch: Batch) -> None:
+        """Write what was read, in order, and give the buffer back."""
+        where = 0
+        try:
+            for zero, runs in groupby(self._runs(batch), lambda run: run[2] is None):
+                offsets, lengths, data = zip(*runs, strict=True)
+                where = offsets[0]
+                if zero:
+                    await self.target.zero(offsets, lengths, self.options.zero_flags)
+                else:
+                    await self.target.write(offsets, data, self.options.flags)
+        except (OSError, DiskError) as error:
+            raise CopyFailed("write", where, error) from error
+        finally:
+            if batch.buffer is not None:
+                self._free.append(batch.buffer)
+        if self.on_progress is not None:
+            for part in batch.parts:
+                self.on_progress(part.length, part.zero)
+
+    def _runs(self, batch: Batch) -> Iterator[tuple[int, int, memoryview | None]]:
+        """What the target has to be told, in order: (offset, length, bytes or None for zeroes)."""
+        sparse, leave_out = self.options.sparse, self.options.target_zero
+        for part, view in batch.held:
+            at = part.target_offset
+            if view is None:
+                if not leave_out:
+                    yield at, part.length, None
+                continue
+            for start, end, zero in zero_runs(view, sparse) if sparse else [(0, len(view), False)]:
+                if not zero:
+                    yield at + start, end - start, view[start:end]
+                elif not leave_out:
+                    yield at + start, end - start, None
 
 
 async def copy(
