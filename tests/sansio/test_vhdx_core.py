@@ -16,7 +16,7 @@ from machine import Machine, put
 
 from diskwright.codecs.crc32c import crc32c
 from diskwright.contract import DISCARD, WRITE, WRITE_ZERO, ZERO_UNMAP
-from diskwright.errors import CorruptImage, ImageError, UnsupportedFeature, UsageError
+from diskwright.errors import CorruptImage, ImageError, NotSupported, UnsupportedFeature, UsageError
 from diskwright.extents import DATA, HOLE, INLINE
 from diskwright.extents import ZERO as ZERO_EXTENT
 from diskwright.formats import vhdx
@@ -221,7 +221,7 @@ def test_random_requests(
     machine = made(**options, backing=base)
     machine.poison = poison
     for _ in range(3):
-        work(machine, model, rng, 40)
+        work(machine, model, rng, 40 if machine.format.unit == MIB else 12)
         data = machine.close()
         machine = opened(data, base)
         machine.poison = poison
@@ -840,6 +840,33 @@ def test_space_between_blocks_is_found_when_an_image_is_opened() -> None:
     last = opened(again.close())
     assert last.read(0, 8 * MIB) == model
     no_corruption(last)
+
+
+def test_a_device_is_used_up_to_its_end_and_holds_what_it_held() -> None:
+    machine = VhdxMachine(b"\xcc" * (8 * MIB + 4096))
+    serve = machine._serve
+
+    def device(request: Any) -> Any:
+        if type(request).__name__ == "Truncate":
+            raise NotSupported("Cannot resize device files")
+        return serve(request)
+
+    machine._serve = device  # type: ignore[method-assign]
+    machine.run(DRIVER.create({"size": 8 * MIB, "block_size": MIB}))  # type: ignore[misc]
+    machine.open(zero_beyond_end=False)
+    assert machine.read(0, 8 * MIB) == bytes(8 * MIB)
+    for block in range(4):
+        machine.write(block * MIB + 100, b"x")
+    with pytest.raises(OSError, match="No space"):
+        machine.write(5 * MIB, b"x")
+    machine.discard(0, MIB)
+    machine.flush()
+    machine.write(5 * MIB + 100, b"x")
+    data = machine.close()
+    assert len(data) == 8 * MIB + 4096
+    one = bytes(100) + b"x" + bytes(MIB - 101)
+    model = bytes(MIB) + one * 3 + bytes(MIB) + one + bytes(2 * MIB)
+    assert opened(data, zero_beyond_end=False).read(0, 8 * MIB) == model
 
 
 def test_a_last_block_that_is_cut_off() -> None:

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...errors import NoSpace
+from ...units import align_down
 from .mapping import Mapping as BlockMapping
-from .structures import MAX_FILE
+from .structures import MAX_FILE, MIB
 
 
 class FreeSpace:
@@ -97,13 +98,19 @@ class Allocator(BlockMapping):
             (self.clean if zero else self.dirty).add(place, length)
 
     def find_gaps(self, used: list[tuple[int, int]]) -> None:
-        """All of the file that is not in one of ``used`` ((start, end), in any order) is free."""
+        """All of the file that is not in one of ``used`` ((start, end), in any order) is free.
+
+        A device ends where it ends.
+        """
+        if not self.end_reads_zero:
+            self.fresh = align_down(self.length, MIB)
+            self.limit = min(self.limit, self.fresh)
         at = 0
         for start, end in sorted(used):
             if at < start:
                 self.dirty.add(at, start - at)
             at = max(at, end)
-        if at < self.fresh:
+        if at < min(self.fresh, self.limit):
             self.dirty.add(at, self.fresh - at)
 
     def forget_space(self) -> None:

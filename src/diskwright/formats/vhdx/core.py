@@ -68,6 +68,7 @@ class Core:
         """From here on nothing in the file is in use; a multiple of 1 MiB."""
         self.reserved: list[tuple[int, int]] = []
         """(start, end) of header section, log and regions, ascending."""
+        self._reserved_end = 0
         self.overlay: Overlay | None = None
         """What a log holds that was not replayed, since the image is read-only."""
         self.opaque = False
@@ -127,7 +128,9 @@ class Core:
     def set_entry(self, table: Table, index: int, entry: int) -> None:
         """Change entry ``index`` (of the whole BAT), which is in ``table``."""
         table.data[index % ENTRIES] = entry
-        self._short.pop(index // ENTRIES, None)
+        short = self._short.get(index // ENTRIES)
+        if short is not None:
+            short[index % ENTRIES] = entry & OFFSET if entry & STATE == FULL else -1
         self.tables.mark(table)
 
     def entry_field(self, index: int) -> int:
@@ -143,6 +146,7 @@ class Core:
             parts.append((h.log_offset, h.log_offset + h.log_length))
         parts += [(region.offset, region.end) for region in self.regions]
         self.reserved = sorted(parts)
+        self._reserved_end = max(end for _, end in parts)
 
     def move_bat(self, regions: list[Region], bat: Region) -> None:
         """The region tables on disk have these regions now."""
@@ -163,7 +167,9 @@ class Core:
 
     def overlaps(self, host: int, length: int) -> bool:
         """True when the range lies on a structure."""
-        return any(start < host + length and host < end for start, end in self.reserved)
+        return host < self._reserved_end and any(
+            start < host + length and host < end for start, end in self.reserved
+        )
 
     def bad_entry(self, entry: int, index: int, length: int) -> CorruptImage:
         """What is wrong with the place in a BAT entry."""

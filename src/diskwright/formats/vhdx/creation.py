@@ -40,6 +40,8 @@ def create_image(options: Mapping[str, Any]) -> Procedure:
         yield Truncate(SLOT, layout.data)
     if layout.fixed:
         yield from _preallocate(layout, kept)
+    if kept:  # what is reserved must be zero
+        yield Write([MetaWrite(SLOT, 0, bytes(st.HEADER_SECTION))])
     for offset, data in layout.structures():
         yield Write([MetaWrite(SLOT, offset, data)])
     done = 0

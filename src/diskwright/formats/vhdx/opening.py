@@ -46,7 +46,14 @@ def open_image(image: Vhdx) -> Procedure:
             raise UnsupportedFeature("writing with header sequence numbers that are used up")
         if not header.log_length:
             raise UnsupportedFeature("writing to an image without a log")
-    if header.log_guid != NO_GUID:
+    in_use = header.log_guid != NO_GUID
+    if (in_use or image.writable) and header.log_offset + header.log_length > length:
+        raise MalformedImage(
+            f"The log at {header.log_offset:#x} ends behind the end of the file",
+            field="LogOffset",
+            offset=header.offset + 72,
+        )
+    if in_use:
         length = yield from _replay(image, length)
     yield from _read_regions(image)
     image.reserve_structures()
@@ -176,7 +183,7 @@ def _survey(image: Vhdx) -> Procedure:
     checking = bool(image.options.get("check"))
     total = image.entries_for(image.blocks)
     used: list[tuple[int, int]] | None = None
-    if total <= _MOST_SURVEYED and not checking:
+    if not checking and (total <= _MOST_SURVEYED or not image.end_reads_zero):
         used = list(image.reserved)
     for start in range(0, 8 * total, MIB):
         (raw,) = yield Read(SLOT, [(image.bat.offset + start, min(MIB, 8 * total - start))])

@@ -7,7 +7,16 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from ...codecs.crc32c import crc32c
-from ...contract import Barrier, MetaWrite, Procedure, Read, Truncate, Write
+from ...contract import (
+    Barrier,
+    HostRange,
+    MetaWrite,
+    Procedure,
+    Punch,
+    Read,
+    Truncate,
+    Write,
+)
 from ...errors import CorruptImage, UnsupportedFeature
 from . import log
 from .log import SECTOR, Descriptor, EntryHeader
@@ -305,6 +314,8 @@ def replay_into_file(header: Header, length: int) -> Procedure:
                 continue
             # Behind the end of the file are zeroes already.
             end = min(offset + size, wanted)
+            if end - offset > _CHUNK and (yield Punch([HostRange(SLOT, offset, end - offset)])):
+                continue
             for at in range(offset, end, _CHUNK):
                 yield Write([MetaWrite(SLOT, at, bytes(min(_CHUNK, end - at)))])
 

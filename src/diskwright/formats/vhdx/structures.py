@@ -25,8 +25,8 @@ HEADER_SECTION = MIB
 HEADER_BYTES = 4 * KIB
 REGION_TABLE_BYTES = 64 * KIB
 _MOST_REGIONS = 2047
-MAX_FILE = 1 << 62
-"""No structure ends behind this (an offset has 44 bits of mebibytes)."""
+MAX_FILE = 1 << 47
+"""No structure ends behind this: twice the largest disk."""
 
 NO_GUID = bytes(16)
 _GUID = struct.Struct("<IHH2s6s")
