@@ -11,7 +11,7 @@ import pytest
 
 import diskwright
 from diskwright.engine.kernel import Driver
-from diskwright.errors import ImageError, ImageInUse, Refused
+from diskwright.errors import DiskError, ImageError, ImageInUse, Refused
 from diskwright.graph.create import create_image
 from diskwright.graph.gate import Gate
 from diskwright.graph.graph import own_leaves
@@ -191,3 +191,12 @@ def test_a_thousand_extents_and_too_few_descriptors(here: Path) -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     if before:
         assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_a_source_is_not_emptied_as_an_extent_of_the_target() -> None:
+    Path("x-flat.vmdk").write_bytes(b"s" * M)
+    options = {"subformat": "monolithicFlat"}
+    with pytest.raises(DiskError, match='"write" lock'):
+        diskwright.convert("x-flat.vmdk", "x.vmdk", "vmdk", format="raw", options=options)
+    assert Path("x-flat.vmdk").read_bytes() == b"s" * M
+    assert os.listdir(".") == ["x-flat.vmdk"]

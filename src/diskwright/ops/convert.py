@@ -14,6 +14,7 @@ from ..graph.graph import chain, leaf_of, primary
 from ..graph.names import parse
 from ..graph.node import Node
 from ..graph.opener import close_disk, discard_disk
+from ..graph.perms import CONSISTENT_READ, WRITE_UNCHANGED
 from ..graph.status import Status, all_status, block_status
 from ..units import SECTOR, align_up
 from .create import create
@@ -25,6 +26,8 @@ SPARSE = 4096
 ONE_SOURCE = (
     "Having a backing file for the target makes no sense when concatenating multiple input images"
 )
+# What others may do to a source meanwhile: a target in several files must not empty it either.
+_UNCHANGED = frozenset({CONSISTENT_READ, WRITE_UNCHANGED})
 # Formats that hold compressed data, which this version reads at most.
 _NOT_COMPRESSED_YET = ("qcow2",)
 
@@ -86,7 +89,7 @@ async def convert(
     nodes: list[Node] = []
     try:
         for spec in sources:
-            nodes.append(await spec.open(driver))
+            nodes.append(await spec.open(driver, shared=_UNCHANGED))
         if on_sources is not None:
             on_sources()
         total = sum(align_up(node.size, SECTOR) for node in nodes)
