@@ -6,7 +6,17 @@ from typing import Any
 
 from machine import Machine, put
 
-from diskwright.contract import OP_DATA, OP_ZERO, WRITE, Create, Groups, Open, Punch, Truncate, Write
+from diskwright.contract import (
+    OP_DATA,
+    OP_ZERO,
+    WRITE,
+    Create,
+    Groups,
+    Open,
+    Punch,
+    Truncate,
+    Write,
+)
 from diskwright.extents import DATA, Data
 
 

@@ -13,6 +13,7 @@ import struct
 from array import array
 from collections.abc import Iterator
 
+from ...abilities import Codec
 from ...codecs.deflate import Deflate
 from ...errors import NoSpace, UsageError
 from ...ondisk import little_endian_bytes, zeros
@@ -57,7 +58,7 @@ class StreamOptimized:
         self.descriptor = descriptor
         self._sectors = max(-(-len(descriptor) // SECTOR), DESCRIPTOR_SECTORS)
         self._overhead = align_up(DESCRIPTOR_AT + self._sectors, OVERHEAD)
-        self.codec = Deflate(level)
+        self.codec: Codec = Deflate(level)
         tables = -(-size // (GRAIN * ENTRIES))
         self._directory: array[int] = zeros(32, tables)
         self._table: array[int] = zeros(32, ENTRIES)
