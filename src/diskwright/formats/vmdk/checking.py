@@ -17,7 +17,7 @@ from ...errors import DiskError
 from ...findings import CheckResult
 from ...ondisk import little_endian_array
 from ...units import align_up
-from .repair import Mender
+from .repair import Mender, read_tables
 from .space import Run, Runs
 from .sparse_header import SECTOR
 from .sparse_map import places
@@ -189,14 +189,17 @@ class Checker:
         part = self.part
         count = len(part.directory)
         step = max(_BATCH // part.table_bytes, 1)
+        blank = bytes(part.table_bytes)
         for start in range(0, count, step):
             batch = range(start, min(start + step, count))
-            pairs = [(self._place(index, 0), self._place(index, 1)) for index in batch]
-            ranges = [(at * SECTOR, part.table_bytes) for pair in pairs for at in pair if at]
-            raws = iter((yield Read(part.slot, ranges, "l2_load")) if ranges else ())
-            for index, pair in zip(batch, pairs, strict=True):
-                primary, copy = (next(raws) if at else None for at in pair)
-                yield from self._table(index, primary, copy)
+            found = []
+            for which in (0, 1):
+                sectors = [self._place(index, which) for index in batch]
+                raws = iter((yield from read_tables(part, [at for at in sectors if at])))
+                found.append([next(raws) if at else None for at in sectors])
+            for index, primary, copy in zip(batch, *found, strict=True):
+                if primary != blank or primary != copy:
+                    yield from self._table(index, primary, copy)
             yield Progress(start, count)
 
     def _place(self, index: int, which: int) -> int:

@@ -20,6 +20,22 @@ _GD_FIELD, _RGD_FIELD = 56, 48
 _PER_SECTOR = SECTOR // 4
 
 
+def read_tables(part: SparsePart, sectors: list[int]) -> Procedure:
+    """The bytes of the grain tables at ``sectors``; neighbours are read in one piece."""
+    size, step = part.table_bytes, part.layout.table_sectors
+    runs: list[list[int]] = []  # first sector, tables
+    for sector in sectors:
+        if runs and sector == runs[-1][0] + runs[-1][1] * step:
+            runs[-1][1] += 1
+        else:
+            runs.append([sector, 1])
+    if not runs:
+        return []
+    ranges = [(sector * SECTOR, count * size) for sector, count in runs]
+    raws = yield Read(part.slot, ranges, "l2_load")
+    return [raw[at : at + size] for raw in raws for at in range(0, len(raw), size)]
+
+
 def equalize(part: SparsePart) -> Procedure:
     """Make the copies of every grain table equal, as a crash between two flushes may have left
     them: the primary one is written over a redundant one that differs, and where only one of the
@@ -36,11 +52,11 @@ def equalize(part: SparsePart) -> Procedure:
                 pairs.append((primary, copy))
             elif max(primary, copy) <= top and primary + copy:
                 single.append((index, primary + copy))
-        ranges = [(sector * SECTOR, size) for pair in pairs for sector in pair]
-        raws = (yield Read(part.slot, ranges)) if ranges else []
+        firsts = yield from read_tables(part, [primary for primary, _ in pairs])
+        seconds = yield from read_tables(part, [copy for _, copy in pairs])
         writes = [
             MetaWrite(part.slot, copy * SECTOR, first, "l2_update")
-            for (_, copy), first, second in zip(pairs, raws[::2], raws[1::2], strict=True)
+            for (_, copy), first, second in zip(pairs, firsts, seconds, strict=True)
             if first != second
         ]
         if writes:
