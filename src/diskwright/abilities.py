@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Protocol
 
 from .contract import Procedure
@@ -28,6 +28,13 @@ class Backed(Protocol):
     ) -> Procedure:
         """Refer to another backing file (None: to none), whose identity is ``identity`` (None:
         unknown, the recorded one stays)."""
+
+
+class Sparse(Protocol):
+    """What a format says whose data may well be holes of its files."""
+
+    sparse_slots: Collection[str]
+    """The slots whose nodes are asked, so that the status of the disk tells those holes."""
 
 
 class Codec(Protocol):

@@ -268,8 +268,12 @@ class Open(NamedTuple):
 
 
 class Create(NamedTuple):
-    """Make the empty file ``name`` (a bare name) beside the image and put it into ``slot``; one
-    that is there is emptied.  It goes again when a creation fails."""
+    """Make the empty file ``name`` (a bare name) beside the image and put it into ``slot``.
+
+    While an image is created, one that is there is emptied; later it is an error
+    (FileExistsError).  What was made goes again when the creation fails, and later when a procedure
+    fails before it wrote to a file that was there already (leaving the image as it was).
+    """
 
     slot: str
     name: str
