@@ -6,12 +6,13 @@ import random
 from typing import Any
 
 from diskwright.graph import registry
+from races import sesparse
 from races.cases import new_image, random_base
 
 KIB, MIB = 1 << 10, 1 << 20
 QCOW2 = ("plain", "backing", "lazy", "v2", "narrow", "wide", "zeroing")
 VHDX = ("vhdx", "vhdx-4096", "vhdx-differencing")
-VMDK = ("vmdk", "vmdk-zeroed", "vmdk-backing")
+VMDK = ("vmdk", "vmdk-zeroed", "vmdk-backing", "sesparse", "sesparse-backing")
 KINDS = QCOW2 + VHDX + VMDK
 
 
@@ -31,6 +32,8 @@ class Kit:
         """Other programs can open it by itself."""
         if kind in VHDX:
             self._vhdx(rng)
+        elif kind.startswith("sesparse"):
+            self._sesparse(rng)
         elif kind in VMDK:
             self._vmdk(rng)
         else:
@@ -89,12 +92,27 @@ class Kit:
             self.create |= {"backing_identity": "12345678"}
             self.others = self.exact_discard = False
 
+    def _sesparse(self, rng: random.Random) -> None:
+        self.format, self.unit, self.steps = "vmdk", 4096, 24
+        self.size = rng.choice([100 * self.unit, 100 * self.unit + 512])
+        self.sizes = [60 * self.unit, 200 * self.unit, 200 * self.unit + 1024]
+        self.lengths = [1, 512, 4096, 5000, 9 * self.unit, 20 * self.unit + 512]
+        self.budget, self.most = 33_000, 120
+        self.others = False
+        if self.kind == "sesparse-backing":
+            self.base = random_base(rng, rng.choice([60 * self.unit, 30 * self.unit + 512]))
+            self.exact_discard = False
+
     def image(self) -> bytes:
         """A new image."""
+        if self.kind.startswith("sesparse"):
+            return sesparse.image(self.size)
         return new_image(self.format, *sorted(self.create.items()))
 
     def open(self) -> tuple[Any, Any]:
         """(format, opening procedure)."""
+        if self.kind.startswith("sesparse"):
+            return sesparse.alone(self.opened)
         open_format = registry.driver(self.format).open
         assert open_format is not None
         found: tuple[Any, Any] = open_format({"file-name": f"disk.{self.format}", **self.opened})

@@ -19,6 +19,8 @@ from diskwright.testing.composed import Cipher, Concat, Crypt, Part
 from diskwright.testing.memory import NEVER, RecordingNode
 from diskwright.testing.toy import Toy, create_toy
 
+from . import sesparse
+
 MIB = 1 << 20
 
 
@@ -378,6 +380,41 @@ class VmdkCase(Case):
         return False
 
 
+class SesparseCase(Case):
+    """A seSparse extent, its grains of 4 KiB; by kind over a parent (b)."""
+
+    unit = 4096
+    lengths = (1, 100, 512, 3000, 4096, 9000, 20_000)
+    crashes = 4
+
+    def __init__(self, rng: random.Random, kind: str = "") -> None:
+        super().__init__(rng)
+        self.size = rng.choice([24 * self.unit, 24 * self.unit + 1536])
+        # A discard up to the old end does not reach a part of a grain once the disk has grown.
+        self.resizes = self.size % self.unit == 0
+        self.budget = rng.choice([4200, 33_000, 50_000])
+        self.base = bytes(self.size)
+        self.parent = "b" in kind
+        self.exact_discard = not self.parent
+        self.opened: dict[str, Any] = {"writable": True}
+        if self.parent:
+            self.base = random_base(rng, self.size - rng.choice([0, 512 * rng.randrange(90)]))
+            self.opened["backing"] = "given"
+        image = sesparse.image(self.size)
+        self.images = [image]
+        if rng.random() < 0.3:
+            self.capacity = [len(image) + rng.choice([8, 12, 20]) * self.unit]
+
+    def compose(self, graph: Graph) -> None:
+        slots: dict[str, Node] = {"file": graph.leaves[0]}
+        if self.parent:
+            slots["backing"] = self.backing(graph, self.base)
+        graph.mapped("vmdk", *sesparse.alone(self.opened), slots)
+
+    def check_leaks(self) -> bool:
+        return not self.capacity
+
+
 class RawCase(Case):
     """Raw with an offset in the middle, on 4 KiB alignment or none."""
 
@@ -426,4 +463,6 @@ CASES: dict[str, Callable[[random.Random], Case]] = {
     "vmdk-zeroed": lambda rng: VmdkCase(rng, "z"),
     "vmdk-backing": lambda rng: VmdkCase(rng, "b"),
     "vmdk-backing-zeroed": lambda rng: VmdkCase(rng, "bz"),
+    "vmdk-sesparse": SesparseCase,
+    "vmdk-sesparse-backing": lambda rng: SesparseCase(rng, "b"),
 }
