@@ -20,6 +20,7 @@ from ..contract import (
 )
 from ..errors import NoSpace
 from ..units import align_down, align_up
+from .buffers import page_buffer
 from .kernel import gather
 from .node import Buffer
 from .spans import Overlay, merge_spans
@@ -51,7 +52,7 @@ class Allocator:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._stages: list[bytearray] = []
+        self._stages: list[memoryview] = []
 
     async def allocate(
         self, ranges: list[Range], kind: str, overlay: Overlay | None, flags: int = 0
@@ -197,9 +198,8 @@ class Allocator:
 
         The buffers are used again, because fresh memory costs more than the copy itself.
         """
-        stage = self._stages.pop() if self._stages else bytearray(_STAGE)
+        view = self._stages.pop() if self._stages else page_buffer(_STAGE)
         try:
-            view = memoryview(stage)
             holes: list[tuple[int, memoryview]] = []
             sources: list[memoryview] = []
             at = 0
@@ -222,7 +222,7 @@ class Allocator:
             await self.put(steps, sources, *tags)
         finally:
             if len(self._stages) < _MOST_STAGES:
-                self._stages.append(stage)
+                self._stages.append(view)
 
     async def put(self, steps: Sequence[Step], sources: Sequence[Buffer], *tags: str) -> None:
         """Write ``sources`` to the hosts of ``steps``, encoded, one column batch per slot."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ..engine.buffers import page_buffer
 from ..wire import nbd_reply as reply
 
 _SIZE = 128 << 10
@@ -33,7 +34,7 @@ class Arena:
             return self._slots[:count]
         if total > self.size:
             self.size = max(total, _SIZE)
-            self._view = memoryview(bytearray(self.size))
+            self._view = page_buffer(self.size)
             self._length = 0
         view = self._view
         if equal:
