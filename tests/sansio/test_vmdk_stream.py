@@ -392,3 +392,15 @@ def test_info() -> None:
     assert info["create-type"] == "streamOptimized"
     assert info["extents"][0]["compressed"] is True
     assert info["extents"][0]["cluster-size"] == GRAIN
+
+
+def test_the_level_is_a_create_option() -> None:
+    assert DRIVER.stream is not None
+    options = {"size": MIB, "subformat": "streamOptimized"}
+    writer: Any = DRIVER.stream({**options, "compression_level": 9})
+    assert writer.codec.level == 9
+    for wrong in ({"compression_level": 10}, {"compression_level": 0}):
+        with pytest.raises(UsageError, match="level"):
+            DRIVER.stream({**options, **wrong})
+    with pytest.raises(UsageError, match="not compressed"):
+        Machine().run(DRIVER.create({"size": MIB, "compression_level": 1}))  # type: ignore[misc]

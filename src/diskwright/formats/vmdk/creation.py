@@ -97,6 +97,11 @@ def check_options(options: Mapping[str, Any]) -> Wanted:
         raise UsageError(f"Parameter 'preallocation' does not accept value '{preallocation}'")
     if preallocation != "off" and not kind.flat:
         raise UsageError(f"Preallocation is not supported for subformat '{subformat}'")
+    level = options.get("compression_level")
+    if level is not None and subformat != "streamOptimized":
+        raise UsageError(f"{subformat} images are not compressed")
+    if level is not None and not 1 <= level <= 9:
+        raise UsageError(f"Compression level {level} is not between 1 and 9")
     extents = list(split(size // SECTOR, kind, str(options.get("file-name") or "disk.vmdk")))
     text = new_text(options, subformat, size // SECTOR, extents, backing)
     if kind.suffix is None and len(text) > MAX_EMBEDDED:
@@ -228,10 +233,11 @@ def stream_writer(options: Mapping[str, Any]) -> StreamWriter | None:
     """The `StreamWriter` of these options; None where the image is not a stream."""
     if (options.get("subformat") or "") != "streamOptimized" or options.get("backing_file"):
         return None
-    from .stream_writer import StreamOptimized
+    from .stream_writer import DEFAULT_LEVEL, StreamOptimized
 
     wanted = check_options(options)
-    return StreamOptimized(wanted.size, wanted.text)
+    level = options.get("compression_level") or DEFAULT_LEVEL
+    return StreamOptimized(wanted.size, wanted.text, level)
 
 
 def _stream(wanted: Wanted) -> Procedure:
