@@ -15,10 +15,14 @@ import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from house.tinyqcow2 import Tiny
+from house.tinyvhdx import FULL, MIB, PARTIAL, ZERO, TinyVhdx
+from house.vmdk_mutants import KINDS as VMDK_KINDS
+from house.vmdk_mutants import mutants as vmdk_mutants
 
 LIMIT_BYTES = 512 << 20
 LIMIT_SECONDS = 20.0
@@ -35,9 +39,36 @@ KINDS = {
     "corrupt": {"incompatible": 2},
 }
 
+_PARENT = [
+    ("parent_linkage", "{11111111-2222-4333-8444-555555555555}"),
+    ("relative_path", ".\\base.vhdx"),
+    ("absolute_win32_path", "C:\\base.vhdx"),
+]
+VHDX_KINDS: dict[str, dict[str, Any]] = {
+    "vhdx": {},
+    "vhdx, sectors of 4096": {"sector": 4096},
+    "vhdx, the largest blocks": {"size": 9 << 40, "block": 256 * MIB, "blocks": {1: (ZERO, b"")}},
+    "vhdx, fixed": {"fixed": True, "blocks": dict.fromkeys(range(4), (FULL, b"f"))},
+    "vhdx with a log": {
+        "log": {3 * MIB: (4 * MIB | FULL).to_bytes(4096, "little"), 3 * MIB + 4096: None}
+    },
+    "vhdx over a parent": {
+        "parent": _PARENT,
+        "blocks": {0: (PARTIAL, b"p"), 1: (FULL, b"f"), 2: (ZERO, b"")},
+        "bitmap": {0, 2, 3, 2047},
+    },
+}
+ALL_KINDS = (*KINDS, *VHDX_KINDS, *VMDK_KINDS)
+
 
 def mutants(kind: str, pairs: int) -> Iterator[tuple[str, bytes]]:
     """Every field at its borders, then pairs of fields, cut-off files, and noise."""
+    if kind in VHDX_KINDS:
+        yield from vhdx_mutants(kind, pairs)
+        return
+    if kind in VMDK_KINDS:
+        yield from vmdk_mutants(kind, pairs)
+        return
     tiny = Tiny(**KINDS[kind])  # type: ignore[arg-type]
     yield "untouched", tiny.data
     singles = []
@@ -64,27 +95,68 @@ def mutants(kind: str, pairs: int) -> Iterator[tuple[str, bytes]]:
         yield "noise", bytes(data)
 
 
-def look(data: bytes, writable: bool) -> None:
-    """Open, map and check, with nothing but ``data``."""
+def vhdx_mutants(kind: str, pairs: int) -> Iterator[tuple[str, bytes]]:
+    """The same of VHDX; checksums are made good again, for a bad one hides what is behind it."""
+    tiny = TinyVhdx(**VHDX_KINDS[kind])
+    yield "untouched", tiny.data
+    singles = []
+    for name, offset, width in tiny.fields:
+        now = int.from_bytes(tiny.data[offset : offset + width], "little")
+        singles += [(name, offset, width, value) for value in tiny.borders(width, now)]
+    rng = random.Random(kind)
+    rng.shuffle(singles)  # a run that takes some of them takes some of every field
+    for name, offset, width, value in singles:
+        yield f"{name} = {value:#x}", tiny.with_field(offset, width, value)
+    whole = tiny.data
+    for _ in range(pairs):
+        said = []
+        for name, offset, width, value in rng.sample(singles, rng.choice((2, 3))):
+            tiny.data = tiny.with_field(offset, width, value)
+            said.append(f"{name} = {value:#x}")
+        yield ", ".join(said), tiny.data
+        tiny.data = whole
+    for length in (0, 1, 8, 512, 65536, 65600, 131072, 200000, MIB, MIB + 64, 2 * MIB, 3 * MIB + 8):
+        yield f"cut to {length}", whole[:length]
+    yield "cut in its last block", whole[:-1]
+    for _ in range(pairs // 4):
+        for _ in range(rng.randrange(1, 9)):
+            area = rng.choice((64 << 10, 192 << 10, MIB, 2 * MIB, 2 * MIB + 65536, 3 * MIB))
+            tiny.data = tiny.with_field(area + rng.randrange(8, 400), 1, rng.randrange(256))
+        yield "noise", tiny.data
+        tiny.data = whole
+
+
+def look(data: bytes, writable: bool, kind: str = "", repair: bool = False) -> None:
+    """Open, map and check, with nothing but ``data``; or open what is damaged, repair it, and
+    change its size."""
     from diskwright.engine.kernel import Driver
+    from diskwright.engine.node import Node
     from diskwright.graph import registry
     from diskwright.graph.mapped import MappedNode
     from diskwright.graph.options import checked
     from diskwright.protocols.memory import MemoryNode
+    from diskwright.protocols.null import NullNode
 
     driver = Driver()
 
     async def job() -> None:
         # A file would become sparse where a table lies far behind its end; memory cannot.
         leaf = MemoryNode(driver, data, limit=len(data) + (64 << 20))
-        declared = registry.driver("qcow2")
+        name = "vhdx" if kind in VHDX_KINDS else "vmdk" if kind in VMDK_KINDS else "qcow2"
+        declared = registry.driver(name)
         assert declared.open is not None
-        format, procedure = declared.open({**checked(declared, {}), "read-only": not writable})
-        node = MappedNode(driver, "qcow2", format, {"file": leaf})
+        told = {**checked(declared, {}), "read-only": not writable, "check": repair}
+        slots: dict[str, Node] = {"file": leaf}
+        if "parent" in kind:
+            told["backing"] = "given"
+            slots["backing"] = NullNode(driver, 3 * MIB + 512, read_zeroes=True)
+        format, procedure = declared.open(told)
+        node = MappedNode(driver, name, format, slots)
         node.read_only = not writable
         await node.run_procedure(procedure, whole_image=False)
         errors: list[Exception] = []
-        for step in ("info", "map", "check", "read", "close"):
+        steps = ("repair", "check", "grow", "shrink") if repair else ("info", "map", "check")
+        for step in (*steps, "read", "close"):
             try:
                 if step == "info":
                     format.info()
@@ -92,6 +164,11 @@ def look(data: bytes, writable: bool) -> None:
                     await map_all(node)
                 elif step == "check":
                     await node.run_procedure(format.check())
+                elif step == "repair":
+                    await node.run_procedure(format.check("all"))
+                elif step in ("grow", "shrink"):
+                    size = node.size // 2 if step == "shrink" else node.size + 9 * MIB
+                    await node.run_procedure(format.resize(size // 4096 * 4096, "off", True))
                 elif step == "read":
                     await node.read([0], [min(node.size, 1 << 16)])
                     if writable:
@@ -140,13 +217,12 @@ def main() -> None:
     for number, (said, data) in enumerate(mutants(kind, pairs)):
         if number % every != first:
             continue
-        for writable in (False, True):
+        for mode in ("read-only", "writable", *(["repair"] if kind in VHDX_KINDS else [])):
             count += 1
             start = time.monotonic()
             try:
-                look(data, writable)
+                look(data, mode != "read-only", kind, mode == "repair")
             except (Exception, RecursionError):
-                mode = "writable" if writable else "read-only"
                 wrong.append(f"{kind}, {mode}, {said}:\n{traceback.format_exc(limit=-4)}")
             slowest = max(slowest, (time.monotonic() - start, said))
             if len(data) > 1 << 20:

@@ -1,4 +1,4 @@
-"""Hostile bytes: every field of a qcow2 image at its borders ends in a result or a plain error."""
+"""Hostile bytes: every field of an image at its borders ends in a result or a plain error."""
 
 from __future__ import annotations
 
@@ -12,8 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from house.hostile_worker import KINDS, LIMIT_BYTES, LIMIT_SECONDS, mutants
+from house.hostile_worker import (
+    ALL_KINDS,
+    KINDS,
+    LIMIT_BYTES,
+    LIMIT_SECONDS,
+    VHDX_KINDS,
+    mutants,
+)
 from house.tinyqcow2 import Tiny
+from house.tinyvhdx import TinyVhdx
 
 ROOT = Path(__file__).resolve().parents[2]
 WORKER = Path(__file__).with_name("hostile_worker.py")
@@ -43,16 +51,19 @@ def test_fields_at_their_borders(kind: str) -> None:
     run_worker(kind, pairs=60, every=every.get(kind, 1))
 
 
+@pytest.mark.parametrize("kind", VHDX_KINDS)
+def test_fields_of_vhdx_at_their_borders(kind: str) -> None:
+    run_worker(kind, pairs=40, first=5, every=150)
+
+
 @pytest.mark.long
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ALL_KINDS)
 def test_many_pairs_of_fields(kind: str) -> None:
     run_worker(kind, pairs=4000, timeout=3500)
 
 
 @pytest.mark.parametrize("kind", ["v3", "v2", "smallest clusters", "packed", "snapshot"])
-def test_the_untouched_image_is_good(
-    kind: str, tmp_path: Path, peer: Callable[[str], str]
-) -> None:
+def test_the_untouched_image_is_good(kind: str, tmp_path: Path, peer: Callable[[str], str]) -> None:
     """The mutants start from an image with which qemu-img finds nothing wrong."""
     tiny = Tiny(**KINDS[kind])  # type: ignore[arg-type]
     image, raw = tmp_path / "tiny.qcow2", tmp_path / "tiny.raw"
@@ -65,13 +76,32 @@ def test_the_untouched_image_is_good(
     )
 
 
+@pytest.mark.parametrize(
+    "kind", [kind for kind in VHDX_KINDS if not kind.endswith(("parent", "4096"))]
+)
+def test_the_untouched_vhdx_is_good(kind: str, tmp_path: Path, peer: Callable[[str], str]) -> None:
+    tiny = TinyVhdx(**VHDX_KINDS[kind])
+    image, raw = tmp_path / "tiny.vhdx", tmp_path / "tiny.raw"
+    image.write_bytes(tiny.data)
+    replayed = subprocess.run(
+        [peer("qemu-img"), "check", "-r", "all", image], capture_output=True, text=True
+    )
+    assert replayed.returncode == 0, replayed.stdout + replayed.stderr
+    if tiny.size < 1 << 30 and "log" not in kind:
+        raw.write_bytes(tiny.model)
+        subprocess.run(
+            [peer("qemu-img"), "compare", "-f", "raw", "-F", "vhdx", raw, image], check=True
+        )
+
+
 @pytest.mark.parametrize("verb", ["info", "map", "check"])
-@pytest.mark.parametrize("kind", ["v3", "packed"])
+@pytest.mark.parametrize("kind", ["v3", "packed", "vhdx", "vhdx with a log"])
 def test_the_commands_end_in_a_plain_error(kind: str, verb: str, tmp_path: Path) -> None:
-    chosen = [m for n, m in enumerate(mutants(kind, 40)) if n % 131 == 7]
+    every, first = (1300, 7) if kind in VHDX_KINDS else (131, 7)
+    chosen = [m for n, m in enumerate(mutants(kind, 40)) if n % every == first]
     assert len(chosen) > 3
     for said, data in chosen:
-        image = tmp_path / "image.qcow2"
+        image = tmp_path / "image"
         image.write_bytes(data)
         done = subprocess.run(
             [sys.executable, "-m", "diskwright", verb, str(image)],
