@@ -259,6 +259,16 @@ def test_reading_and_closing_changes_nothing() -> None:
     assert machine.content() == files
 
 
+def test_an_identifier_of_seven_digits_moves_nothing() -> None:
+    """QEMU leaves leading zeroes out; a descriptor that moves could be torn."""
+    raw = head('RW 8 FLAT "a" 0\n').replace(b"12345678", b"abcdef1")
+    machine = opened({"disk.vmdk": raw, "a": bytes(4096)})
+    machine.write(0, b"x")
+    now = machine.content()["disk.vmdk"]
+    assert len(now) == len(raw) and now.replace(machine.format.identity[1:].encode(), b"") != now
+    assert f"{parse(now).cid:08x}" == machine.format.identity
+
+
 def test_a_short_identifier_gets_its_digits() -> None:
     files = {"disk.vmdk": head('RW 8 FLAT "a" 0\n').replace(b"12345678", b"7"), "a": bytes(4096)}
     machine = opened(files)

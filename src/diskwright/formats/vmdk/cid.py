@@ -17,10 +17,10 @@ def random_bytes(count: int) -> bytes:
     return token_bytes(count)
 
 
-def new_cid() -> int:
-    """A random content identifier that means nothing special."""
+def new_cid(digits: int = 8) -> int:
+    """A random content identifier of so many hexadecimal digits that means nothing special."""
     while True:
-        cid = int.from_bytes(random_bytes(4), "little")
+        cid = int.from_bytes(random_bytes(4), "little") & (1 << 4 * digits) - 1
         if cid not in (0, NO_CONTENT, LONG_CONTENT):
             return cid
 

@@ -103,6 +103,13 @@ class Descriptor:
         self._place: dict[str, int] = {}
 
     @property
+    def cid_digits(self) -> int:
+        """How many digits a CID should have to fit where the present one is: 8, or a little less
+        (qemu-img writes no leading zeroes), so that it can be changed without moving the rest."""
+        here = len(self.settings.get("cid", ""))
+        return here if here in (6, 7) else 8
+
+    @property
     def ddb(self) -> dict[str, str]:
         """The disk database, without the prefix ``ddb.`` (keys in lower case)."""
         return {k[4:]: v for k, v in self.settings.items() if k.startswith("ddb.")}
@@ -129,7 +136,8 @@ class Descriptor:
         ours = re.fullmatch("[0-9A-Fa-f]{9,64}", long_id)
         if ours and long_id[-8:].lower() == f"{self.cid:08x}":
             self._set("ddb.longContentID", long_id[:-8] + f"{cid:08x}", True, "")
-        self._set("CID", f"{cid:08x}", False, "version")
+        digits = self.cid_digits
+        self._set("CID", f"{cid:0{digits}x}", False, "version")
         self.cid = cid
 
     def set_parent(self, cid: int, hint: str | None) -> None:

@@ -235,7 +235,7 @@ class Vmdk(Links):
         if not self.content_changed and self.descriptor is not None and self.place is not None:
             if self._next is None:
                 self._next = parse(self.descriptor.encode())
-                self._next.set_cid(new_cid())
+                self._next.set_cid(new_cid(self._next.cid_digits))
             writes += self.place.change(self._next.encode())
         return Groups([writes] if writes else [], BEFORE)
 
