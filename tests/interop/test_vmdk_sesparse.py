@@ -145,3 +145,42 @@ def test_repair(peer: Peer, tmp_path: Path) -> None:
     model[30 << 20 : (30 << 20) + 5120] = b"\x08" * 5120
     model[1 << 20 : (1 << 20) + 1024] = b"\t" * 1024
     agree(peer, path, model)
+
+
+def test_resize(peer: Peer, tmp_path: Path) -> None:
+    rng = random.Random(8)
+    path = tmp_path / "x.vmdk"
+    create(path, (17 << 20) + 512)
+    model = bytearray((17 << 20) + 512)
+    for size in ((20 << 20) + 1024, 16 << 20, (15 << 20) + 512, 40 << 20):
+        ops = operations(rng, len(model), GRAIN, 10)
+        change(path, io_arguments(ops))
+        apply(model, ops, GRAIN)
+        run([*OURS, "resize", "-q", "-f", "vmdk", "--shrink", path, str(size)])
+        model = model[:size].ljust(size, b"\0")
+        agree(peer, path, model)
+    text = run([*OURS, "resize", "-q", "-f", "vmdk", path, "600M"], status=1)
+    assert "room" in text
+    agree(peer, path, model)
+
+
+def test_commit(peer: Peer, tmp_path: Path) -> None:
+    rng = random.Random(9)
+    size = 17 << 20
+    base, top = tmp_path / "base.vmdk", tmp_path / "top.vmdk"
+    run([peer("qemu-img"), "create", "-q", "-f", "vmdk", base, str(size)])
+    create(top, size, "-b", base, "-F", "vmdk")
+    ops = operations(rng, size, GRAIN, 15, discard=False)
+    change(top, io_arguments(ops))
+    model = bytearray(size)
+    apply(model, ops, GRAIN)
+    run([*OURS, "commit", "-q", "-f", "vmdk", top])
+    agree(peer, top, model)
+    run([peer("qemu-img"), "convert", "-O", "raw", base, tmp_path / "base.raw"])
+    assert_bytes((tmp_path / "base.raw").read_bytes(), model, "base")
+    # The overlay is empty again, and goes on working.
+    assert (tmp_path / "top-sesparse.vmdk").stat().st_size == 12288 * 512
+    ops = operations(rng, size, GRAIN, 5, discard=False)
+    change(top, io_arguments(ops))
+    apply(model, ops, GRAIN)
+    agree(peer, top, model)
