@@ -43,13 +43,16 @@ class _Opened:
         self.offset = create.pop("offset", 0)
         self.cache = create.pop("cache", "writeback")
         self.extents: list[tuple[str, int]] = create.pop("extents", [])
+        self.size = create.pop("size", SIZE)
+        # These have no parents of another format.
+        self.below = format if format in ("vmdk", "vhdx") else "raw"
 
     async def __call__(self, driver: BaseDriver, folder: Path, fresh: bool) -> Node:
         path = folder / "disk"
         base = folder / "base"
         if fresh and self.backing:
-            if self.format == "vmdk":  # has no other parents
-                await _made(driver, base, "vmdk")
+            if self.below != "raw":
+                await _made(driver, base, self.below)
             else:
                 base.write_bytes(pattern(900, 0, _BASE_SIZE))
         if fresh and self.extents:
@@ -60,7 +63,7 @@ class _Opened:
             options = dict(self.create)
             if self.backing:
                 options["backing_file"] = str(base)
-            size = SIZE + self.offset
+            size = self.size + self.offset
             await create_image(driver, str(path), self.format, size, options)
         reference = self._reference(path, base)
         try:
@@ -88,8 +91,10 @@ class _Opened:
             out["offset"] = self.offset
         if self.backing:
             # The caller's own words, so nothing that the image names has to be opened.
-            below = "vmdk" if self.format == "vmdk" else "raw"
-            out["backing"] = {"driver": below, "file": {"driver": "file", "filename": str(base)}}
+            out["backing"] = {
+                "driver": self.below,
+                "file": {"driver": "file", "filename": str(base)},
+            }
         return out
 
 
@@ -125,15 +130,16 @@ async def _composed(driver: BaseDriver, path: Path, extents: list[tuple[str, int
 
 def _filed(name: str, format: str, portable: bool = False, **more: Any) -> Subject:
     unit = more.pop("unit", 0)
+    resizes = more.pop("resizes", not (more.get("offset") or more.get("extents")))
     opened = _Opened(format, **more)
     return Subject(
         name + (" (portable)" if portable else ""),
         opened,
         close_disk,
-        SIZE,
+        opened.size,
         first=pattern(900, 0, _BASE_SIZE) if opened.backing else b"",
         leaf=format == "file",
-        resizes=more.get("resizes", not (opened.offset or opened.extents)),
+        resizes=resizes,
         unit=unit,
         portable=portable,
     )
@@ -159,6 +165,7 @@ def subjects() -> list[Subject]:
             _filed("raw", "raw", portable),
             _filed("qcow2", "qcow2", portable, unit=65536),
             _filed("vmdk", "vmdk", portable, unit=65536),
+            _filed("vhdx", "vhdx", portable, block_size=1 << 20, unit=1 << 20),
         ]
     out += [
         _filed("file, cache=none", "file", cache="none"),
@@ -177,6 +184,27 @@ def subjects() -> list[Subject]:
         _filed("qcow2, cache=none", "qcow2", cache="none", cluster_size=4096, unit=4096),
         _filed("raw over blkdebug", "raw", blkdebug=True),
         _filed("qcow2 over blkdebug", "qcow2", blkdebug=True, cluster_size=4096, unit=4096),
+        _filed("vhdx, fixed", "vhdx", subformat="fixed", unit=8 << 20),
+        _filed("vhdx, blocks of 256 MiB", "vhdx", block_size=256 << 20, unit=256 << 20),
+        _filed(
+            "vhdx, sectors of 4096",
+            "vhdx",
+            logical_sector_size=4096,
+            block_size=1 << 20,
+            unit=1 << 20,
+            size=(2 << 20) + 4096,
+            resizes=False,  # the suite's sizes are sectors of 512
+        ),
+        _filed(
+            "vhdx over a parent",
+            "vhdx",
+            backing_file="",
+            backing_fmt="vhdx",
+            block_size=1 << 20,
+            unit=1 << 20,
+        ),
+        _filed("vhdx over blkdebug", "vhdx", blkdebug=True, block_size=1 << 20, unit=1 << 20),
+        _filed("vhdx, cache=none", "vhdx", cache="none", block_size=1 << 20, unit=1 << 20),
         _filed("vmdk with zeroed grains", "vmdk", zeroed_grain=True, unit=65536),
         _filed("vmdk over a parent", "vmdk", backing_file="", backing_fmt="vmdk"),
         _filed(
