@@ -272,7 +272,7 @@ class Create(NamedTuple):
 
     While an image is created, one that is there is emptied; later it is an error
     (FileExistsError).  What was made goes again when the creation fails, and later when a procedure
-    fails before it wrote to a file that was there already (leaving the image as it was).
+    fails before it wrote to another file since.
     """
 
     slot: str

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +20,9 @@ from diskwright.graph.graph import own_leaves
 from diskwright.graph.opener import close_disk, open_disk
 from diskwright.graph.reopen import reopen
 from diskwright.graph.status import all_status
+from diskwright.protocols.file import FileNode
 
-from .tools import run, shell
+from .tools import descriptors, run, shell
 
 M = 1 << 20
 SPLIT = ["monolithicFlat", "twoGbMaxExtentSparse", "twoGbMaxExtentFlat"]
@@ -200,3 +203,136 @@ def test_a_source_is_not_emptied_as_an_extent_of_the_target() -> None:
         diskwright.convert("x-flat.vmdk", "x.vmdk", "vmdk", format="raw", options=options)
     assert Path("x-flat.vmdk").read_bytes() == b"s" * M
     assert os.listdir(".") == ["x-flat.vmdk"]
+
+
+@pytest.mark.parametrize(
+    ("format", "options"),
+    [
+        *(("vmdk", {"subformat": name}) for name in (*SPLIT, "monolithicSparse", "vmfsSparse")),
+        ("vhdx", {}),
+        ("vhdx", {"subformat": "fixed"}),
+        ("vhdx", {"parent": "p.vhdx"}),
+    ],
+)
+def test_a_creation_that_fails_at_any_request_leaves_nothing(
+    format: str, options: dict[str, str], here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if "parent" in options:
+        diskwright.create("p.vhdx", "vhdx", M)
+    before = set(os.listdir(here))
+    count = fail_at = 0
+
+    def failing(name: str) -> None:
+        real = getattr(FileNode, name)
+
+        async def method(self: Any, *arguments: Any, **named: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == fail_at:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return await real(self, *arguments, **named)
+
+        monkeypatch.setattr(FileNode, name, method)
+
+    for name in ("write", "zero", "truncate", "flush"):
+        failing(name)
+    while True:
+        count, fail_at = 0, fail_at + 1
+        try:
+            run(lambda driver: create_image(driver, "x", format, (2 << 30) + M, options))
+        except OSError as error:
+            assert error.errno == errno.ENOSPC
+            assert set(os.listdir(here)) == before, f"request {fail_at}"
+        else:
+            break
+    assert fail_at > 3 and count < fail_at
+    assert set(os.listdir(here)) > before
+
+
+@pytest.mark.parametrize("writable", [False, True])
+@pytest.mark.parametrize("subformat", SPLIT)
+def test_an_opening_that_fails_at_any_read_closes_all(
+    subformat: str, writable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    diskwright.create("x.vmdk", "vmdk", 3 << 30, {"subformat": subformat})
+    real = FileNode.read
+    count = fail_at = 0
+
+    async def read(self: Any, *arguments: Any, **named: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == fail_at:
+            raise OSError(errno.EIO, "Input/output error")
+        return await real(self, *arguments, **named)
+
+    monkeypatch.setattr(FileNode, "read", read)
+    held = descriptors()
+    while True:
+        count, fail_at = 0, fail_at + 1
+        try:
+            diskwright.open("x.vmdk", policy="trusted", writable=writable).close()
+        except OSError as error:
+            assert error.errno == errno.EIO and error.filename
+            assert descriptors() == held
+        else:
+            break
+    assert fail_at > 2 and count < fail_at
+
+
+@pytest.mark.parametrize("subformat", ["twoGbMaxExtentSparse", "twoGbMaxExtentFlat"])
+def test_growing_that_fails_at_any_request_leaves_a_whole_image(
+    subformat: str, here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    count = fail_at = 0
+
+    def failing(name: str) -> None:
+        real = getattr(FileNode, name)
+
+        async def method(self: Any, *arguments: Any, **named: Any) -> Any:
+            nonlocal count
+            count += 1
+            if count == fail_at:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return await real(self, *arguments, **named)
+
+        monkeypatch.setattr(FileNode, name, method)
+
+    async def grow(driver: Driver) -> None:
+        nonlocal count
+        node: Any = await open_disk(driver, "x.vmdk", writable=True, gate=Gate("trusted"))
+        try:
+            count = 0
+            await node.truncate(5 << 30)
+        finally:
+            await close_disk(node)
+
+    for name in ("write", "zero", "truncate", "flush"):
+        failing(name)
+    orphans = []
+    while True:
+        done, fail_at = fail_at + 1, 0
+        for name in os.listdir(here):
+            os.unlink(name)
+        diskwright.create("x.vmdk", "vmdk", M, {"subformat": subformat})
+        with diskwright.open("x.vmdk", writable=True, policy="trusted") as disk:
+            disk.write(0, b"g" * 512)
+        fail_at = done
+        with suppress(OSError):
+            run(grow)
+        fail_at = 0
+        with diskwright.open("x.vmdk", policy="trusted") as disk:
+            size = disk.size
+            assert size in (M, 5 << 30)
+            assert disk.read(0, 1024) == b"g" * 512 + bytes(512)
+        text = Path("x.vmdk").read_text()
+        made = set(os.listdir(here)) - {"x.vmdk"}
+        named = {name for name in made if f'"{name}"' in text}
+        assert len(named) == (1 if size == M else 3)
+        if made != named:
+            orphans.append(done)
+        if count < done:
+            break
+        fail_at = done
+    assert size == 5 << 30 and made == named and done > 5
+    # Only once the image itself was being changed.
+    assert orphans == list(range(orphans[0], orphans[-1] + 1)) and orphans[0] > 5

@@ -21,7 +21,7 @@ from diskwright.graph.opener import close_disk, explain, open_disk
 from diskwright.graph.reopen import reopen
 from diskwright.graph.status import block_status
 
-from .tools import run, shell
+from .tools import descriptors, run, shell
 from .toys import registered, write_toy
 
 
@@ -61,10 +61,6 @@ def two_extents() -> None:
     Path("a.bin").write_bytes(b"A" * 1024)
     Path("b.bin").write_bytes(b"B" * 512)
     write_toy("d.toy", "extent=1024 0 a.bin", "extent=512 0 b.bin")
-
-
-def descriptors() -> int:
-    return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
 
 
 # -- extents

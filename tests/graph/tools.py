@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from collections.abc import Callable, Coroutine
 from pathlib import Path
@@ -31,3 +32,8 @@ def shell(folder: Path, *command: str, ok: bool = True) -> str:
     if ok:
         assert done.returncode == 0, f"{command}: {done.stdout}{done.stderr}"
     return done.stdout + done.stderr
+
+
+def descriptors() -> int:
+    """How many files this process has open (0 where it cannot tell)."""
+    return len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0

@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..contract import Barrier, Create, GuestWrite, Procedure, Punch, Truncate, Write
+from ..contract import Barrier, Create, GuestWrite, Procedure, Punch, Request, Truncate, Write
 from ..errors import NotSupported, UsageError
 from . import registry
 from .closing import discard_disk
@@ -137,14 +137,17 @@ class Creations:
 
 
 class Attempt:
-    """A procedure whose new files go again when it fails in time: before it wrote to a file that
-    was there already.  Later the image may refer to them, and a file too many does no harm."""
+    """A procedure whose new files go again when it fails in time: before it wrote to another file
+    since.  Later the image may refer to them, and a file too many does no harm."""
 
     def __init__(self, creations: Creations, procedure: Procedure) -> None:
         self.creations = creations
         self.procedure = self._watched(procedure)
         self._made: set[str] = set()
-        self._written: set[str] = set()
+        self._changed = False
+        """It wrote to a file that it did not make,"""
+        self._referred = False
+        """and did so when it had made one."""
         self._ended = False
         self._raised: OSError | None = None
         self._unflushed = False
@@ -162,14 +165,9 @@ class Attempt:
                 self._raised = raised
                 raise
             answer = error = None
-            if isinstance(request, Write):
-                self._written.update(write.slot for write in request.writes)
-            elif isinstance(request, Punch):
-                self._written.update(part.slot for part in request.ranges)
-            elif isinstance(request, Truncate):
-                self._written.add(request.slot)
-            elif isinstance(request, GuestWrite):
-                self._written.add("")
+            if not _written(request) <= self._made:
+                self._changed = True
+                self._referred |= bool(self._made)
             try:
                 answer = yield request
             except Exception as caught:
@@ -182,16 +180,27 @@ class Attempt:
     async def undo(self) -> None:
         """The procedure failed: take its files back if nothing can refer to them.
 
-        The image is what it was before then, so its node has not failed, unless a flush did: that
-        may have lost what others wrote.
+        An image that was not written to is what it was before, so its node has not failed, unless
+        a flush did: that may have lost what others wrote.
         """
-        if self._ended or not self._written <= self._made:
+        if self._ended or self._referred:
             return
         for slot in self._made:
             await self.creations.take_back(slot)
         engine = self.creations.node.engine
-        if engine.failure is self._raised and not self._unflushed:
+        if engine.failure is self._raised and not (self._changed or self._unflushed):
             engine.failure = None
+
+
+def _written(request: Request) -> set[str]:
+    """The slots that a request writes to ("": any)."""
+    if isinstance(request, Write):
+        return {write.slot for write in request.writes}
+    if isinstance(request, Punch):
+        return {part.slot for part in request.ranges}
+    if isinstance(request, Truncate):
+        return {request.slot}
+    return {""} if isinstance(request, GuestWrite) else set()
 
 
 def equip(node: MappedNode) -> None:
