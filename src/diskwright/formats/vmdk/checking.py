@@ -143,9 +143,10 @@ class Checker:
             yield from self._tables()
             if layout.refuse_write is None:
                 yield from self._leaks(self.cells or self._new_cells(self.phase))
-        if layout.free and layout.free < self.end:
+        free = part.free_written
+        if free and free < self.end:
             result.corruption(
-                f"The free sector{self.name} {layout.free:#x} is below the end of the grains"
+                f"The free sector{self.name} {free:#x} is below the end of the grains"
             )
             result.corruptions_fixed += self.mender is not None
         if self.mender is not None:

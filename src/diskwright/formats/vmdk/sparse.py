@@ -29,7 +29,8 @@ class SparsePart(SparsePlanner):
         super().__init__(image, slot, start, length, layout)
         self.unclean = layout.unclean
         """The header on disk says that the extent is in use, or was not closed in order."""
-        self._free_written = layout.free
+        self.free_written = layout.free
+        """The header's next free sector as it is on disk."""
 
     # -- to the disk
     def before(self) -> list[MetaWrite]:
@@ -76,9 +77,9 @@ class SparsePart(SparsePlanner):
                         entries, sector * PER_SECTOR, (sector + 1) * PER_SECTOR
                     )
                     links.append(MetaWrite(self.slot, (place + sector) * SECTOR, raw, "l1_update"))
-        if self.layout.free_at and self.space.end > self._free_written:
+        if self.layout.free_at and self.space.end > self.free_written:
             # Raised before anything refers to what is below it.
-            self._free_written = self.space.end
+            self.free_written = self.space.end
             raw = struct.pack("<I", min(self.space.end, 0xFFFFFFFF))
             tables.append(MetaWrite(self.slot, self.layout.free_at, raw))
         freed, self._freed = self._freed, []
