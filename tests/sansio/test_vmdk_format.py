@@ -428,7 +428,7 @@ def test_resizing(subformat: str, backed: bool) -> None:
             assert machine.read(0, size) == content, new
     machine.close()
     result = machine.run(machine.format.check())
-    assert result.corruptions == 0, result.findings
+    assert result.corruptions == 0, [x for x in result.findings if "ERROR" in x]
 
 
 @pytest.mark.usefixtures("split")
@@ -458,7 +458,7 @@ def test_a_crash_while_resizing_leaves_one_size_or_the_other(subformat: str, new
             if again.format.size == new > size:
                 assert again.read(0, new) == content.ljust(new, b"\0")
             result = again.run(again.format.check())
-            assert result.corruptions == 0, result.findings
+            assert result.corruptions == 0, [x for x in result.findings if "ERROR" in x]
             step += 1
             assert step < 500
             continue
@@ -487,7 +487,7 @@ def test_directories_move_when_they_must(subformat: str) -> None:
     assert int(again.read((200 << 30) - 512, 12)) == 200 << 30
     assert again.read((13 << 30) - 512, 12) == bytes(12)
     result = again.run(again.format.check())
-    assert result.corruptions == 0, result.findings
+    assert result.corruptions == 0, [x for x in result.findings if "ERROR" in x]
 
 
 def test_sizes_that_do_not_go() -> None:
