@@ -217,7 +217,7 @@ def main() -> None:
     for number, (said, data) in enumerate(mutants(kind, pairs)):
         if number % every != first:
             continue
-        for mode in ("read-only", "writable", *(["repair"] if kind in VHDX_KINDS else [])):
+        for mode in ("read-only", "writable", *([] if kind in KINDS else ["repair"])):
             count += 1
             start = time.monotonic()
             try:

@@ -210,8 +210,8 @@ def _shrink(image: Vmdk, text: Descriptor, size: int) -> Procedure:
     dropped: Any = []
     if isinstance(part, SparsePart) and length < part.length:
         dropped = yield from cut(part, length // SECTOR)
-    if text.extents:
-        lines = [line for line in text.extents if line.sectors]
+    lines = [line for line in text.extents if line.sectors]
+    if lines:
         kept = [*lines[:index], lines[index]._replace(sectors=length // SECTOR)]
         text.set_extents(kept)
     text.set_geometry(image.size // SECTOR, size // SECTOR)
