@@ -191,3 +191,34 @@ def test_a_failed_write_does_not_poison_and_keeps_the_length(watch, driver, tmp_
 
     driver.run(steps())
     assert path.read_bytes() == b"123456"
+
+
+def test_what_will_be_flushed_soon_is_begun_with(
+    watch, driver, tmp_path, monkeypatch: pytest.MonkeyPatch
+):
+    begun: list[tuple[int, int]] = []
+    monkeypatch.setattr(watch, "memory_backed", lambda fd: False)
+    monkeypatch.setattr(watch, "write_out", lambda fd, *span: begun.append(span))
+    piece = bytes(1 << 20)
+
+    async def steps(cache: str, soon: bool) -> int:
+        begun.clear()
+        node = await FileNode.open(
+            driver, str(tmp_path / "x"), create=True, cache=cache, writable=True
+        )
+        node.will_flush(soon)
+        for at in range(0, 32 << 20, 1 << 20):
+            await node.write([at], [piece])
+            await node.write([100 << 20], [b"metadata"])
+        node.will_flush(False)
+        await node.write([0], [piece] * 1)
+        await node.close()
+        return len(begun)
+
+    assert driver.run(steps("writeback", False)) == 0
+    assert driver.run(steps("unsafe", True)) == 0
+    assert 1 <= driver.run(steps("writeback", True)) <= 4
+    assert begun[0][0] == 0
+    assert all(offset + length <= 32 << 20 for offset, length in begun)
+    monkeypatch.setattr(watch, "memory_backed", lambda fd: True)
+    assert driver.run(steps("writeback", True)) == 0

@@ -120,12 +120,16 @@ class Copier:
         self._free: list[memoryview] = []
         self._reading: deque[tuple[Batch, Future[None]]] = deque()
         self._writing: deque[Future[None]] = deque()
+        self._turn: Future[None] = Future()
+        """Set when the last write of the batch before has begun."""
+        self._turn.set()
         self._started = 0.0
         self._moved = 0
 
     async def run(self, segments: AsyncIterator[Segment]) -> None:
         """Copy all segments; raises the first error after everything issued has ended."""
         self._started = self.driver.now()
+        self.target.will_flush(True)
         try:
             async for batch in self._batches(segments):
                 await self._begin(batch)
@@ -138,6 +142,8 @@ class Copier:
             with suppress(Exception, Cancelled):
                 await wait_all(issued)
             raise
+        finally:
+            self.target.will_flush(False)
 
     # -- batches
     async def _batches(self, segments: AsyncIterator[Segment]) -> AsyncIterator[Batch]:
@@ -196,7 +202,10 @@ class Copier:
         await reading
         while len(self._writing) >= _WRITES or (self._writing and self._writing[0].done):
             await self._writing.popleft()
-        self._writing.append(self.driver.start(self._write(batch), name="copy write", io=True))
+        await self._turn
+        self._turn = Future()
+        work = self._write(batch, self._turn)
+        self._writing.append(self.driver.start(work, name="copy write", io=True))
 
     async def _throttle(self, batch: Batch) -> None:
         self._moved += sum(part.length for part in batch.parts)
@@ -207,7 +216,7 @@ class Copier:
 
     async def _both(self, batch: Batch) -> None:
         await self._read(batch)
-        await self._write(batch)
+        await self._write(batch, Future())
 
     # -- reading
     async def _read(self, batch: Batch) -> None:
@@ -274,13 +283,18 @@ class Copier:
         return True
 
     # -- writing
-    async def _write(self, batch: Batch) -> None:
+    async def _write(self, batch: Batch, turn: Future[None]) -> None:
         """Write what was read, in order, and give the buffer back."""
         where = 0
         try:
-            for zero, runs in groupby(self._runs(batch), lambda run: run[2] is None):
-                offsets, lengths, data = zip(*runs, strict=True)
+            groups = [
+                (zero, tuple(zip(*runs, strict=True)))
+                for zero, runs in groupby(self._runs(batch), lambda run: run[2] is None)
+            ]
+            for index, (zero, (offsets, lengths, data)) in enumerate(groups, 1):
                 where = offsets[0]
+                if index == len(groups):
+                    turn.set()  # who waits for it runs when this one has been issued
                 if zero:
                     await self.target.zero(offsets, lengths, self.options.zero_flags)
                 else:
@@ -288,6 +302,7 @@ class Copier:
         except (OSError, DiskError) as error:
             raise CopyFailed("write", where, error) from error
         finally:
+            turn.set()
             if batch.buffer is not None:
                 self._free.append(batch.buffer)
         if self.on_progress is not None:

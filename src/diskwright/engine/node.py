@@ -106,6 +106,13 @@ class Node:
         """All writes that have been answered are durable when it returns."""
         raise NotImplementedError
 
+    def will_flush(self, soon: bool) -> None:
+        """Much will be written now and flushed then (``soon``), or that is over.  A medium that is
+        slow is best begun with at once; told to all that hold the node's own data."""
+        for slot, edge in self.children.items():
+            if slot != "backing":
+                edge.child.will_flush(soon)
+
     async def extents(self, offset: int, length: int) -> list[Extent]:
         """What ``length`` bytes at ``offset`` are, as this node alone knows it (``Data`` names one
         of its own slots; a leaf's ``Data`` has the slot ``""``)."""

@@ -20,6 +20,7 @@ from ..errors import FlushFailed
 from ..units import align_up
 from .base import Buffer, Leaf, clear
 from .os_portable import Device, Portable, Writable
+from .outward import WriteOut
 from .space import HoleMap, Space
 from .transfer import Guard, fill, fill_all, put, put_all
 
@@ -58,6 +59,7 @@ class FileIO(Leaf):
         self._sync: Future[None] | None = None
         self._new = False  # its name is not known to be durable
         self._overshot = False  # aligned writes went beyond `size`
+        self._write_out: WriteOut | None = None
         self._flush_error: OSError | None = None
         self._jobs = 0
         self._idle = Condition()
@@ -219,8 +221,34 @@ class FileIO(Leaf):
             self._changed_to(self._length())
             raise
         self._changed_to(end)
+        if self._write_out is not None and self._write_out.add(offsets[0], end, total):
+            self._begin_write_out(self._write_out)
         if flags & FUA or self._write_through:
             await self.flush()
+
+    def will_flush(self, soon: bool) -> None:
+        self._write_out = None
+        if (
+            soon
+            and self.device.kind == "file"
+            and not (self._no_flush or self._write_through or self._bounce is not None)
+            and not self.table.memory_backed(self._fd)
+        ):
+            self._write_out = WriteOut()
+
+    def _begin_write_out(self, out: WriteOut) -> None:
+        """In the pool: it waits when the queue of the medium is full."""
+        self._jobs += 1
+        out.running = True
+        call: Future[None] = self.driver.call(out.begin, self.table, self._fd, *out.take())
+
+        def ended(_: Future[None]) -> None:
+            out.running = False
+            self._jobs -= 1
+            if not self._jobs:
+                self._idle.notify()
+
+        call.callbacks.append(ended)
 
     def _changed_to(self, end: int) -> None:
         """Something was written, up to ``end``."""

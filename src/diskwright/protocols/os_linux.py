@@ -84,6 +84,10 @@ class Linux(Portable):
     def read_ahead(self, fd: int, offset: int, length: int) -> None:
         os.posix_fadvise(fd, offset, length, os.POSIX_FADV_WILLNEED)
 
+    def write_out(self, fd: int, offset: int, length: int) -> None:
+        # It begins to write what is dirty, and then drops what is clean: nothing, just now.
+        os.posix_fadvise(fd, offset, length, os.POSIX_FADV_DONTNEED)
+
     def waits(self) -> int | None:
         import resource  # only once a write was slow
 

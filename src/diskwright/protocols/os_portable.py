@@ -112,6 +112,10 @@ class Portable:
     def read_ahead(self, fd: int, offset: int, length: int) -> None:
         """Begin to bring this range into the page cache."""
 
+    def write_out(self, fd: int, offset: int, length: int) -> None:
+        """Begin to write this range, which has just been changed, from the page cache to the
+        medium."""
+
     def waits(self) -> int | None:
         """How often this thread has waited so far, where the system counts that."""
         return None
