@@ -72,7 +72,8 @@ class Zeroing(Planner):
                 else:
                     hosts.append([guest, size, host])
             elif now == NOT_PRESENT:
-                if self.differencing:
+                # Without a parent it reads as zeroes, too, but only until the image is given one.
+                if self.differencing or kind != DISCARD:
                     state.changes.append((table, index, ZERO))
             elif now in (PARTIAL, 4):
                 raise self.bad_state(entry, index)
