@@ -4,7 +4,7 @@ A log that can be replayed is no finding: what is checked is the image with the 
 the sector bitmap says of a block that is present as a whole counts for nothing and is not looked
 at.  Space between blocks to which nothing refers is no leak: nothing in a VHDX file says what is
 free, so writers find that out from the table, and some leave gaps on purpose.  What is leaked is
-what lies behind everything that is in use.
+what lies behind everything that is in use, once it has room for a block.
 """
 
 from __future__ import annotations
@@ -342,9 +342,9 @@ class Checker:
 
     # -- leaks
     def count_leaks(self) -> None:
-        """Count the mebibytes behind everything that is in use."""
+        """Count the mebibytes behind everything that is in use, where they are a block or more."""
         start, end = self.claims.end, -(-self.length // MIB)
-        if start < end:
+        if (end - start) * MIB >= self.block:
             self.result.leaks += end - start
             self.result.say(f"Leaked {end - start} MiB at {start * MIB:#x}")
 
