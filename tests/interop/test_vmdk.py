@@ -381,3 +381,29 @@ def test_a_grain_directory_of_which_one_copy_is_damaged(peer: Peer, tmp_path: Pa
     model[:MIB] = b"\5" * MIB
     model[40 * MIB : 41 * MIB] = b"\6" * MIB
     bench.agree(image, model)
+
+
+def test_an_extent_that_may_not_be_written_stays_as_it_is(peer: Peer, tmp_path: Path) -> None:
+    """Of two extents one is RDONLY; QEMU leaves it out, so that what follows is in its place."""
+    bench = Bench(peer, tmp_path)
+    names = []
+    for number in (0, 1):
+        part = tmp_path / f"part{number}.vmdk"
+        bench.create(True, part, MIB)
+        bench.change(True, part, [Op("write", 0, MIB, number + 1)])
+        names.append(part.name)
+    image = tmp_path / "image.vmdk"
+    image.write_text(
+        "# Disk DescriptorFile\nversion=1\nCID=12345678\nparentCID=ffffffff\n"
+        f'createType="twoGbMaxExtentSparse"\nRDONLY 2048 SPARSE "{names[0]}"\nRW 2048 SPARSE "{names[1]}"\n'
+    )
+    before = (tmp_path / names[0]).read_bytes()
+    run([*OURS, "io", "-c", f"write -P 3 {MIB} 4096", image], env=TRUSTED)
+    said = run([*OURS, "io", "-c", "write -P 3 0 4096", image], env=TRUSTED, status=(0, 1))
+    assert "may not be written" in said or "Permission denied" in said
+    assert (tmp_path / names[0]).read_bytes() == before
+    out = tmp_path / "out.raw"
+    run([*OURS, "convert", "-O", "raw", image, out], env=TRUSTED)
+    model = b"\1" * MIB + b"\3" * 4096 + b"\2" * (MIB - 4096)
+    assert_bytes(out.read_bytes(), model, "our reading")
+    assert "virtual size: 1 MiB" in run([bench.img, "info", "-f", "vmdk", image])

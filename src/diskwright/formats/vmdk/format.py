@@ -231,7 +231,7 @@ class Vmdk(Links):
     def before(self) -> Groups:
         """What must be durable before the first byte changes: that the extents are in use, and
         for the first time since the image was opened a new CID."""
-        writes = [write for part in self.parts for write in part.before()]
+        writes = [write for part in self._ours() for write in part.before()]
         if not self.content_changed and self.descriptor is not None and self.place is not None:
             if self._next is None:
                 self._next = parse(self.descriptor.encode())
@@ -239,8 +239,12 @@ class Vmdk(Links):
             writes += self.place.change(self._next.encode())
         return Groups([writes] if writes else [], BEFORE)
 
+    def _ours(self) -> list[Part]:
+        """The parts that may be written."""
+        return [p for p, access in zip(self.parts, self.access, strict=True) if access == RW]
+
     def _announced(self) -> None:
-        for part in self.parts:
+        for part in self._ours():
             part.announced()
         if self._next is not None and self.place is not None:
             self.place.took(self._next.encode())
@@ -282,7 +286,7 @@ class Vmdk(Links):
         written."""
         if not self.in_use:
             return None
-        writes = [write for part in self.parts for write in part.closing()]
+        writes = [write for part in self._ours() for write in part.closing()]
         return self._close(writes) if writes else None
 
     def _close(self, writes: list[MetaWrite]) -> Procedure:
