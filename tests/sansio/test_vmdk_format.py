@@ -537,3 +537,16 @@ def test_zero_extents_hide_a_parent() -> None:
     machine = opened({"disk.vmdk": head("RW 8 ZERO\n")}, backing=b"B" * 4096)
     assert machine.read(0, 4096) == bytes(4096)
     assert [e for _, e in machine.extents(0, 4096)] == [Zero(4096)]
+
+
+def test_memory_is_bounded_over_all_extents(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diskwright.formats.vmdk import opening
+
+    files = {"disk.vmdk": head("".join(f'RW 300 SPARSE "s{i}"\n' for i in range(9)))}
+    files |= {f"s{i}": sparse(300) for i in range(9)}
+    weight = opened(files).format.parts[0].weight
+    monkeypatch.setattr(opening, "MAX_TABLES", 4 * weight)
+    machine = Files(files)
+    with pytest.raises(UnsupportedFeature, match="directories"):
+        machine.open(vmdk.DRIVER)
+    assert len(machine.opened) == 5

@@ -41,12 +41,10 @@ class Place:
         """
         new = self.padded(text)
         old = self.stored
-        limit = min(len(old), len(new))
-        first = next((i for i in range(limit) if old[i] != new[i]), limit)
+        first = _common(old, new)
         last = len(new)
         if len(old) == len(new):
-            while last > first and old[last - 1] == new[last - 1]:
-                last -= 1
+            last -= min(_common(old[::-1], new[::-1]), last - first)
         if first == last:
             return []
         return [MetaWrite(SLOT, self.offset + first, new[first:last], TAG)]
@@ -62,3 +60,15 @@ class Place:
     def took(self, text: bytes) -> None:
         """``text`` has been written."""
         self.stored = self.padded(text)
+
+
+def _common(one: bytes, other: bytes) -> int:
+    """How many bytes both begin with."""
+    low, high = 0, min(len(one), len(other))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if one[low:middle] == other[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low

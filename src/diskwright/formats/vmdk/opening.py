@@ -54,9 +54,6 @@ def open_image(image: Vmdk) -> Procedure:
         yield from _described(image, length)
     else:
         raise MalformedImage("not a VMDK image: neither an extent nor a descriptor")
-    weight = sum(part.weight for part in image.parts)
-    if weight > MAX_TABLES:
-        raise UnsupportedFeature(f"VMDK extents with {weight >> 20} MiB of directories")
     yield from _open_parent(image)
     return image
 
@@ -135,7 +132,7 @@ def _described(image: Vmdk, length: int) -> Procedure:
     slots: dict[str, tuple[str, bool]] = {}
     parts: list[Part] = []
     lines: list[ExtentLine] = []
-    start = 0
+    start = weight = 0
     for number, line in enumerate(text.extents):
         if not line.sectors:
             continue
@@ -151,6 +148,9 @@ def _described(image: Vmdk, length: int) -> Procedure:
                 raise
         parts.append(part)
         lines.append(line)
+        weight += part.weight
+        if weight > MAX_TABLES:
+            raise UnsupportedFeature(f"VMDK extents with {weight >> 20} MiB of directories")
         start += line.sectors * SECTOR
     image.use_parts(parts, [line.name for line in lines], [line.access for line in lines])
 
