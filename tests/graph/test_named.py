@@ -416,13 +416,13 @@ def test_a_mapping_must_make_sense() -> None:
     gate = Gate.from_environment("trusted", ["x"], {"C:\\": "/", "D:": "rel/", "D:\\a": "/b"})
     again = gate.allowing("y")
     for one in (gate, again):
-        assert one.paths.apply("C:\\a\\b") == "/a/b"
-        assert one.paths.apply("c:\\") == "/"
-        assert one.paths.apply("d:/X/y") == "rel/X/y"
-        assert one.paths.apply("D:\\A\\y") == "/b/y", "the longest prefix counts"
-        assert one.paths.apply("D:\\ab") == "rel/ab"
-        assert one.paths.apply("/c") is None and one.paths.apply("c") is None
-    assert Gate().paths.apply("C:\\a") is None
+        assert one.mapped("C:\\a\\b") == "/a/b"
+        assert one.mapped("c:\\") == "/"
+        assert one.mapped("d:/X/y") == "rel/X/y"
+        assert one.mapped("D:\\A\\y") == "/b/y", "the longest prefix counts"
+        assert one.mapped("D:\\ab") == "rel/ab"
+        assert one.mapped("/c") is None and one.mapped("c") is None
+    assert Gate().mapped("C:\\a") is None
 
 
 def test_when_no_name_exists_the_error_tells_them_all() -> None:

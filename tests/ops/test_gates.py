@@ -27,7 +27,7 @@ def test_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DISKWRIGHT_MAP_PATH", "C:\\=/c;D:\\x=/with;;semicolon;")
     assert from_environment() == {"C:\\": "/c", "D:\\x": "/with;semicolon"}
     gate = gate_of(map_paths={"C:\\": "/other"})
-    assert gate.paths.paths == {"C:\\": "/other", "D:\\x": "/with;semicolon"}
+    assert gate.paths == {"C:\\": "/other", "D:\\x": "/with;semicolon"}
     monkeypatch.setenv("DISKWRIGHT_MAP_PATH", "C:\\")
     with pytest.raises(UsageError, match="DISKWRIGHT_MAP_PATH expects FROM=TO"):
         gate_of()

@@ -12,9 +12,12 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from ..errors import Refused, UsageError
-from .paths import PathMap
+
+if TYPE_CHECKING:
+    from .paths import PathMap
 
 VARIABLE = "DISKWRIGHT_POLICY"
 POLICIES = ("untrusted", "trusted")
@@ -43,7 +46,12 @@ class Gate:
             raise UsageError(f"Unknown policy '{policy}': it must be one of {', '.join(POLICIES)}")
         self.policy = policy
         self.typed = frozenset(allow)
-        self.paths = PathMap(paths or {})
+        self.paths = dict(paths or {})
+        self._map: PathMap | None = None
+        if self.paths:
+            from .paths import PathMap
+
+            self._map = PathMap(self.paths)
 
     @classmethod
     def from_environment(
@@ -58,7 +66,11 @@ class Gate:
 
     def allowing(self, *references: str) -> Gate:
         """The same gate, which also admits ``references``: the caller typed them."""
-        return Gate(self.policy, self.typed.union(references), self.paths.paths)
+        return Gate(self.policy, self.typed.union(references), self.paths)
+
+    def mapped(self, name: str) -> str | None:
+        """What a path of another machine means here; None where no mapping applies."""
+        return None if self._map is None else self._map.apply(name)
 
     def admit(
         self, reference: str, by: str, *, resolved: str = "", role: str = "backing file"

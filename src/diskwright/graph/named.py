@@ -12,7 +12,7 @@ from .display import base_of, display_name
 from .gate import Gate
 from .graph import primary
 from .node import Node
-from .paths import folder_of, foreign
+from .paths import folder_of
 from .registry import kind
 
 BACKING = "backing file"
@@ -48,9 +48,9 @@ def located(gate: Gate, node: Node, wanted: Sequence[str], role: str = BACKING) 
     unmapped: list[str] = []
     choices = [(name, spelt) for name in wanted for spelt in _spellings(name)]
     for name, spelt in choices:
-        target = gate.paths.apply(spelt)
+        target = gate.mapped(spelt)
         if target is None:
-            if foreign(spelt):
+            if names.foreign(spelt):
                 tried.append(f"'{name}' ({_OTHER_MACHINE})")
                 unmapped.append(name)
                 continue
@@ -85,7 +85,7 @@ def meaning(node: Node, name: str) -> str:
 
     Raises UsageError where there is no directory that it could be relative to.
     """
-    return name if foreign(name) else _beside(node, name)
+    return name if names.foreign(name) else _beside(node, name)
 
 
 def identity_of(node: Node) -> str | None:
@@ -120,7 +120,7 @@ def check_identity(node: Node, below: Node) -> None:
 
 def _spellings(name: str) -> list[str]:
     """``name`` as it may be meant: a relative path of Windows has backslashes."""
-    if "\\" not in name or name.startswith("/") or foreign(name) or names.protocol_of(name):
+    if "\\" not in name or name.startswith("/") or names.foreign(name) or names.protocol_of(name):
         return [name]
     return [name, name.replace("\\", "/")]
 

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..errors import UsageError
-from .paths import foreign
 
 Options = dict[str, Any]
 Reference = str | Mapping[str, Any]
@@ -22,6 +21,7 @@ Reference = str | Mapping[str, Any]
 _DEPTH = 64
 """Deepest nesting of a description that is taken."""
 
+_DRIVE = re.compile(r"[A-Za-z]:(?:[\\/]|\Z)")
 _STRING = re.compile(r'"(?:[^"\\]|\\.)*"' r"|'(?:[^'\\]|\\.)*'", re.DOTALL)
 
 
@@ -34,6 +34,11 @@ def protocol_of(name: str) -> str:
         if char == ":":
             return name[:i]
     return ""
+
+
+def foreign(name: str) -> bool:
+    """True for a name that only Windows can follow: by drive, share, volume or device."""
+    return name.startswith(("\\\\", "//?/", "//./")) or _DRIVE.match(name) is not None
 
 
 def is_json(name: str) -> bool:

@@ -9,13 +9,11 @@ from typing import Any, NamedTuple
 from ..errors import DiskError, ImageError, UsageError
 from . import names, registry
 from .closing import discard_disk
-from .creating import equip
 from .display import display_name
 from .gate import Gate
 from .graph import Graph, leaf_of
 from .guard import GuardedNode
 from .mapped import MappedNode
-from .named import backing_names, check_identity, located, role_of
 from .names import Options
 from .node import Node
 from .options import Mode, checked, child_option, take_children, take_common
@@ -224,7 +222,10 @@ class Opening:
                     f"Block format '{driver_name}' does not support the option "
                     f"'{child_option(slot)}'"
                 )
-            equip(node)
+            if mode.writable:
+                from .creating import equip
+
+                equip(node)
             reference = getattr(format, "backing_file", None) or ""
             if "backing" not in asked and (reference or isinstance(backing, dict | str)):
                 inner = getattr(format, "backing_format", None)
@@ -268,6 +269,8 @@ class Opening:
         if given is not None:
             child = await self.child(given, mode, chain)
         else:
+            from .named import located, role_of
+
             role = role_of(slot)
             admitted = located(self.gate, node, [reference], role)
             try:
@@ -299,6 +302,8 @@ class Opening:
         below = await self._backing(wanted, mode)
         node.attach("backing", below)
         if not self.check:
+            from .named import check_identity
+
             check_identity(node, below)
 
     async def _backing(self, wanted: _Named, mode: Mode) -> Node:
@@ -310,6 +315,8 @@ class Opening:
                 given = {"driver": wanted.format, **given}
             if not wanted.reference or not _lacks_file(given):
                 return await self.node(given, mode, wanted.chain)
+        from .named import backing_names, located
+
         by = display_name(node)
         admitted = located(self.gate, node, backing_names(node) or [wanted.reference])
         chain = (*wanted.chain, _file_identity(by))

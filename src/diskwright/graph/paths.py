@@ -11,16 +11,11 @@ import re
 from collections.abc import Mapping
 
 from ..errors import UsageError
+from .names import foreign
 
-_DRIVE = re.compile(r"[A-Za-z]:(?:[\\/]|\Z)")
 _VERBATIM = re.compile(r"\\\\\?\\(?:(UNC)\\|(?=[A-Za-z]:))", re.IGNORECASE)
 
 _Parts = tuple[str, ...]
-
-
-def foreign(name: str) -> bool:
-    """True for a name that only Windows can follow: by drive, share, volume or device."""
-    return name.startswith(("\\\\", "//?/", "//./")) or _DRIVE.match(name) is not None
 
 
 class PathMap:

@@ -14,9 +14,9 @@ from ..graph import registry
 from ..graph.closing import discard_disk, explain
 from ..graph.display import base_of
 from ..graph.named import identity_of, meaning
+from ..graph.names import foreign
 from ..graph.node import Node
 from ..graph.opener import close_disk, open_disk
-from ..graph.paths import foreign
 from ..graph.status import allocated_above, block_status
 from ..units import align_down
 from .commit import same_file
@@ -130,7 +130,7 @@ async def _open_new(
     chain: bool = True,
 ) -> Node:
     """The new backing file; a relative name is relative to the image, as it will be read later."""
-    name = spec.gate.paths.apply(backing)
+    name = spec.gate.mapped(backing)
     if name is None and foreign(backing):
         raise UsageError(
             f"Could not open new backing file '{backing}': it is a path of another machine "
