@@ -842,6 +842,21 @@ def test_space_between_blocks_is_found_when_an_image_is_opened() -> None:
     no_corruption(last)
 
 
+def test_free_space_at_the_end_of_the_file_goes_when_it_is_closed() -> None:
+    machine = made(8 * MIB, block_size=MIB)
+    for block in range(4):
+        machine.write(block * MIB, bytes([block + 1]) * MIB)
+    length = len(machine.slots["file"])
+    machine.discard(0, MIB)
+    machine.discard(2 * MIB, 2 * MIB)
+    data = machine.close()
+    assert len(data) == length - 2 * MIB
+    again = opened(data)
+    assert again.read(0, 4 * MIB) == bytes(MIB) + bytes([2]) * MIB + bytes(2 * MIB)
+    result = again.run(again.format.check())
+    assert not result.leaks and not result.corruptions
+
+
 def test_a_device_is_used_up_to_its_end_and_holds_what_it_held() -> None:
     machine = VhdxMachine(b"\xcc" * (8 * MIB + 4096))
     serve = machine._serve

@@ -113,6 +113,17 @@ class Allocator(BlockMapping):
         if at < min(self.fresh, self.limit):
             self.dirty.add(at, self.fresh - at)
 
+    def end_in_use(self) -> int:
+        """Behind this all of the file is free."""
+        end = self.fresh
+        free = [*zip(self.clean.ends, self.clean.starts, strict=True)]
+        free += zip(self.dirty.ends, self.dirty.starts, strict=True)
+        for stop, start in sorted(free, reverse=True):
+            if stop != end:
+                break
+            end = start
+        return end
+
     def forget_space(self) -> None:
         """After a procedure that moved the end of the file: it says where that is."""
         self.clean.clear()

@@ -4,9 +4,22 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
-from ...contract import Barrier, Groups, HostRange, MetaWrite, Procedure, Range, Write
+from ...contract import (
+    Barrier,
+    Groups,
+    HostRange,
+    Length,
+    MetaWrite,
+    Plan,
+    Procedure,
+    Range,
+    Truncate,
+    Write,
+)
+from ...errors import DiskError
 from ...ondisk import little_endian_bytes
 from ...units import align_down, align_up
 from . import log
@@ -43,6 +56,13 @@ class Writeback(Zeroing):
         self._freed: list[Range] = []
         self._log_at = 0
         self._log_sequence = 0
+        self._gave_back = False
+        """Space has come free in this session."""
+
+    def abort(self, plan: Plan) -> None:
+        """See `Planner.abort`."""
+        self._gave_back = True
+        super().abort(plan)
 
     def free_later(self, place: int, length: int) -> None:
         """A block to which nothing points once the next freeze is on disk."""
@@ -130,6 +150,7 @@ class Writeback(Zeroing):
 
     def release(self, ranges: Sequence[HostRange], zeroed: bool) -> None:
         """Punched space may be used again."""
+        self._gave_back = True
         for part in ranges:
             self.give_back_punched(part.offset, part.length, zeroed)
 
@@ -189,10 +210,23 @@ class Writeback(Zeroing):
         yield Barrier()
 
     def close(self) -> Procedure | None:
-        """The procedure that empties the log, if this program used it; None if it did not."""
-        if not self.writable or self.header.log_guid == NO_GUID:
+        """The procedure that empties the log and cuts off what became free at the end of the file;
+        None if there is nothing to do."""
+        if not self.writable or (self.header.log_guid == NO_GUID and not self._gave_back):
             return None
-        return self.empty_log()
+        return self._finish()
+
+    def _finish(self) -> Procedure:
+        # A log says how long the file was: it must not be found in a shorter one.
+        yield from self.empty_log()
+        end = self.end_in_use()
+        if not self._gave_back or not self.end_reads_zero or end >= (yield Length(SLOT)):
+            return
+        with suppress(OSError, DiskError):  # it stays as free space
+            yield Truncate(SLOT, end)
+            yield Barrier()
+            self.forget_space()
+            self.set_length(end)
 
 
 def as_changes(sectors: list[tuple[int, bytes]]) -> list[Change]:
