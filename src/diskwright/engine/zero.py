@@ -133,11 +133,11 @@ class Zeroer:
         """Zero a part of units that hold other bytes, too: what is data and long is zeroed where
         it lies (a unit may be hundreds of MiB), the rest is written."""
         engine = self.engine
-        backing = engine.slots.get("backing")
+        # Also behind the end of a backing file, which may grow: what was written stays hidden.
+        below = engine.slots.get("backing") is not None
         unmap = MAY_UNMAP if kind == ZERO_UNMAP else 0
         for extent in await engine.map_range(start, stop - start):
             end = start + extent.length
-            below = backing is not None and start < backing.size
             if extent.kind == ZERO or (extent.kind == HOLE and not below):
                 pass
             elif (
