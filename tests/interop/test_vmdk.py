@@ -395,7 +395,8 @@ def test_an_extent_that_may_not_be_written_stays_as_it_is(peer: Peer, tmp_path: 
     image = tmp_path / "image.vmdk"
     image.write_text(
         "# Disk DescriptorFile\nversion=1\nCID=12345678\nparentCID=ffffffff\n"
-        f'createType="twoGbMaxExtentSparse"\nRDONLY 2048 SPARSE "{names[0]}"\nRW 2048 SPARSE "{names[1]}"\n'
+        'createType="twoGbMaxExtentSparse"\n'
+        f'RDONLY 2048 SPARSE "{names[0]}"\nRW 2048 SPARSE "{names[1]}"\n'
     )
     before = (tmp_path / names[0]).read_bytes()
     run([*OURS, "io", "-c", f"write -P 3 {MIB} 4096", image], env=TRUSTED)

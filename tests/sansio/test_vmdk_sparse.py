@@ -15,6 +15,7 @@ from diskwright.errors import CorruptImage, ImageError, NoSpace, UnsupportedFeat
 from diskwright.extents import Data, Hole, Zero
 from diskwright.findings import CheckResult
 from diskwright.formats import vmdk
+from diskwright.formats.vmdk import checking
 from diskwright.formats.vmdk.space import Runs, Space
 from diskwright.formats.vmdk.sparse import SparsePart
 from house import tinyvmdk
@@ -591,6 +592,32 @@ def test_what_reads_as_zeroes_is_no_leak() -> None:
     file, _ = damaged()
     found, _ = checked(file + bytes(1 << 20))
     assert found.leaks == 0
+
+
+def test_not_all_of_the_space_without_references_is_looked_at(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file, _ = damaged()
+    monkeypatch.setattr(checking, "_MOST_LOOKED", 1 << 20)
+    found, _ = checked(file + bytes(2 << 20) + b"x" * 4096)
+    assert found.leaks == 0
+    (text,) = found.uncovered
+    assert text.endswith(" bytes without references") and int(text.split()[0]) > 1 << 20
+
+
+def test_grains_are_counted_in_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checking, "_WINDOW", 3)
+    file, content = damaged()
+    assert checked(file)[0].allocated_clusters == 11
+    for copy in (False, True):
+        put(file, Reading(file, copy).entry_place(4), Reading(file).entry(0))
+        put(file, Reading(file, copy).entry_place(20), Reading(file).entry(1) + 3)
+        put(file, Reading(file, copy).entry_place(21), 5)
+    del content
+    before = Reading(file).content()
+    after = bytearray(before)
+    after[21 * 4096 : 22 * 4096] = bytes(4096)
+    assert mended(file, 3) == after
 
 
 def test_an_extent_in_use_is_told_of_and_no_corruption() -> None:

@@ -30,6 +30,8 @@ _WINDOW = 64 << 20
 # Bytes of tables, and of unreferenced space, read at once.
 _BATCH = 256 << 10
 _CHUNK = 1 << 20
+# Bytes of unreferenced space that are looked at: a file may have terabytes of holes.
+_MOST_LOOKED = 4 << 30
 # Grains beside the grid of the others that are remembered; more are counted, but not compared.
 _MOST_ODD = 1 << 16
 _FREE, _USED, _METADATA = 0, 1, 2
@@ -119,6 +121,7 @@ class Checker:
         self.end = 0
         self.window = 0
         self.phase = 0
+        self.looked = 0
         self.lost: dict[int, int] = {}
         """Tables (see `places`) that are not where they could be, with their sector."""
         self.name = "" if part.slot == "file" else f" of {part.slot}"
@@ -309,11 +312,19 @@ class Checker:
     # -- space that nothing refers to
     def _leaks(self, cells: Cells) -> Procedure:
         """Grains that nothing refers to and that hold data; what reads as zeroes is no loss."""
-        step = max(_CHUNK // self.part.unit, 1)
+        unit = self.part.unit
+        step = max(_CHUNK // unit, 1)
+        left = 0
         for first, last in cells.free():
             for at in range(first, last, step):
+                if self.looked >= _MOST_LOOKED:
+                    left += last - at
+                    break
+                self.looked += min(step, last - at) * unit
                 yield from self._leaked(cells, at, min(at + step, last))
                 yield Progress(at, len(cells.used))
+        if left:
+            self.result.uncovered.append(f"{left * unit} bytes{self.name} without references")
 
     def _leaked(self, cells: Cells, first: int, last: int) -> Procedure:
         unit = self.part.unit
