@@ -110,10 +110,14 @@ class SparsePlanner(SparseMap):
         return out
 
     def _data(self, index: int) -> array[int]:
+        data: array[int] = self._held(index).data
+        return data
+
+    def _held(self, index: int) -> Table:
+        """A table that is known to be in memory."""
         table = self.table(self.directory[index])
         assert table is not None
-        data: array[int] = table.data
-        return data
+        return table
 
     def _has_hole(self, index: int, first: int, stop: int) -> bool:
         return not self.directory[index] or 0 in self._data(index)[first:stop]
@@ -274,8 +278,7 @@ class SparsePlanner(SparseMap):
     def commit(self, state: Any) -> None:
         """Point to the data."""
         for index, nth, entry in state.changes:
-            table = self.table(self.directory[index])
-            assert table is not None
+            table = self._held(index)
             table.data[nth] = entry
             self._touch(table, index, nth, nth + 1)
         for index, first, stop, value in state.spans:
@@ -284,8 +287,7 @@ class SparsePlanner(SparseMap):
     def _commit_span(self, index: int, first: int, stop: int, value: int) -> None:
         """``value`` -1: holes alone become zeroed where they show; otherwise it is for grains
         with data, and for holes where it is 1."""
-        table = self.table(self.directory[index])
-        assert table is not None
+        table = self._held(index)
         data: array[int] = table.data
         mark = self.image.has_backing and self.layout.zeroed
         low, high = stop, first
