@@ -64,6 +64,10 @@ class Leases:
     def _conflict(self, one: Lease, other: Lease) -> bool:
         if not (one.exclusive or other.exclusive):
             return False
+        if len(one.spans) == len(other.spans) == 1:  # of a copy: long, and not worth listing
+            ((start, end),), ((first, last),) = one.spans, other.spans
+            shift = self._shift
+            return start >> shift <= last - 1 >> shift and first >> shift <= end - 1 >> shift
         a, b = one.keys(self._shift), other.keys(self._shift)
         if a is not False and b is not False:
             return not a.isdisjoint(b)  # type: ignore[union-attr, arg-type]
