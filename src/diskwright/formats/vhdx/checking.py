@@ -285,14 +285,21 @@ class Checker:
             return "is behind the end of the disk" if state > _NO_STATE else ""
         if state == _NO_STATE or (state == PARTIAL and not self.has_parent):
             return f"state {state} is not valid here"
-        return self._place_problem(host, self.block)
+        problem = self._place_problem(host, self.block, self._needed(index))
+        self.result.allocated_clusters += not problem
+        return problem
 
-    def _place_problem(self, host: int, size: int) -> str:
+    def _needed(self, index: int) -> int:
+        """Bytes of a block that must be in the file: of the last one of a disk, some writers leave
+        out what is behind the disk's end."""
+        return min(self.block, self.image.size - self._block_of(index) * self.block)
+
+    def _place_problem(self, host: int, size: int, needed: int) -> str:
         if host + size > LIMIT * MIB or host >= self.length:
             return f"offset {host:#x} is behind the end of the file"
         if self.claims.taken(host // MIB, size // MIB):
             return f"{size:#x} bytes at {host:#x} overlap something else"
-        if host + size > self.length:
+        if host + needed > self.length:
             self._cut_off(host + size)
             self.claims.add(host // MIB, size // MIB)
             return f"{size:#x} bytes at {host:#x} end behind the file"
@@ -324,7 +331,7 @@ class Checker:
             return f"reserved bits are set ({entry:#x})"
         if state != SB_PRESENT:
             return f"state {state} is not valid here"
-        return self._place_problem(host, MIB)
+        return self._place_problem(host, MIB, MIB)
 
     def mend(self, index: int, entry: int) -> Procedure:
         """What to put in the place of a block's entry with which something is wrong."""

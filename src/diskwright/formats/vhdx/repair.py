@@ -109,15 +109,15 @@ class Repairer(Checker):
             state = FULL
         if state == PARTIAL and not self.has_parent:
             state = FULL
-        place = yield from self._place(name, host, self.block)
+        place = yield from self._place(name, host, self.block, self._needed(index))
         if place is None:
             self.result.say(f"{name} is reset: what it named is lost")
             return 0
         return place | state
 
-    def _place(self, name: str, host: int, size: int) -> Procedure:
+    def _place(self, name: str, host: int, size: int, needed: int) -> Procedure:
         """Where the contents at ``host`` are to be from now on; None when they are lost."""
-        problem = self._place_problem(host, size)
+        problem = self._place_problem(host, size, needed)
         if not problem:
             return host
         if host >= self.length or host + size > LIMIT * MIB:
@@ -155,7 +155,7 @@ class Repairer(Checker):
             self.result.say(f"{self._name(index)} is reset: no block needs it")
             return 0
         if entry & STATE == SB_PRESENT:
-            place = yield from self._place(self._name(index), entry & OFFSET, MIB)
+            place = yield from self._place(self._name(index), entry & OFFSET, MIB, MIB)
             if place is not None:
                 return place | SB_PRESENT
         return (yield from self._new_bitmap(index)) | SB_PRESENT
