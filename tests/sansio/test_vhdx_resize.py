@@ -247,3 +247,13 @@ def test_qemu_img_reads_the_states_between(tmp_path: Path) -> None:
             oracle.check(path)
             raw.write_bytes(before[:MIB])
             oracle.ok("qemu-io", "-r", "-f", "vhdx", "-c", f"read -P 1 0 {MIB}", str(path))
+
+
+@pytest.mark.parametrize("size", [MIB + 4096, 7 * MIB + 512])
+def test_a_last_block_that_is_not_all_in_the_file(size: int) -> None:
+    """QEMU's fixed images end where the disk does."""
+    tiny = TinyVhdx(size=MIB + 512, fixed=True, blocks=dict.fromkeys((0, 1), (FULL, b"x" * MIB)))
+    data = tiny.data[: 512 - MIB]
+    assert not clean(data).leaks
+    out = resized(data, size)
+    assert content(out) == expected(bytes(tiny.model), size)

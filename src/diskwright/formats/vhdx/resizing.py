@@ -168,6 +168,10 @@ def _grow(image: Vhdx, size: int, preallocation: str) -> Procedure:
         backing = yield Length("backing")
     blocks = -(-size >> image.block_bits)
     entries = image.entries_for(blocks)
+    if (yield Length(SLOT)) < image.fresh:
+        # Some writers leave out of the last block what is behind the end of the disk.
+        yield Truncate(SLOT, image.fresh)
+        image.set_length(image.fresh)
     if old & (image.block_size - 1):
         yield from _hide_tail(image, old, backing)
         yield from _zero_tail(image, old)
