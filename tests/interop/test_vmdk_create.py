@@ -70,6 +70,8 @@ def test_the_same_descriptor_and_layout(seed: int, peer: Peer, tmp_path: Path) -
     if subformat != "streamOptimized":  # where ours is a true stream
         for path in ours.iterdir():
             one, other = path.stat(), (theirs / path.name).stat()
+            if path.name == "x.y.vmdk" and path.read_bytes()[:4] != b"KDMV":
+                continue  # QEMU's CID may be shorter
             assert one.st_size == other.st_size, path.name
             if one.st_size < 4 * MIB and path.name != "x.y.vmdk":
                 assert path.read_bytes() == (theirs / path.name).read_bytes(), path.name
