@@ -137,13 +137,16 @@ def test_a_vhdx_with_space_that_nothing_uses(tmp_path: Path) -> None:
     with diskwright.open(path, writable=True) as disk:
         disk.write(0, b"data")
     whole = path.stat().st_size
-    os.truncate(path, whole + (3 << 20))
-    done = ours("check", "a", cwd=tmp_path)
-    assert done.status == 3 and b"3 leaked clusters were found" in done.out
+    os.truncate(path, whole + (64 << 20))
+    done = ours("check", "--output=json", "a", cwd=tmp_path)
+    assert done.status == 3
+    leaks = json.loads(done.out)["leaks"]
+    assert leaks
     done = ours("check", "-r", "leaks", "a", cwd=tmp_path)
-    assert done.status == 0 and done.out.decode().startswith(REPAIRED.format(3, 0) + CLEAN)
-    assert path.stat().st_size == whole
-    assert ours("io", "-c", "read -v 0 4", "a", cwd=tmp_path, name="diskwright").status == 0
+    assert done.status == 0 and done.out.decode().startswith(REPAIRED.format(leaks, 0) + CLEAN)
+    assert path.stat().st_size <= whole
+    with diskwright.open(path) as disk:
+        assert disk.read(0, 4) == b"data"
 
 
 def test_a_vmdk_whose_tables_differ(tmp_path: Path) -> None:
