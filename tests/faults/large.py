@@ -27,6 +27,8 @@ def kit_of(kind: str) -> Kit:
 class Large(Faulty):
     """Allocates, overwrites, discards, allocates again, zeroes, resizes and closes."""
 
+    refcounted = False
+
     def __init__(self, kind: str, which: int, at: int, code: int) -> None:
         self.kind = kind
         self.kit = kit_of(kind)

@@ -85,6 +85,11 @@ def prepared(kind: str) -> tuple[bytes, bytes, bytes, int]:
 class Faulty:
     """The workload with request number ``at`` of ``which`` leaf (0 overlay, 1 base) failing."""
 
+    fired_in = ""
+    """The step that met the failure and went on."""
+    refcounted = True
+    """The format knows what is free, so after an orderly end nothing is leaked."""
+
     def __init__(self, kind: str, which: int, at: int, code: int) -> None:
         self.kind = kind
         overlay, base, content, self.free = prepared(kind)
@@ -199,8 +204,11 @@ class Faulty:
             self.model.flushed(self.tick())
 
     async def _step(self, name: str, step: Callable[[], Awaitable[Any]]) -> None:
+        before = self.fired
         try:
             await step()
+            if self.fired and not before:
+                self.fired_in = name
         except OSError as error:
             self.told.append(f"{name}: {error}")
             if not self.fired:
@@ -219,7 +227,9 @@ class Faulty:
         number, kind, _ = self.leaves[self.which].failed[0] if self.at else (0, "", 0)
         # Discards are advisory, and metadata that could not be written in the background are
         # written by the next flush: nobody needs to hear of it, if everything is there afterwards.
-        if self.at and not self.told and kind not in ("discard", "zero", "write"):
+        # A copy reads a batch that failed once more, part by part, to say which part it was.
+        silent = ("discard", "zero", "write", *(("read",) if self.fired_in == "commit" else ()))
+        if self.at and not self.told and kind not in silent:
             raise Wrong(f"the {kind} {number} failed and nobody was told")
         if self.driver.tasks:
             raise Wrong(f"left behind: {[t.name for t in self.driver.tasks]}")
@@ -247,7 +257,7 @@ class Faulty:
             for one, procedure in layers:
                 await one.run_procedure(procedure, whole_image=False)
                 result = await one.run_procedure(one.format.check(), whole_image=False)  # type: ignore[attr-defined]
-                if result.corruptions or (result.leaks and not self.at):
+                if result.corruptions or (result.leaks and self.refcounted and not self.at):
                     raise Wrong(f"{what}: check: {result.findings[:3]}")
             (content,) = await node.read([0], [node.size])
             return bytes(content)
