@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..contract import FastMap, Format, NeedMeta, Table
 from ..errors import FlushFailed
@@ -14,13 +14,15 @@ from .epochs import Epochs
 from .kernel import BaseDriver, Future, Shared, wait_all
 from .leases import Leases
 from .node import Node
-from .packed import Unpacker
 from .procedure import Procedures
 from .read import Reader
 from .tables import Tables
 from .write import Writer
 from .writeback import Writeback
 from .zero import Zeroer
+
+if TYPE_CHECKING:
+    from .packed import Unpacker
 
 T = TypeVar("T")
 
@@ -58,7 +60,7 @@ class Engine:
         self.creator: Creator | None = None
         """Makes a file beside the image: ``creator(slot, name)``."""
         self.reader = Reader(self)
-        self.unpacker = Unpacker(self)
+        self._unpacker: Unpacker | None = None
         self.writer = Writer(self)
         self.zeroer = Zeroer(self)
         self.allocator = Allocator(self)
@@ -70,6 +72,20 @@ class Engine:
         self.map_one = fast.map_one if hasattr(format, "map_one") else None
         self.map_batch = fast.map_batch if hasattr(format, "map_batch") else _no_map
         self._loading: dict[tuple[str, int], Future[None]] = {}
+
+    @property
+    def unpacker(self) -> Unpacker:
+        """For compressed units; most disks have none."""
+        if self._unpacker is None:
+            from .packed import Unpacker
+
+            self._unpacker = Unpacker(self)
+        return self._unpacker
+
+    def forget_units(self) -> None:
+        """Host space may hold something else from now on: unpacked units are void."""
+        if self._unpacker is not None:
+            self._unpacker.forget()
 
     # -- failure
     def fail(self, error: OSError) -> None:

@@ -78,7 +78,7 @@ class Epochs:
             for slot, parts in by_slot.items():
                 zeroed &= await self.punch(slot, parts)
         finally:
-            self.engine.unpacker.forget()
+            self.engine.forget_units()
             self.engine.format.release(freed, zeroed)
             self.punching -= 1
             self.changed.notify()

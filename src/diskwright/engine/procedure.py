@@ -111,7 +111,7 @@ class Procedures:
         finally:
             if wrote:
                 self.engine.view.clear()
-                self.engine.unpacker.forget()
+                self.engine.forget_units()
 
     async def _execute(self, request: Request) -> Any:
         engine = self.engine
