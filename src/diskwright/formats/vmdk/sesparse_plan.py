@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from itertools import count
+from itertools import count, repeat
 from typing import Any
 
 from ...contract import (
@@ -20,7 +20,7 @@ from ...contract import (
 )
 from ...errors import UnsupportedFeature
 from ...ondisk import zeros
-from .sesparse_header import ENTRIES, GRAIN, TABLE_BYTES, TABLE_SECTORS
+from .sesparse_header import COVERAGE, ENTRIES, GRAIN, TABLE_BYTES, TABLE_SECTORS
 from .sesparse_map import (
     ALLOCATED,
     UNMAPPED_ENTRY,
@@ -83,12 +83,39 @@ class SesparsePlan(SesparseMap):
         """See `Part.gather`.  Raises UnsupportedFeature for an extent that is not written."""
         if self.refuse_write is not None:
             raise UnsupportedFeature(f"writing to a seSparse extent: {self.refuse_write}")
-        found = _Found(kind, grains_of(ranges))
+        wanted = grains_of(ranges) if kind == WRITE else self._affected(ranges, kind)
+        if isinstance(wanted, NeedMeta):
+            return wanted
+        found = _Found(kind, wanted)
         answer = self._look_up(found)
         if answer is None:
             self._found = found
             return True
         return answer
+
+    def _affected(self, ranges: Sequence[Range], kind: str) -> Wanted | NeedMeta:
+        """The grains of ``ranges`` (whole ones) to which zeroing or discarding does anything, or
+        the tables that must be there to tell.  A range may be far larger than what is in it."""
+        out: Wanted = {}
+        missing: list[int] = []
+        for offset, length in ranges:
+            end = offset + length
+            for number in range(offset // COVERAGE, -(-end // COVERAGE)):
+                place = self.table_at(number)
+                table = self.table(place) if place else None
+                if place and table is None:
+                    missing.append(place)
+                    continue
+                if table is None and not self._changes(0, kind):
+                    continue
+                first = max(offset // GRAIN - number * ENTRIES, 0)
+                last = min(-(-end // GRAIN) - number * ENTRIES, ENTRIES)
+                entries = table.data[first:last] if table is not None else repeat(0, last - first)
+                base = number * ENTRIES + first
+                for guest, entry in enumerate(entries, base):
+                    if entry >> 60 == ALLOCATED or self._changes(entry, kind):
+                        out[guest] = guest * GRAIN, min((guest + 1) * GRAIN, end)
+        return self.need(missing) if missing else out
 
     def _look_up(self, found: _Found) -> NeedMeta | None:
         """Fill ``found`` in; or what is missing for it."""
