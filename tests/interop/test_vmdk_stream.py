@@ -159,7 +159,7 @@ def test_writing_is_refused(peer: Peer, tmp_path: Path) -> None:
     before = path.read_bytes()
     text = run([*OURS, "io", "-f", "vmdk", "-c", "write 0 4k", path], status=1, env=TRUSTED)
     assert "convert the image" in text
-    assert walk(path.read_bytes())[1] == walk(before)[1]
+    assert path.read_bytes() == before
 
 
 @pytest.mark.parametrize("cut", [1, 512, 1024, 70_000])
@@ -170,3 +170,17 @@ def test_a_truncated_file_is_told_of(cut: int, tmp_path: Path) -> None:
     os.truncate(path, path.stat().st_size - cut)
     text = run([*OURS, "info", path], status=1)
     assert "footer" in text
+
+
+def test_another_grain_in_its_place(peer: Peer, tmp_path: Path) -> None:
+    """QEMU 10 does not look at the sector in a grain's header."""
+    path = tmp_path / "x.vmdk"
+    (tmp_path / "source.raw").write_bytes(b"abc " * 32768)
+    run([*OURS, "convert", "-f", "raw", *STREAM, tmp_path / "source.raw", path])
+    with path.open("r+b") as file:
+        file.seek(65536)
+        file.write((128).to_bytes(8, "little"))
+    run([peer("qemu-io"), "-r", "-f", "vmdk", "-c", "read 0 4k", path])
+    text = run([*OURS, "io", "-r", "-f", "vmdk", "-c", "read 0 4k", path], status=1)
+    assert "belongs to sector 128" in text
+    assert "belongs to sector 128" in run([*OURS, "check", "-f", "vmdk", path], status=2)
