@@ -38,7 +38,8 @@ class Sparse(Protocol):
 
 
 class Codec(Protocol):
-    """Compression of single units.  Both functions are pure, and run in the pool."""
+    """Compression of single units.  Both functions are pure, and run in the pool.  Codecs that are
+    equal unpack alike."""
 
     def pack(self, data: Buffer) -> bytes:
         """``data`` as it is stored."""

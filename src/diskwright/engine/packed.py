@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import CorruptImage
 from ..extents import Packed
@@ -20,6 +20,7 @@ JOB = 1 << 20
 _INLINE = 64 << 10
 
 Wanted = list[tuple[Packed, memoryview]]
+_Key = tuple[str, int, Any]
 
 
 class Unpacker:
@@ -27,7 +28,7 @@ class Unpacker:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self._kept: OrderedDict[tuple[str, int], bytes] = OrderedDict()
+        self._kept: OrderedDict[_Key, bytes] = OrderedDict()
         self._weight = 0
 
     def forget(self) -> None:
@@ -40,9 +41,9 @@ class Unpacker:
 
         Raises CorruptImage where a unit does not unpack.
         """
-        missing: dict[tuple[str, int], Wanted] = {}
+        missing: dict[_Key, Wanted] = {}
         for extent, view in wanted:
-            key = extent.slot, extent.host
+            key = _key(extent)
             unit = self._kept.get(key)
             if unit is None:
                 missing.setdefault(key, []).append((extent, view))
@@ -52,8 +53,8 @@ class Unpacker:
         if not missing:
             return
         by_slot: dict[str, list[Wanted]] = {}
-        for (slot, _), users in missing.items():
-            by_slot.setdefault(slot, []).append(users)
+        for key, users in missing.items():
+            by_slot.setdefault(key[0], []).append(users)
         for slot, units in by_slot.items():
             await self._read(slot, units)
 
@@ -85,13 +86,18 @@ class Unpacker:
         for users, unit in zip(units, found, strict=True):
             for extent, view in users:
                 _lay(unit, extent, view)
-            self._keep((slot, users[0][0].host), unit)
+            self._keep(_key(users[0][0]), unit)
 
-    def _keep(self, key: tuple[str, int], unit: bytes) -> None:
+    def _keep(self, key: _Key, unit: bytes) -> None:
         self._weight += len(unit) - len(self._kept.pop(key, b""))
         self._kept[key] = unit
         while self._weight > KEPT:
             self._weight -= len(self._kept.popitem(last=False)[1])
+
+
+def _key(extent: Packed) -> _Key:
+    # The codec, too: it may know whose unit it is, and refuse to be another's.
+    return extent.slot, extent.host, extent.codec
 
 
 def _lay(unit: bytes, extent: Packed, view: memoryview) -> None:
