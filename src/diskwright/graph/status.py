@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import NamedTuple
 
-from ..extents import DATA, HOLE, INLINE, OPAQUE, PACKED, Data, Extent, Opaque, Zero
+from ..extents import DATA, HOLE, INLINE, OPAQUE, PACKED, ZERO, Data, Extent, Opaque, Zero
 from .graph import Graph, leaf_of, primary
 from .mapped import MappedNode
 from .node import Node
@@ -19,6 +19,10 @@ WINDOW_UNITS = 16384
 """Allocation units that are asked of a format at once: bounds the work of one call."""
 
 MAX_WINDOW = 1 << 40
+
+_MANY = 1024
+"""Extents of a leaf that are told at once, about."""
+_STEP = 64 << 20
 
 
 class Status(NamedTuple):
@@ -68,13 +72,14 @@ def joined(parts: list[Status]) -> list[Status]:
 
 
 async def block_status(
-    node: Node, offset: int, length: int, *, base: Node | None = None
+    node: Node, offset: int, length: int, *, base: Node | None = None, least_hole: int = 0
 ) -> list[Status]:
     """The status of a range from ``offset`` (bytes), at least its beginning.
 
     The answer covers a prefix of the range (more than nothing): ask again behind it.  Layers from
     ``base`` downwards are left out; what only they hold is neither present, zero nor data.
-    Neighbours are merged.
+    Neighbours are merged.  Holes of a file between its data may be told as data when they are
+    shorter than ``least_hole``: who reads anyway sooner reads them than knows of each.
     """
     length = min(length, node.size - offset)
     if length <= 0:
@@ -96,7 +101,7 @@ async def block_status(
             if count <= 0:
                 break
             end = start
-            for part in await _layer(layer, start, count, depth):
+            for part in await _layer(layer, start, count, depth, least_hole):
                 end += part.length
                 if part.present or part.data or part.zero or below is base is not None:
                     found.append(part)
@@ -169,7 +174,9 @@ def _window(node: Node) -> int:
     return min(unit * WINDOW_UNITS, MAX_WINDOW) if unit > 1 else MAX_WINDOW
 
 
-async def _layer(node: Node, start: int, length: int, depth: int) -> list[Status]:
+async def _layer(
+    node: Node, start: int, length: int, depth: int, least_hole: int
+) -> list[Status]:
     """What one layer says, without its backing file; a range that it does not hold is neither
     present, zero nor data."""
     shift = 0
@@ -189,25 +196,67 @@ async def _layer(node: Node, start: int, length: int, depth: int) -> list[Status
         node = below
         if node.child("backing") is not None:
             # The layers below a translation are not layers of the disk: they are its bytes.
-            inner = await block_status(node, start + shift, length)
+            inner = await block_status(node, start + shift, length, least_hole=least_hole)
             return [part._replace(start=part.start - shift, depth=depth) for part in inner]
     position = start
     out: list[Status] = []
     leaf = not node.children
     sparse = not leaf and await sparse_below(node)
     plain = getattr(getattr(node, "format", None), "sparse_slots", ())
-    for extent in await node.extents(start + shift, length):
+    if leaf:
+        extents = _joined(await _some(node, start + shift, length), start + shift, least_hole)
+    else:
+        extents = await node.extents(start + shift, length)
+    end = start
+    for extent in extents:
+        end += extent.length
         deeper = sparse or (isinstance(extent, Data) and extent.slot in plain)
-        for part in await _told(node, extent, leaf, deeper):
+        for part in await _told(node, extent, leaf, deeper, least_hole):
             if leaf and part.offset < 0:
                 part = part._replace(offset=position + shift)
             out.append(part._replace(start=position, depth=depth))
             position += part.length
+        if position < end:
+            break
     return out
 
 
-async def _told(node: Node, extent: Extent, leaf: bool, deeper: bool) -> list[Status]:
-    """One extent of a node as statuses (``start`` and ``depth`` are the caller's to fill in)."""
+async def _some(leaf: Node, start: int, length: int) -> list[Extent]:
+    """The extents of a prefix of a range of a leaf: not very many, for each has its price, and who
+    copies can begin with the first."""
+    found: list[Extent] = []
+    end, step = start + length, _STEP
+    while start < end and len(found) < _MANY:
+        step = min(step, end - start)
+        found += await leaf.extents(start, step)
+        start += step
+        step *= 4
+    return found
+
+
+def _joined(extents: list[Extent], at: int, least_hole: int) -> list[Extent]:
+    """The extents of a leaf from ``at``, with its short holes taken for data."""
+    if len(extents) < 3 or not least_hole:
+        return extents
+    runs: list[tuple[int, bool]] = []
+    for extent in extents:
+        length = extent.length
+        data = extent.kind != ZERO or (length < least_hole and bool(runs))
+        if runs and runs[-1][1] == data:
+            length += runs.pop()[0]
+        runs.append((length, data))
+    out: list[Extent] = []
+    for length, data in runs:
+        out.append(Data("", at, length) if data else Zero(length, explicit=False))
+        at += length
+    return out
+
+
+async def _told(
+    node: Node, extent: Extent, leaf: bool, deeper: bool, least_hole: int
+) -> list[Status]:
+    """One extent of a node, or its beginning, as statuses (``start`` and ``depth`` are the caller's
+    to fill in)."""
     length = extent.length
     if extent.kind == HOLE:
         return [Status(0, length, 0, False, False, False)]
@@ -221,7 +270,7 @@ async def _told(node: Node, extent: Extent, leaf: bool, deeper: bool) -> list[St
     assert isinstance(extent, Data | Opaque)
     child = node.child(extent.slot)
     if extent.kind == OPAQUE and child is not None:
-        inner = await block_status(child, extent.host, length)
+        inner = await block_status(child, extent.host, length, least_hole=least_hole)
         return [part._replace(depth=0) for part in inner]
     plain = extent.kind == DATA and not (isinstance(extent, Data) and extent.xform)
     whole = Status(0, length, 0, True, False, True, offset=extent.host if plain else -1,
@@ -231,13 +280,16 @@ async def _told(node: Node, extent: Extent, leaf: bool, deeper: bool) -> list[St
     out = []
     done = 0
     while done < length:
-        inner = await block_status(child, extent.host + done, length - done)
+        at = extent.host + done
+        inner = await block_status(child, at, length - done, least_hole=least_hole)
         if not inner:  # beyond the end of the file: never written, so zeroes
             out.append(whole._replace(length=length - done, offset=extent.host + done, zero=True))
             break
         for part in inner:
             out.append(whole._replace(length=part.length, offset=part.offset, zero=part.zero))
             done += part.length
+        if len(out) >= _MANY:
+            break
     return out
 
 

@@ -23,6 +23,8 @@ from .streaming import Pass, limited, one_pass, salvaged, write_pass
 
 BUFFER = 2 << 20
 SPARSE = 4096
+_LEAST_HOLE = 64 << 10
+"""Shorter holes of a file are read like data: their zeroes are found then as well."""
 ONE_SOURCE = (
     "Having a backing file for the target makes no sense when concatenating multiple input images"
 )
@@ -313,8 +315,9 @@ class _Sources:
                 end = min(self.covered, node.size) if inside else node.size
                 length = min(most, end - offset)
                 try:
+                    below = self.base if inside else None
                     found = await block_status(
-                        node, offset, length, base=self.base if inside else None
+                        node, offset, length, base=below, least_hole=_LEAST_HOLE
                     )
                 except OSError as error:
                     if self.on_unknown is None:
