@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bz2
 import json
-import os
 import random
 import shutil
 import signal
@@ -23,19 +22,6 @@ from .tools import OURS, TRUSTED, Op, apply, assert_bytes, io_arguments, operati
 
 Peer = Callable[[str], str]
 KIB, GIB, TIB = 1 << 10, 1 << 30, 1 << 40
-
-
-@pytest.fixture
-def libvhdi() -> Any:
-    """The module of libvhdi's wheel (`pip install -e .[dev]` installs it)."""
-    try:
-        import pyvhdi
-    except ImportError:
-        text = "libvhdi is not installed (package libvhdi-python, in the extra `dev`)"
-        if os.environ.get("CI") == "true":
-            pytest.fail(text, pytrace=False)
-        pytest.skip(text)
-    return pyvhdi
 
 
 def libvhdi_bytes(libvhdi: Any, *chain: Path) -> bytes:

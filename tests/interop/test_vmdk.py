@@ -29,19 +29,6 @@ KIB, MIB, GIB, TIB = 1 << 10, 1 << 20, 1 << 30, 1 << 40
 GRAIN = 64 * KIB
 
 
-@pytest.fixture
-def libvmdk() -> Any:
-    """The module of libvmdk's wheel (`pip install -e .[dev]` installs it)."""
-    try:
-        import pyvmdk
-    except ImportError:
-        text = "libvmdk is not installed (package libvmdk-python, in the extra `dev`)"
-        if os.environ.get("CI") == "true":
-            pytest.fail(text, pytrace=False)
-        pytest.skip(text)
-    return pyvmdk
-
-
 def libvmdk_bytes(libvmdk: Any, *chain: Path) -> bytes:
     """The disk in the first of ``chain``, whose parents the others are.  It takes no notice of
     zeroed grains: sector 1, the descriptor, is what it shows of one."""

@@ -7,6 +7,7 @@ import random
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -117,12 +118,11 @@ def test_written_by_one_and_read_by_the_other(
 
 
 @pytest.mark.parametrize("subformat", [*SUBFORMATS[:4], *OURS_ONLY])
-def test_libvmdk_reads_ours(subformat: str, tmp_path: Path) -> None:
-    pyvmdk = pytest.importorskip("pyvmdk", reason="libvmdk's Python binding is not installed")
+def test_libvmdk_reads_ours(subformat: str, tmp_path: Path, libvmdk: Any) -> None:
     image = tmp_path / "disk.vmdk"
     run([*OURS, "create", "-q", "-f", "vmdk", "-o", f"subformat={subformat}", image, "5M"])
     run([*OURS, "io", "-c", "write -q -P 7 1M 100k", "-c", "write -q -P 8 5242368 512", image])
-    handle = pyvmdk.handle()
+    handle = libvmdk.handle()
     try:
         handle.open(str(image))
     except OSError as error:

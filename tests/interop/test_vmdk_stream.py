@@ -9,6 +9,7 @@ import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -32,10 +33,9 @@ def source(path: Path, size: int, seed: int) -> bytes:
     return bytes(data)
 
 
-def libvmdk(path: Path) -> bytes:
+def libvmdk_bytes(libvmdk: Any, path: Path) -> bytes:
     """The disk as libvmdk reads it."""
-    pyvmdk = pytest.importorskip("pyvmdk", reason="libvmdk's Python binding is not installed")
-    handle = pyvmdk.handle()
+    handle = libvmdk.handle()
     handle.open(str(path))
     handle.open_extent_data_files()
     size = handle.get_media_size()
@@ -48,7 +48,7 @@ SIZES = [512, GRAIN, 3 * GRAIN + 512, 5 << 20, (32 << 20) + 3584, 70 << 20]
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_ours_is_read_by_others(size: int, peer: Peer, tmp_path: Path) -> None:
+def test_ours_is_read_by_others(size: int, peer: Peer, tmp_path: Path, libvmdk: Any) -> None:
     data = source(tmp_path / "source.raw", size, size)
     path = tmp_path / "x.vmdk"
     run([*OURS, "convert", "-f", "raw", *STREAM, tmp_path / "source.raw", path])
@@ -58,18 +58,14 @@ def test_ours_is_read_by_others(size: int, peer: Peer, tmp_path: Path) -> None:
     run([peer("qemu-img"), "check", "-q", "-f", "vmdk", path])
     run([peer("qemu-img"), "compare", "-q", "-f", "raw", "-F", "vmdk", tmp_path / "source.raw",
          path])  # fmt: skip
-    assert_bytes(libvmdk(path), data, "libvmdk")
+    assert_bytes(libvmdk_bytes(libvmdk, path), data, "libvmdk")
     run([*OURS, "check", "-q", "-f", "vmdk", path])
     run([*OURS, "convert", "-f", "vmdk", "-O", "raw", path, tmp_path / "back.raw"])
     assert_bytes((tmp_path / "back.raw").read_bytes(), data, "ours")
 
 
 def test_7zip_reads_ours(peer: Peer, tmp_path: Path) -> None:
-    import shutil
-
-    tool = shutil.which("7z") or shutil.which("7zz")
-    if tool is None:
-        pytest.skip("7-Zip is not installed")
+    tool = peer("7z")
     data = source(tmp_path / "source.raw", (5 << 20) + 512, 3)
     path = tmp_path / "x.vmdk"
     run([*OURS, "convert", "-f", "raw", *STREAM, tmp_path / "source.raw", path])
