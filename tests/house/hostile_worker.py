@@ -7,13 +7,15 @@ memory, and what went wrong.
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import random
 import resource
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,14 +63,18 @@ VHDX_KINDS: dict[str, dict[str, Any]] = {
 ALL_KINDS = (*KINDS, *VHDX_KINDS, *VMDK_KINDS)
 
 
-def mutants(kind: str, pairs: int) -> Iterator[tuple[str, bytes]]:
-    """Every field at its borders, then pairs of fields, cut-off files, and noise."""
+def mutants(kind: str, pairs: int, first: int = 0, every: int = 1) -> Iterator[tuple[str, bytes]]:
+    """Every field at its borders, then pairs of fields, cut-off files, and noise: of all of them
+    each ``every``-th from ``first`` on."""
     if kind in VHDX_KINDS:
-        yield from vhdx_mutants(kind, pairs)
+        for said, make in itertools.islice(vhdx_mutants(kind, pairs), first, None, every):
+            yield said, make()
         return
-    if kind in VMDK_KINDS:
-        yield from vmdk_mutants(kind, pairs)
-        return
+    make_all = vmdk_mutants if kind in VMDK_KINDS else qcow2_mutants
+    yield from itertools.islice(make_all(kind, pairs), first, None, every)
+
+
+def qcow2_mutants(kind: str, pairs: int) -> Iterator[tuple[str, bytes]]:
     tiny = Tiny(**KINDS[kind])  # type: ignore[arg-type]
     yield "untouched", tiny.data
     singles = []
@@ -95,10 +101,21 @@ def mutants(kind: str, pairs: int) -> Iterator[tuple[str, bytes]]:
         yield "noise", bytes(data)
 
 
-def vhdx_mutants(kind: str, pairs: int) -> Iterator[tuple[str, bytes]]:
-    """The same of VHDX; checksums are made good again, for a bad one hides what is behind it."""
+def vhdx_mutants(kind: str, pairs: int) -> Iterator[tuple[str, Callable[[], bytes]]]:
+    """The same of VHDX; checksums are made good again, for a bad one hides what is behind it.
+    That takes a while, so what is given is how to make one."""
     tiny = TinyVhdx(**VHDX_KINDS[kind])
-    yield "untouched", tiny.data
+    whole = tiny.data
+
+    def changed(fields: list[tuple[int, int, int]]) -> bytes:
+        try:
+            for offset, width, value in fields:
+                tiny.data = tiny.with_field(offset, width, value)
+            return tiny.data
+        finally:
+            tiny.data = whole
+
+    yield "untouched", partial(changed, [])
     singles = []
     for name, offset, width in tiny.fields:
         now = int.from_bytes(tiny.data[offset : offset + width], "little")
@@ -106,24 +123,20 @@ def vhdx_mutants(kind: str, pairs: int) -> Iterator[tuple[str, bytes]]:
     rng = random.Random(kind)
     rng.shuffle(singles)  # a run that takes some of them takes some of every field
     for name, offset, width, value in singles:
-        yield f"{name} = {value:#x}", tiny.with_field(offset, width, value)
-    whole = tiny.data
+        yield f"{name} = {value:#x}", partial(changed, [(offset, width, value)])
     for _ in range(pairs):
-        said = []
-        for name, offset, width, value in rng.sample(singles, rng.choice((2, 3))):
-            tiny.data = tiny.with_field(offset, width, value)
-            said.append(f"{name} = {value:#x}")
-        yield ", ".join(said), tiny.data
-        tiny.data = whole
+        some = rng.sample(singles, rng.choice((2, 3)))
+        said = ", ".join(f"{name} = {value:#x}" for name, _, _, value in some)
+        yield said, partial(changed, [field[1:] for field in some])
     for length in (0, 1, 8, 512, 65536, 65600, 131072, 200000, MIB, MIB + 64, 2 * MIB, 3 * MIB + 8):
-        yield f"cut to {length}", whole[:length]
-    yield "cut in its last block", whole[:-1]
+        yield f"cut to {length}", partial(whole.__getitem__, slice(length))
+    yield "cut in its last block", partial(whole.__getitem__, slice(-1))
     for _ in range(pairs // 4):
+        noise = []
         for _ in range(rng.randrange(1, 9)):
             area = rng.choice((64 << 10, 192 << 10, MIB, 2 * MIB, 2 * MIB + 65536, 3 * MIB))
-            tiny.data = tiny.with_field(area + rng.randrange(8, 400), 1, rng.randrange(256))
-        yield "noise", tiny.data
-        tiny.data = whole
+            noise.append((area + rng.randrange(8, 400), 1, rng.randrange(256)))
+        yield "noise", partial(changed, noise)
 
 
 def look(data: bytes, writable: bool, kind: str = "", repair: bool = False) -> None:
@@ -214,9 +227,7 @@ def main() -> None:
     count = 0
     slowest = (0.0, "")
     wrong: list[str] = []
-    for number, (said, data) in enumerate(mutants(kind, pairs)):
-        if number % every != first:
-            continue
+    for said, data in mutants(kind, pairs, first, every):
         for mode in ("read-only", "writable", *([] if kind in KINDS else ["repair"])):
             count += 1
             start = time.monotonic()
