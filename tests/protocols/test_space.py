@@ -7,6 +7,7 @@ import errno
 import os
 import random
 import subprocess
+from itertools import pairwise
 
 import pytest
 
@@ -16,6 +17,7 @@ from diskwright.extents import Data, Zero
 from diskwright.protocols.file import FileNode
 from diskwright.protocols.memory import MemoryNode
 from diskwright.protocols.os_portable import Portable
+from diskwright.protocols.space import rough_runs
 
 from .support import Watching, using
 
@@ -112,6 +114,65 @@ class TestMap:
 
         with using(watch):
             driver.run(steps())
+
+    def test_short_holes_are_not_asked_for_one_by_one(self, driver, tmp_path):
+        watch = Watching()
+
+        async def steps():
+            node = await make(driver, tmp_path / "x")
+            at = list(range(128 * K, 640 * K, 8 * K))
+            await node.write(at, [b"x" * 4 * K] * len(at))
+            await node.flush()
+            calls = watch.calls["data_from"]
+            found = await node.rough_extents(0, 2048 * K, 64 * K)
+            assert watch.calls["data_from"] - calls <= 10
+            assert found[0] == hole(128 * K)
+            assert isinstance(found[1], Data)
+            assert found[1].host == 128 * K
+            assert 508 * K <= found[1].length <= 512 * K + 64 * K
+            assert found[2:] == [hole(896 * K - found[1].length), hole(1024 * K)]
+            # What is exact stays so.
+            assert len(await node.extents(0, 1024 * K)) == 2 * len(at) + 1
+            assert await node.rough_extents(1024 * K, 4 * K, 64 * K) == [hole(4 * K)]
+            await node.close()
+
+        with using(watch):
+            driver.run(steps())
+
+    @pytest.mark.parametrize("seed", range(40))
+    def test_what_is_told_roughly_is_true(self, seed):
+        """All data is told as data, and every hole between that is twice as long as asked."""
+        rng = random.Random(seed)
+        runs = []  # of data: start, end
+        at = rng.choice((0, 4))
+        for _ in range(rng.randrange(12)):
+            end = at + rng.choice((1, 2, 4, 30))
+            runs.append((at, end))
+            at = end + rng.choice((1, 2, 7, 8, 15, 16, 40))
+        size = at if rng.random() < 0.5 else max(runs[-1][1] if runs else 1, 1)
+
+        class Told(Portable):
+            def data_from(self, fd, offset):
+                later = [(a, b) for a, b in runs if b > offset]
+                return (max(later[0][0], offset), later[0][1]) if later else None
+
+        start = rng.randrange(size)
+        least = 8
+        position = start
+        previous = None
+        told = {}
+        for end, data in rough_runs(Told(), -1, start, size, least):
+            assert end > position
+            assert data is not previous
+            told.update(dict.fromkeys(range(position, end), data))
+            position, previous = end, data
+        assert position == size
+        assert all(told[i] for a, b in runs for i in range(max(a, start), min(b, size)))
+        ends = [(start, start), *runs, (size, size)]
+        for (_, left), (right, _) in pairwise(ends):
+            left, right = max(left, start), min(right, size)
+            if right - left >= 2 * least:
+                assert not any(told[i] for i in range(left + least, right))
 
     def test_a_change_while_it_is_asked_is_not_remembered(self, driver, tmp_path):
         async def steps():

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import NamedTuple
 
-from ..extents import DATA, HOLE, INLINE, OPAQUE, PACKED, ZERO, Data, Extent, Opaque, Zero
+from ..extents import DATA, HOLE, INLINE, OPAQUE, PACKED, Data, Extent, Opaque, Zero
 from .graph import Graph, leaf_of, primary
 from .mapped import MappedNode
 from .node import Node
@@ -79,7 +79,7 @@ async def block_status(
     The answer covers a prefix of the range (more than nothing): ask again behind it.  Layers from
     ``base`` downwards are left out; what only they hold is neither present, zero nor data.
     Neighbours are merged.  Holes of a file between its data may be told as data when they are
-    shorter than ``least_hole``: who reads anyway sooner reads them than knows of each.
+    not twice as long as ``least_hole``: who reads anyway sooner reads them than knows of each.
     """
     length = min(length, node.size - offset)
     if length <= 0:
@@ -174,9 +174,7 @@ def _window(node: Node) -> int:
     return min(unit * WINDOW_UNITS, MAX_WINDOW) if unit > 1 else MAX_WINDOW
 
 
-async def _layer(
-    node: Node, start: int, length: int, depth: int, least_hole: int
-) -> list[Status]:
+async def _layer(node: Node, start: int, length: int, depth: int, least_hole: int) -> list[Status]:
     """What one layer says, without its backing file; a range that it does not hold is neither
     present, zero nor data."""
     shift = 0
@@ -204,7 +202,7 @@ async def _layer(
     sparse = not leaf and await sparse_below(node)
     plain = getattr(getattr(node, "format", None), "sparse_slots", ())
     if leaf:
-        extents = _joined(await _some(node, start + shift, length), start + shift, least_hole)
+        extents = await _some(node, start + shift, length, least_hole)
     else:
         extents = await node.extents(start + shift, length)
     end = start
@@ -221,35 +219,21 @@ async def _layer(
     return out
 
 
-async def _some(leaf: Node, start: int, length: int) -> list[Extent]:
+async def _some(leaf: Node, start: int, length: int, least_hole: int) -> list[Extent]:
     """The extents of a prefix of a range of a leaf: not very many, for each has its price, and who
     copies can begin with the first."""
     found: list[Extent] = []
+    rough = getattr(leaf, "rough_extents", None) if least_hole else None
     end, step = start + length, _STEP
     while start < end and len(found) < _MANY:
         step = min(step, end - start)
-        found += await leaf.extents(start, step)
+        if rough is None:
+            found += await leaf.extents(start, step)
+        else:
+            found += await rough(start, step, least_hole)
         start += step
         step *= 4
     return found
-
-
-def _joined(extents: list[Extent], at: int, least_hole: int) -> list[Extent]:
-    """The extents of a leaf from ``at``, with its short holes taken for data."""
-    if len(extents) < 3 or not least_hole:
-        return extents
-    runs: list[tuple[int, bool]] = []
-    for extent in extents:
-        length = extent.length
-        data = extent.kind != ZERO or (length < least_hole and bool(runs))
-        if runs and runs[-1][1] == data:
-            length += runs.pop()[0]
-        runs.append((length, data))
-    out: list[Extent] = []
-    for length, data in runs:
-        out.append(Data("", at, length) if data else Zero(length, explicit=False))
-        at += length
-    return out
 
 
 async def _told(

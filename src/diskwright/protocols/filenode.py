@@ -20,7 +20,7 @@ from .locks import ImageLocks
 from .opening import CACHE_MODES, open_descriptor, open_flags
 from .os_portable import Device, Portable
 from .os_portable import table as system_table
-from .space import Space, find_runs, merged
+from .space import Space, find_runs, merged, rough_runs
 
 _EVERYTHING = frozenset(PERMISSIONS)
 _QUIET = frozenset({"consistent-read", "write-unchanged"})
@@ -206,15 +206,47 @@ class FileNode(FileIO):
             found.append(Zero(end - at, explicit=False))
         return found
 
+    async def rough_extents(self, offset: int, length: int, least_hole: int) -> list[Extent]:
+        """Like :meth:`extents`, for who reads anyway: a hole between data that is not twice as
+        long as ``least_hole`` may be told as data."""
+        self.check_open()
+        inside = min(offset + length, self.size)
+        if "data_from" in self._space.missing or offset >= inside:
+            return await self.extents(offset, length)
+        try:
+            runs = await self._job(self._rough, offset, inside, least_hole)
+        except OSError as error:
+            self._cannot_tell(error)
+            return await self.extents(offset, length)
+        found: list[Extent] = []
+        for end, data in runs:
+            run = end - offset
+            if data:
+                found.append(Data("", offset, run, not self.read_only))
+            else:
+                found.append(Zero(run, explicit=False))
+            offset = end
+            length -= run
+        if length:
+            found.append(Zero(length, explicit=False))
+        return found
+
+    def _rough(self, start: int, stop: int, least_hole: int) -> list[tuple[int, bool]]:
+        return list(rough_runs(self.table, self._fd, start, stop, least_hole))
+
+    def _cannot_tell(self, error: OSError) -> None:
+        """Remember that the file system does not tell its holes; other errors are raised."""
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
+            raise error
+        self._space.missing.add("data_from")
+
     async def _look(self, at: int, stop: int) -> tuple[int, int, bool]:
         """Ask the file system for the run at ``at``, and for what follows it."""
         changes = self._holes.changes
         try:
             runs = await self._job(find_runs, self.table, self._fd, at, stop, self.size)
         except OSError as error:
-            if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS):
-                raise
-            self._space.missing.add("data_from")
+            self._cannot_tell(error)
             return at, stop, True
         if not self.force_share:
             self._holes.add(runs, changes)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import errno
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from ..errors import NotSupported, UsageError
 from .os_portable import Device, Portable
@@ -225,3 +225,27 @@ def find_runs(table: Portable, fd: int, start: int, stop: int, size: int) -> lis
             runs.append((first, min(max(end, first + 1), size), True))
         at = max(end, first + 1)
     return runs
+
+
+def rough_runs(
+    table: Portable, fd: int, start: int, stop: int, least_hole: int
+) -> Iterator[tuple[int, bool]]:
+    """Ends of the runs of data and holes from ``start`` to ``stop``, alternating, and whether each
+    is data.
+
+    Where holes are dense the file is asked once in ``least_hole`` bytes only, so between data a
+    hole is missed that is not twice as long.
+    """
+    at = start
+    while at < stop:
+        found = table.data_from(fd, at)
+        first, end = (stop, stop) if found is None else found
+        first, end = min(first, stop), min(max(end, first + 1), stop)
+        if first - at >= least_hole or (at == start < first):
+            if at > start:
+                yield at, True
+            yield first, False
+            start = first
+        at = end if end - first >= least_hole else min(first + least_hole, stop)
+    if start < stop:
+        yield stop, True
