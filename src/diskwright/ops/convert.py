@@ -24,7 +24,7 @@ from .streaming import Pass, limited, one_pass, salvaged, write_pass
 BUFFER = 2 << 20
 SPARSE = 4096
 _LEAST_HOLE = 64 << 10
-"""Shorter holes of a file are read like data: their zeroes are found then as well."""
+"""Shorter holes of a file are read like data, where their zeroes are found then as well."""
 ONE_SOURCE = (
     "Having a backing file for the target makes no sense when concatenating multiple input images"
 )
@@ -219,7 +219,7 @@ async def _copy(
         below = out.child("backing")
         base, covered = _base_of(nodes, below), below.size if below is not None else 0
     unknown = tell.on_unknown if settings.salvage else None
-    source = _Sources(nodes, settings.sparse > 0, base, covered, target is not out, unknown)
+    source = _Sources(nodes, settings.sparse, base, covered, target is not out, unknown)
     count = await _Count.of(source, tell)
     options = CopyOptions(
         sparse=settings.sparse,
@@ -247,7 +247,7 @@ async def _one_pass(
     durable: bool,
 ) -> int:
     unknown = tell.on_unknown if settings.salvage else None
-    source = _Sources(nodes, settings.sparse > 0, None, 0, False, unknown)
+    source = _Sources(nodes, settings.sparse, None, 0, False, unknown)
     count = await _Count.of(source, tell)
     segments = limited(driver, source.segments(), settings.rate)
     if settings.salvage:
@@ -283,14 +283,15 @@ class _Sources:
     def __init__(
         self,
         nodes: list[Node],
-        sparse: bool,
+        sparse: int,
         base: Node | None,
         covered: int,
         deep: bool,
         on_unknown: Callable[[int, OSError], None] | None,
     ) -> None:
         self.nodes = nodes
-        self.sparse = sparse
+        self.sparse = sparse > 0
+        self.least_hole = 0 if deep or sparse > SPARSE else _LEAST_HOLE
         self.base = base
         self.covered = covered
         """Bytes for which the target's backing file stands for ``base``."""
@@ -317,7 +318,7 @@ class _Sources:
                 try:
                     below = self.base if inside else None
                     found = await block_status(
-                        node, offset, length, base=below, least_hole=_LEAST_HOLE
+                        node, offset, length, base=below, least_hole=self.least_hole
                     )
                 except OSError as error:
                     if self.on_unknown is None:

@@ -70,7 +70,8 @@ async def rebase(
             if backing is not None:
                 new = await _open_new(driver, top, spec, backing, backing_format, backing_cache)
             await _keep(driver, top, new, on_progress)
-            identity = identity_of(new) if new is not None else None
+            if new is not None and hasattr(top.format, "parent_identity"):
+                identity = identity_of(new)
         elif backing is not None and hasattr(top.format, "parent_identity"):
             identity = await _identity(driver, top, spec, backing, backing_format, on_warning)
         try:
