@@ -1,4 +1,5 @@
-"""The main job, shown and proved: make a disk, convert, overlay, write, commit, compare, serve.
+"""The main job, shown and proved: make a disk, convert, overlay, write, commit, compare, serve;
+and the migration: the same disk as VHDX, as VMDK and back.
 
 Every command is printed as one would type it.  Every byte is proved against a model in memory,
 and against qemu-img where that is installed.  The word "mismatch" appears only when a proof fails
@@ -185,23 +186,26 @@ def first_difference(a: bytes | bytearray, b: bytes | bytearray) -> int:
     return -1
 
 
-def prove_disk(path: Path, model: bytearray, what: str) -> None:
-    """Read all of an image through the Python API and compare it with the model."""
+def prove_disk(path: Path, model: bytearray, what: str, size: int = 0) -> None:
+    """Read all of an image through the Python API and compare it with the model.  A ``size``
+    beyond that of the model reads as zeroes there."""
     import diskwright
 
+    size = size or len(model)
     with diskwright.open(str(path), policy="trusted") as disk:
-        prove(disk.size == len(model), f"{what}: size", str(disk.size))
+        prove(disk.size == size, f"{what}: size", str(disk.size))
         wrong = -1
-        for at in range(0, len(model), 8 * MIB):
-            length = min(8 * MIB, len(model) - at)
+        for at in range(0, size, 8 * MIB):
+            length = min(8 * MIB, size - at)
+            want = model[at : at + length].ljust(length, b"\0")
             got = disk.read(at, length)
-            if got != model[at : at + length]:
-                wrong = at + first_difference(bytes(got), model[at : at + length])
+            if got != want:
+                wrong = at + first_difference(bytes(got), want)
                 break
     digest = hashlib.sha256(model).hexdigest()[:16]
     prove(wrong < 0, f"{what}: every byte is the model's", f"difference at {wrong}")
     if wrong < 0:
-        print(f"  proved: {what}: {len(model) // MIB} MiB, sha256 {digest}...")
+        print(f"  proved: {what}: {size // MIB} MiB, sha256 {digest}...")
 
 
 def prove_file(path: Path, model: bytearray, what: str) -> None:
@@ -255,8 +259,9 @@ def oracle(shell: Shell, image: str, raw: str) -> None:
     if not shutil.which("qemu-img"):
         print("  (qemu-img is not installed, so it was not asked)")
         return
-    shell(f"qemu-img check {image}")
-    shell(f"qemu-img compare -f raw -F qcow2 {raw} {image}")
+    format = image.rpartition(".")[2]
+    shell(f"qemu-img check {image}", show=1)
+    shell(f"qemu-img compare -f raw -F {format} {raw} {image}")
 
 
 def overlay(shell: Shell, model: bytearray) -> bytearray:
@@ -311,6 +316,62 @@ def commit(shell: Shell, above: bytearray) -> None:
     shell("diskwright convert -p -f qcow2 -O raw base.qcow2 back.raw")
     prove_file(shell.folder / "back.raw", above, "back.raw")
     oracle(shell, "base.qcow2", "back.raw")
+
+
+def migrate(shell: Shell, model: bytearray) -> None:
+    title("To Hyper-V: a VHDX")
+    shell("diskwright convert -p -f qcow2 -O vhdx base.qcow2 disk.vhdx")
+    shell("diskwright info disk.vhdx")
+    shell("diskwright check disk.vhdx")
+    prove_disk(shell.folder / "disk.vhdx", model, "disk.vhdx")
+    oracle(shell, "disk.vhdx", "back.raw")
+
+    title("A differencing VHDX over it, written and committed")
+    shell("diskwright create -f vhdx -b disk.vhdx -F vhdx child.vhdx")
+    shell(
+        'diskwright io --policy trusted -c "write -P 0x3c 7M 3M" -c "write -P 0x2d 30000001 4321" '
+        '-c "write -z 50M 2M" -c flush child.vhdx'
+    )
+    above = bytearray(model)
+    above[7 * MIB : 10 * MIB] = b"\x3c" * (3 * MIB)
+    above[30_000_001 : 30_000_001 + 4321] = b"\x2d" * 4321
+    above[50 * MIB : 52 * MIB] = bytes(2 * MIB)
+    prove_disk(shell.folder / "child.vhdx", above, "child.vhdx over disk.vhdx")
+    prove_disk(shell.folder / "disk.vhdx", model, "disk.vhdx, which nobody wrote to")
+    shell("diskwright check --policy trusted child.vhdx")
+    shell("diskwright commit --policy trusted child.vhdx")
+    model[:] = above
+    (shell.folder / "merged.raw").write_bytes(model)
+    prove_disk(shell.folder / "disk.vhdx", model, "disk.vhdx after commit")
+    shell("diskwright check disk.vhdx")
+    oracle(shell, "disk.vhdx", "merged.raw")
+
+    title("To VMware: a sparse VMDK, and one as a stream in one pass")
+    shell("diskwright convert -p -f vhdx -O vmdk disk.vhdx disk.vmdk")
+    shell("diskwright convert -p -f vmdk -O vmdk -o subformat=streamOptimized disk.vmdk sent.vmdk")
+    for name in ("disk.vmdk", "sent.vmdk"):
+        shell(f"diskwright check {name}")
+        prove_disk(shell.folder / name, model, name)
+        oracle(shell, name, "merged.raw")
+    sizes = [(shell.folder / name).stat().st_size // MIB for name in ("disk.vmdk", "sent.vmdk")]
+    print(f"  {sizes[0]} MiB as a sparse file, {sizes[1]} MiB as a stream")
+
+    title("Grown past 4 GiB, and in files of 2 GiB")
+    size = 4352 * MIB
+    shell("diskwright resize -f vmdk disk.vmdk 4352M")
+    shell("diskwright convert -p -O vmdk -o subformat=twoGbMaxExtentSparse disk.vmdk split.vmdk")
+    files = sorted(path.name for path in shell.folder.glob("split*"))
+    prove(len(files) == 4, "a descriptor and three extents", ", ".join(files))
+    print(f"  {', '.join(files)}: what a descriptor names is not opened either, unless trusted:")
+    shell("diskwright info split.vmdk", expect=1)
+    shell("diskwright check --policy trusted split.vmdk")
+    prove_disk(shell.folder / "split.vmdk", model, "split.vmdk", size)
+    os.truncate(shell.folder / "merged.raw", size)
+    oracle(shell, "split.vmdk", "merged.raw")
+
+    title("And back to raw")
+    shell("diskwright convert -p -f vmdk -O raw sent.vmdk home.raw")
+    prove_file(shell.folder / "home.raw", model, "home.raw")
 
 
 @contextlib.contextmanager
@@ -393,6 +454,7 @@ def main() -> int:
         convert(shell, model)
         above = overlay(shell, model)
         commit(shell, above)
+        migrate(shell, bytearray(above))
         serve(shell, above)
     finally:
         if options.keep:
