@@ -5,6 +5,8 @@ BIN := $(VENV)/bin
 # One worker a core: the tests share nothing but the machine.
 WORKERS ?= auto
 PYTEST_ARGS ?=
+CONVERT_ARGS ?=
+CONVERSIONS := raw:raw,raw:qcow2,qcow2:raw,qcow2:qcow2,raw:vhdx,vhdx:raw,raw:vmdk,vmdk:raw,raw:stream
 
 .PHONY: demo test test-long bench lint types wheel peers clean
 .DEFAULT_GOAL := test
@@ -41,6 +43,7 @@ test-long: $(BIN)/.ready peers
 
 bench: $(BIN)/.ready peers
 	$(BIN)/python bench/nbd.py
+	$(BIN)/python bench/convert.py --pairs $(CONVERSIONS) $(CONVERT_ARGS)
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
