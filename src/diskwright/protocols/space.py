@@ -236,16 +236,19 @@ def rough_runs(
     Where holes are dense the file is asked once in ``least_hole`` bytes only, so between data a
     hole is missed that is not twice as long.
     """
-    at = start
+    at = known = start
     while at < stop:
         found = table.data_from(fd, at)
         first, end = (stop, stop) if found is None else found
         first, end = min(first, stop), min(max(end, first + 1), stop)
         if first - at >= least_hole or (at == start < first):
+            if known < at and ((again := table.data_from(fd, known)) is None or again[0] >= at):
+                at = known  # nothing followed the last data
             if at > start:
                 yield at, True
             yield first, False
             start = first
         at = end if end - first >= least_hole else min(first + least_hole, stop)
+        known = end
     if start < stop:
         yield stop, True
