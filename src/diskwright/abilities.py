@@ -37,6 +37,13 @@ class Sparse(Protocol):
     """The slots whose nodes are asked, so that the status of the disk tells those holes."""
 
 
+class PartlyReadOnly(Protocol):
+    """What a format says whose image names files that it only reads."""
+
+    read_only_slots: Collection[str]
+    """Their slots: opened for reading, also when the image is opened anew for writing."""
+
+
 class Codec(Protocol):
     """Compression of single units.  Both functions are pure, and run in the pool.  Codecs that are
     equal unpack alike."""

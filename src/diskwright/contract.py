@@ -259,12 +259,14 @@ class Open(NamedTuple):
     Sent back: nothing; a refusal is thrown in.
 
     ``backing`` is a disk (in ``format``, None: to be found out) and is opened once the procedure
-    has ended.  Every other slot is a plain file, which is there when the procedure goes on.
+    has ended.  Every other slot is a plain file, which is there when the procedure goes on, and is
+    opened for reading alone unless it is ``writable`` (and the image is opened for writing).
     """
 
     slot: str
     reference: str
     format: str | None = None
+    writable: bool = True
 
 
 class Create(NamedTuple):

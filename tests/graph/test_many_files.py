@@ -336,3 +336,44 @@ def test_growing_that_fails_at_any_request_leaves_a_whole_image(
     assert size == 5 << 30 and made == named and done > 5
     # Only once the image itself was being changed.
     assert orphans == list(range(orphans[0], orphans[-1] + 1)) and orphans[0] > 5
+
+
+def test_an_extent_that_is_only_read_is_opened_so(here: Path) -> None:
+    """Of two images at once; what may be written stays writable, and a second opening as well."""
+    Path("common").write_bytes(b"c" * M)
+    for name in ("one", "two"):
+        Path(f"{name}-own").write_bytes(bytes(M))
+        Path(f"{name}.vmdk").write_text(
+            f'version=1\nCID=fffffffe\nparentCID=ffffffff\ncreateType="monolithicFlat"\n'
+            f'RDONLY 2048 FLAT "common" 0\nRW 2048 FLAT "{name}-own" 0\n'
+        )
+
+    async def work(driver: Driver) -> None:
+        nodes = []
+        for name in ("one", "two"):
+            node = await open_disk(driver, f"{name}.vmdk", gate=Gate("trusted"))
+            await reopen(node, writable=True)
+            await node.write([M], [b"x" * 512])
+            await close_disk(node)
+            nodes.append(
+                await open_disk(driver, f"{name}.vmdk", writable=True, gate=Gate("trusted"))
+            )
+        for node in nodes:
+            common, own = node.child("extent.0"), node.child("extent.1")
+            assert common and common.read_only and own and not own.read_only
+        for node in nodes:
+            with pytest.raises(PermissionError, match="RDONLY"):
+                await node.write([M - 512], [b"x" * 1024])
+            await node.write([2 * M - 512], [b"y" * 512])
+            await node.flush()
+            await close_disk(node)
+
+    run(work)
+    assert Path("common").read_bytes() == b"c" * M
+    assert Path("two-own").read_bytes() == b"x" * 512 + bytes(M - 1024) + b"y" * 512
+    # Under another name it is the same file.
+    os.symlink("common", "other")
+    text = Path("one.vmdk").read_text().replace('"one-own"', '"other"')
+    Path("three.vmdk").write_text(text)
+    with pytest.raises(ImageError, match="read-only"):
+        diskwright.open("three.vmdk", writable=True, policy="trusted")

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-Opener = Callable[[str, str, str | None], Awaitable[None]]
+Opener = Callable[[str, str, str | None, bool], Awaitable[None]]
 Creator = Callable[[str, str], Awaitable[None]]
 
 
@@ -35,7 +35,8 @@ class Engine:
 
     ``slots`` maps slot names to child nodes; the dict is the owner's and may change between
     requests.  ``data_slots`` are those that a flush must flush (all but the backing file).
-    ``opener(slot, reference, format)`` opens what the image names; without one it is refused.
+    ``opener(slot, reference, format, writable)`` opens what the image names; without one it is
+    refused.
     """
 
     def __init__(

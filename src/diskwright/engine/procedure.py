@@ -140,7 +140,7 @@ class Procedures:
         if isinstance(request, Open):
             if engine.opener is None:
                 raise Refused(request.reference, "nothing that an image names is opened here", "")
-            return await engine.opener(request.slot, request.reference, request.format)
+            return await engine.opener(*request)
         if isinstance(request, Create):
             if engine.creator is None:
                 raise NotSupported("no file can be made beside this image")

@@ -8,7 +8,7 @@ from ..engine.kernel import BaseDriver
 from ..engine.tables import Tables
 from ..errors import UsageError
 from .node import Node
-from .perms import ALL, Use, child_use, combined
+from .perms import ALL, RESIZE, WRITE, Use, child_use, combined
 from .registry import kind
 
 TABLE_BUDGET = 32 << 20
@@ -109,6 +109,8 @@ class Graph:
         edge = node.children[slot]
         need = child_use(node, kind(node.driver_name), slot, use, force)
         edge.perms, edge.shared = need.perms, need.shared
+        if edge.child.read_only:  # an extent that the image calls so
+            edge.perms -= {WRITE, RESIZE}
 
 
 def walk(top: Node) -> Iterator[Node]:

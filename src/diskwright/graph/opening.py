@@ -184,14 +184,17 @@ class Opening:
             asked: list[str] = []
             files: dict[str, Node] = {}
 
-            async def opener(slot: str, reference: str, inner: str | None) -> None:
+            async def opener(
+                slot: str, reference: str, inner: str | None, writable: bool = True
+            ) -> None:
                 assert node is not None
                 asked.append(slot)
                 if slot == "backing":
                     self.pending.append(_Named(node, reference, inner, backing, inherited, chain))
                 else:
                     instead = offered.pop(slot, None)
-                    await self._fill(node, slot, reference, instead, inherited, chain, files)
+                    how = inherited._replace(writable=inherited.writable and writable)
+                    await self._fill(node, slot, reference, instead, how, chain, files)
 
             node = kind(
                 self.graph.driver,
@@ -282,6 +285,11 @@ class Opening:
                     )
                 same = _identity_of(where)
                 child = files[same] = files.get(same) or await self.node(where, mode, chain)
+                if mode.writable and child.read_only:
+                    raise ImageError(
+                        f"'{reference}' is named under another name, too, which is read-only",
+                        file=display_name(node),
+                    )
             except (OSError, DiskError) as error:
                 error.add_note(f"Could not open {role}")
                 raise

@@ -46,6 +46,17 @@ def _layers(node: Node) -> list[Node]:
     return found
 
 
+def _only_read(layers: list[Node]) -> set[Node]:
+    """Those that are never written: files that an image names for reading alone."""
+    return {
+        edge.child
+        for layer in layers
+        if isinstance(layer, MappedNode)
+        for slot, edge in layer.children.items()
+        if slot in getattr(layer.format, "read_only_slots", ())
+    }
+
+
 async def _settle(node: Node) -> None:
     """Bring everything that ``node`` holds down to its child."""
     if isinstance(node, MappedNode) and not node.read_only:
@@ -66,10 +77,11 @@ async def _switch(node: Node, layers: list[Node], writable: bool, cache: str | N
                 layer.writethrough = writethrough and layer is node
         if writethrough and not isinstance(node, GuardedNode):
             raise NotSupported(f"cache mode '{cache}' can only be chosen when a disk is opened")
+    only_read = _only_read(layers)
     for layer in reversed(layers):
         change = getattr(layer, "reopen", None)
         if change is not None:
-            await change(writable=writable, cache=low)
+            await change(writable=writable and layer not in only_read, cache=low)
         else:
             layer.read_only = not writable
     graph = node.graph
@@ -101,7 +113,7 @@ async def _format_again(node: MappedNode, writable: bool) -> None:
         options["backing"] = "given"
     format, procedure = driver.open(options)
 
-    async def opener(slot: str, reference: str, inner: str | None) -> None:
+    async def opener(slot: str, reference: str, inner: str | None, writable: bool = True) -> None:
         # Everything that was named when it was opened first is still open.
         if slot != "backing" and node.child(slot) is None:
             rule = "the image did not name it when it was opened"

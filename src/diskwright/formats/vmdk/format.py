@@ -87,6 +87,8 @@ class Vmdk(Links):
         self._by_slot: dict[str, list[Part]] = {}
         self.sparse_slots: frozenset[str] = frozenset()
         """Flat extents: a hole of their files is one of the disk, and its status says so."""
+        self.read_only_slots: frozenset[str] = frozenset()
+        """Slots of which no extent may be written."""
         self._fast: _Fast | None = None
 
     def use_parts(
@@ -99,6 +101,8 @@ class Vmdk(Links):
         self._starts = [part.start for part in parts]
         self.size = parts[-1].start + parts[-1].length if parts else 0
         self.sparse_slots = frozenset(part.slot for part in parts if part.unit == 1)
+        written = {part.slot for part, may in zip(parts, access, strict=True) if may == RW}
+        self.read_only_slots = frozenset(part.slot for part in parts) - written
         self._by_slot = {}
         for part in parts:
             self._by_slot.setdefault(part.slot, []).append(part)

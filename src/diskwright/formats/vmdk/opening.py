@@ -130,6 +130,7 @@ def _described(image: Vmdk, length: int) -> Procedure:
     image.descriptor = text
     image.place = Place(0, None, raw)
     slots: dict[str, tuple[str, bool]] = {}
+    changed = {line.name for line in text.extents if line.access == RW and line.sectors}
     parts: list[Part] = []
     lines: list[ExtentLine] = []
     start = weight = 0
@@ -141,7 +142,7 @@ def _described(image: Vmdk, length: int) -> Procedure:
             part = Empty(image, f"extent.{number}", start, line.sectors * SECTOR, line.type)
         else:
             try:
-                slot = yield from _file_of(line, number, slots)
+                slot = yield from _file_of(line, number, slots, line.name in changed)
                 part = yield from open_extent(image, slot, start, line, number)
             except ImageError as error:
                 error.file = error.file or line.name
@@ -155,7 +156,9 @@ def _described(image: Vmdk, length: int) -> Procedure:
     image.use_parts(parts, [line.name for line in lines], [line.access for line in lines])
 
 
-def _file_of(line: ExtentLine, number: int, slots: dict[str, tuple[str, bool]]) -> Procedure:
+def _file_of(
+    line: ExtentLine, number: int, slots: dict[str, tuple[str, bool]], writable: bool
+) -> Procedure:
     """Open the file of an extent; several flat ones may be in the same.  Returns the slot."""
     assert line.name is not None
     sparse = line.type in SPARSE_TYPES
@@ -168,7 +171,7 @@ def _file_of(line: ExtentLine, number: int, slots: dict[str, tuple[str, bool]]) 
         return known[0]
     slot = f"extent.{number}"
     slots[line.name] = slot, sparse
-    yield Open(slot, line.name)
+    yield Open(slot, line.name, writable=writable)
     return slot
 
 
