@@ -22,6 +22,8 @@ class Backed(Protocol):
     """What a child records of this image when it is made; changes with the first write."""
     parent_identity: str | None
     """What this image recorded of its backing file, which must still be so; None: nothing."""
+    parent_identities: Sequence[str]
+    """All that it recorded, where that may be more than one: the backing file has one of them."""
 
     def change_backing(
         self, name: str | None, fmt: str | None, identity: str | None = None

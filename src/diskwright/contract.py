@@ -75,14 +75,16 @@ class Groups:
 
     ``lead`` needs no order against guest data and goes out together with it (refcount
     increments: a crash between leaves a leak); each list in ``groups`` is durable before the
-    next one is issued, and all of them after the data.  ``token`` goes back to ``settle``.
+    next one is issued, and all of them after the data.  They may be made when they are asked for
+    (the same each time), so that checksums do not hold everybody else up.  ``token`` goes back to
+    ``settle``.
     """
 
     __slots__ = ("groups", "lead", "token")
 
     def __init__(
         self,
-        groups: list[list[MetaWrite]],
+        groups: Sequence[Sequence[MetaWrite]],
         token: Any = None,
         lead: Sequence[MetaWrite] = (),
     ) -> None:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import uuid
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+import diskwright
 from cli.support import masked, ours, real
+from diskwright.errors import ImageError
+from house.tinyvhdx import FULL, PARTIAL, TinyVhdx
 
 Peer = Callable[[str], str]
 
@@ -98,3 +102,67 @@ def test_a_parent_with_a_path_of_windows(tmp_path: Path) -> None:
     chain = ours("info", "--backing-chain", "--output=json", *mapped, "child", cwd=tmp_path)
     assert chain.status == 0, chain.err
     assert json.loads(chain.out)[1]["filename"] == "vms/Base.vhdx"
+
+
+@pytest.mark.parametrize("known", [0, 1, None])
+def test_a_parent_has_one_of_the_recorded_identities(tmp_path: Path, known: int | None) -> None:
+    mib = 1 << 20
+    guids = [uuid.UUID(int=n) for n in (1, 2, 3)]
+    base = TinyVhdx(
+        blocks={0: (FULL, b"p" * mib)}, data_guid=guids[2 if known is None else known]
+    )
+    child = TinyVhdx(
+        blocks={0: (PARTIAL, b"c" * mib)},
+        bitmap={1},
+        parent=[
+            ("parent_linkage", f"{{{guids[0]}}}"),
+            ("parent_linkage2", f"{{{guids[1]}}}"),
+            ("relative_path", ".\\base.vhdx"),
+        ],
+    )
+    (tmp_path / "base.vhdx").write_bytes(base.data)
+    (tmp_path / "child.vhdx").write_bytes(child.data)
+    if known is None:
+        with pytest.raises(ImageError, match=r"rebase -u"):
+            diskwright.open(tmp_path / "child.vhdx", policy="trusted")
+        return
+    with diskwright.open(tmp_path / "child.vhdx", policy="trusted") as disk:
+        assert disk.read(0, 1536) == b"p" * 512 + b"c" * 512 + b"p" * 512
+    assert ours("commit", "child.vhdx", cwd=tmp_path, policy="trusted").status == 0
+    with diskwright.open(tmp_path / "child.vhdx", policy="trusted") as disk:
+        assert disk.read(0, 1536) == b"p" * 512 + b"c" * 512 + b"p" * 512
+    with diskwright.open(tmp_path / "base.vhdx") as disk:
+        assert disk.read(512, 512) == b"c" * 512
+
+
+def test_a_child_has_the_sectors_of_its_parent(tmp_path: Path) -> None:
+    create = ("create", "-q", "-f", "vhdx")
+    assert ours(*create, "-o", "logical_sector_size=4096", "base", "8M", cwd=tmp_path).status == 0
+    over = ("-b", "base", "-F", "vhdx")
+    assert ours(*create, *over, "child", cwd=tmp_path).status == 0
+    told = json.loads(ours("info", "--output=json", "child", cwd=tmp_path).out)
+    assert told["format-specific"]["data"]["logical-sector-size"] == 4096
+    done = ours(*create, *over, "-o", "logical_sector_size=512", "other", cwd=tmp_path)
+    assert done.status == 1 and b"logical sectors of 4096" in done.err
+
+
+@pytest.mark.parametrize("mode", ["off", "falloc", "full", "metadata"])
+@pytest.mark.parametrize("subformat", ["dynamic", "fixed"])
+def test_preallocation_as_there(tmp_path: Path, peer: Peer, mode: str, subformat: str) -> None:
+    words = ("create", "-f", "vhdx", "-o", f"preallocation={mode},subformat={subformat}")
+    told = real(peer("qemu-img"), *words, "x", "20M", cwd=tmp_path)
+    done = ours(*words, "y", "20M", cwd=tmp_path)
+    assert done.status == told.status, done.err
+    if not done.status:
+        assert real(peer("qemu-img"), "check", "y", cwd=tmp_path).status == 0
+
+
+@pytest.mark.parametrize("options", ["", "block_size=1M", "block_size=64M", "subformat=fixed"])
+def test_a_disk_of_no_size_is_one_for_qemu_too(tmp_path: Path, peer: Peer, options: str) -> None:
+    words = ("-o", options) if options else ()
+    assert ours("create", "-f", "vhdx", *words, "x", "0", cwd=tmp_path).status == 0
+    assert (tmp_path / "x").stat().st_blocks * 512 < 4 << 20
+    assert real(peer("qemu-img"), "check", "x", cwd=tmp_path).status == 0
+    assert ours("check", "x", cwd=tmp_path).status == 0
+    assert ours("resize", "x", "70M", cwd=tmp_path).status == 0
+    assert real(peer("qemu-img"), "check", "x", cwd=tmp_path).status == 0

@@ -146,9 +146,10 @@ def test_every_structure_is_required_and_there_twice() -> None:
 
 def test_a_disk_of_no_size() -> None:
     data = created(0)
-    assert len(data) == 4 * MIB
+    assert len(data) == 67 * MIB  # QEMU wants room for the bitmaps of 2^32 blocks
     machine = opened(data)
     assert machine.format.size == 0 and machine.close() == data
+    no_corruption(machine)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +164,7 @@ def test_a_disk_of_no_size() -> None:
         {"size": 1, "subformat": "sparse"},
         {"size": 1, "subformat": "differencing"},
         {"size": 1, "logical_sector_size": 1024},
-        {"size": 1, "preallocation": "full"},
+        {"size": 1, "preallocation": "metadata"},
         {"size": 1, "backing_file": "x"},
         {"size": 1, "backing_file": "x", "backing_identity": PARENT, "subformat": "fixed"},
         {"size": 1, "backing_file": "x", "backing_identity": PARENT, "backing_fmt": "raw"},

@@ -57,7 +57,7 @@ def stored(locator: Locator) -> dict[str, str]:
 def test_what_is_written_for_a_name(
     name: str, image: str | None, paths: dict[str, str], names: list[str]
 ) -> None:
-    locator = locate(name, ID.upper(), image)
+    locator = locate(name, [ID.upper()], image)
     assert stored(locator) == {"parent_linkage": ID, **paths}
     again = parse(encode(locator))
     assert again == locator
@@ -94,7 +94,7 @@ def test_keys_of_others_survive_another_parent() -> None:
             ("volume_path", utf16("\\\\?\\Volume{x}\\old")),
         ),
     )
-    new = locate("new", ID, None, parse(encode(old)))
+    new = locate("new", [ID], None, parse(encode(old)))
     assert new.raw("made_by") == b"\x00\xd8odd"
     assert new.names == ("new",)
 
@@ -160,4 +160,4 @@ def test_a_locator_of_another_type() -> None:
 @pytest.mark.parametrize("name", ["", "a\0b", "a/b\\c", "x" * 40_000, "\udcff"])
 def test_names_that_cannot_be_stored(name: str) -> None:
     with pytest.raises(UsageError):
-        encode(locate(name, ID, "/d/x"))
+        encode(locate(name, [ID], "/d/x"))

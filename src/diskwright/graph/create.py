@@ -27,7 +27,7 @@ from .creating import Creations, create_file, remove
 from .gate import Gate
 from .graph import Graph, own_leaves
 from .mapped import MappedNode
-from .named import identity_of
+from .named import identity_of, sector_size_of
 from .names import Options, parse, resolve
 from .opener import open_disk
 from .options import convert
@@ -119,8 +119,8 @@ async def prepare(
     complete (``size`` among them, as it was given), and those of the protocol.
 
     Of a backing file the options also tell ``backing_size`` (bytes) and, where its format has one,
-    ``backing_identity``.  Option ``parent`` is another name for ``backing_file``, of the format
-    itself where none is given.
+    ``backing_identity`` and ``backing_sector_size``.  Option ``parent`` is another name for
+    ``backing_file``, of the format itself where none is given.
     """
     found = registry.driver(fmt)
     if found.create is None or found.kind != "format":
@@ -249,6 +249,7 @@ async def _look_at_backing(
     name, length = backing.driver_name, backing.size
     given["backing_size"] = length
     given["backing_identity"] = identity_of(backing)
+    given["backing_sector_size"] = sector_size_of(backing)
     await close_disk(backing)
     if fmt is None:
         raise UsageError(

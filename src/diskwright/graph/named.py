@@ -94,13 +94,20 @@ def identity_of(node: Node) -> str | None:
     return found
 
 
+def sector_size_of(node: Node) -> int | None:
+    """Logical sectors of the image in ``node`` in bytes; None where its format has none."""
+    found: int | None = getattr(getattr(_image(node), "format", None), "sector_size", None)
+    return found
+
+
 def check_identity(node: Node, below: Node) -> None:
     """Raise ImageError unless ``below`` is what ``node`` recorded as its backing file."""
-    recorded: str | None = getattr(getattr(node, "format", None), "parent_identity", None)
+    format: Any = getattr(node, "format", None)
+    recorded: str | None = getattr(format, "parent_identity", None)
     if recorded is None:
         return
     parent, present = _image(below), identity_of(below)
-    if present == recorded:
+    if present == recorded or present in getattr(format, "parent_identities", ()):
         return
     by, base = display_name(node), display_name(parent)
     if present is None:

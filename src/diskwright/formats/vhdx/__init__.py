@@ -38,7 +38,7 @@ DRIVER = Driver(
         Option("block_size", "size", "Block size; min 1MB, max 256MB; 0 = by image size", 0),
         Option("block_state_zero", "bool", "Mark blocks that hold nothing as reading zero", True),
         Option("log_size", "size", "Log size; min 1MB", 1 << 20),
-        Option("logical_sector_size", "size", "Logical sector size (512 or 4096)", 512),
+        Option("logical_sector_size", "size", "512 or 4096; 0 = the parent's, or 512", 0),
         Option("parent", "str", "The same as backing_file"),
         Option("size", "size", "Virtual disk size; max of 64TB"),
         Option(
@@ -51,7 +51,7 @@ DRIVER = Driver(
         Option(
             "preallocation",
             "enum",
-            "Preallocation of a fixed image's file (allowed values: off, falloc, full)",
+            "Preallocation of what the new file holds (allowed values: off, falloc, full)",
             "off",
             ("off", "falloc", "full"),
         ),

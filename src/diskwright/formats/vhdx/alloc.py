@@ -15,11 +15,13 @@ from .structures import MAX_FILE, MIB
 class FreeSpace:
     """Ranges of the file that nothing uses: sorted, apart from each other."""
 
-    __slots__ = ("ends", "starts")
+    __slots__ = ("_longest", "ends", "starts")
 
     def __init__(self) -> None:
         self.starts: list[int] = []
         self.ends: list[int] = []
+        self._longest = 0
+        """No range is longer, so that not every block looks through all that are too short."""
 
     def add(self, start: int, length: int) -> None:
         """Add a range that is not in the set."""
@@ -34,9 +36,12 @@ class FreeSpace:
             del self.starts[i], self.ends[i]
         self.starts.insert(i, start)
         self.ends.insert(i, end)
+        self._longest = max(self._longest, end - start)
 
     def take(self, length: int) -> int | None:
         """The lowest range of so many bytes, taken out; None when there is none."""
+        if length > self._longest:
+            return None
         for i, (start, end) in enumerate(zip(self.starts, self.ends, strict=True)):
             if end - start >= length:
                 if end - start == length:
@@ -44,12 +49,14 @@ class FreeSpace:
                 else:
                     self.starts[i] = start + length
                 return start
+        self._longest = length - 1
         return None
 
     def clear(self) -> None:
         """Forget all of it."""
         self.starts.clear()
         self.ends.clear()
+        self._longest = 0
 
 
 class Allocator(BlockMapping):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
@@ -109,6 +110,15 @@ class Core:
             return -(-blocks >> self.ratio_bits) * ((1 << self.ratio_bits) + 1)
         return blocks + ((blocks - 1) >> self.ratio_bits) if blocks else 0
 
+    def table_bytes(self, blocks: int) -> int:
+        """Length of the BAT's region for so many payload blocks.
+
+        A disk of none needs no table; QEMU refuses it without one for the bitmaps of 2^32 blocks
+        (which is a hole of the file).
+        """
+        needed = 8 * self.entries_for(blocks) if blocks else 8 << 32 - self.ratio_bits
+        return max(MIB, align_up(needed, MIB))
+
     def bat_index(self, block: int) -> int:
         """Where the entry of a payload block stands."""
         return block + (block >> self.ratio_bits)
@@ -167,9 +177,11 @@ class Core:
 
     def overlaps(self, host: int, length: int) -> bool:
         """True when the range lies on a structure."""
-        return host < self._reserved_end and any(
-            start < host + length and host < end for start, end in self.reserved
-        )
+        if host >= self._reserved_end:
+            return False
+        # They lie apart, so of those that begin before its end the last one reaches furthest.
+        number = bisect_left(self.reserved, (host + length, 0)) - 1
+        return number >= 0 and host < self.reserved[number][1]
 
     def bad_entry(self, entry: int, index: int, length: int) -> CorruptImage:
         """What is wrong with the place in a BAT entry."""

@@ -37,7 +37,7 @@ def create_image(options: Mapping[str, Any]) -> Procedure:
         except (OSError, DiskError):
             kept = True  # a device keeps its length and what it holds
     if not kept:
-        yield Truncate(SLOT, layout.data)
+        yield Truncate(SLOT, layout.data, layout.preallocation)
     if layout.fixed:
         yield from _preallocate(layout, kept)
     if kept:  # what is reserved must be zero
@@ -82,9 +82,12 @@ class Layout:
         size = options.get("size")
         if size is None or size < 0:
             raise UsageError("Image size must be specified")
-        sector = int(options.get("logical_sector_size") or 512)
+        parents = options.get("backing_sector_size")
+        sector = int(options.get("logical_sector_size") or parents or 512)
         if sector not in SECTOR_SIZES:
             raise UsageError("Logical sector size must be 512 or 4096")
+        if sector != (parents or sector):
+            raise UsageError(f"The parent has logical sectors of {parents} bytes, so has its child")
         size = align_up(int(size), sector)
         if size > MAX_SIZE:
             raise UsageError("Image size too large; max of 64TB")
@@ -95,8 +98,6 @@ class Layout:
             )
         item = self._parent(options)
         self._subformat(options, item is not None)
-        if self.preallocation != "off" and not self.fixed:
-            raise UsageError("Preallocation is for subformat 'fixed' alone")
         self.states_zero = bool(options.get("block_state_zero", True)) and item is None
         self.parameters = Parameters(
             self._block_size(options, size), self.fixed, item is not None, size, sector, 4096,
@@ -122,7 +123,7 @@ class Layout:
                 "identity is recorded"
             )
         return locator.encode(
-            locator.locate(str(name), str(identity), options.get("file-name"), None)
+            locator.locate(str(name), [str(identity)], options.get("file-name"))
         )
 
     def _subformat(self, options: Mapping[str, Any], parent: bool) -> None:
@@ -159,8 +160,7 @@ class Layout:
         at += log
         self.metadata = Region(st.METADATA_REGION, at, len(self.metadata_bytes), True)
         at += self.metadata.length
-        bat = max(MIB, align_up(8 * self.entries, MIB))
-        self.bat = Region(st.BAT_REGION, at, bat, True)
+        self.bat = Region(st.BAT_REGION, at, core.table_bytes(core.blocks), True)
         self.data = self.bat.end
         self.end = self.data + (core.blocks * core.block_size if self.fixed else 0)
 
@@ -180,8 +180,9 @@ class Layout:
         core = self.geometry
         ratio = 1 << core.ratio_bits
         step = MIB // PART * ENTRIES
-        for first in range(0, self.bat.length // 8, step):
-            count = min(step, self.bat.length // 8 - first)
+        end = self.bat.length // 8 if kept else align_up(self.entries, ENTRIES)
+        for first in range(0, end, step):
+            count = min(step, end - first)
             entries = zeros(64, count)
             if self.fixed or self.states_zero:
                 for i in range(min(count, max(0, self.entries - first))):

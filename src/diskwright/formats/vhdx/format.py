@@ -35,9 +35,13 @@ class Vhdx(Writeback):
 
     @property
     def parent_identity(self) -> str | None:
-        """The DataWriteGuid that the parent must have."""
-        linkages = () if self.locator is None else self.locator.linkages
-        return next(iter(linkages), None)
+        """The first of `parent_identities`."""
+        return next(iter(self.parent_identities), None)
+
+    @property
+    def parent_identities(self) -> Sequence[str]:
+        """The parent's DataWriteGuid must be one of these (2.6.2.6.3)."""
+        return () if self.locator is None else self.locator.linkages
 
     @property
     def subformat(self) -> str:

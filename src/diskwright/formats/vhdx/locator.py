@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import posixpath
 import struct
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from ...errors import MalformedImage, UnsupportedFeature, UsageError
@@ -131,19 +132,24 @@ def encode(locator: Locator) -> bytes:
 
 
 def locate(
-    name: str, identity: str, file_name: str | None = None, old: Locator | None = None
+    name: str,
+    identities: Sequence[str],
+    file_name: str | None = None,
+    old: Locator | None = None,
 ) -> Locator:
     """A locator for the parent ``name``, as the caller typed it: relative to the image, absolute,
     or as Windows writes it.
 
-    ``identity`` is the parent's DataWriteGuid, in braces; ``file_name`` the image's own path.
+    The parent's DataWriteGuid, in braces, is one of ``identities`` (at most two); ``file_name`` is
+    the image's own path.
     Entries of ``old`` that name no parent stay.  Raises UsageError for a name that cannot be
     stored.
     """
     paths = _paths(name, file_name)
     if not paths:
         raise UsageError(f"'{name}' cannot be the name of a parent")
-    given = {LINKAGE: identity.lower(), **paths}
+    linkages = zip((LINKAGE, LINKAGE2), identities, strict=False)
+    given = {key: identity.lower() for key, identity in linkages} | paths
     entries = [(key, _encoded(value)) for key, value in given.items()]
     if old is not None and old.kind == VHDX_TYPE:
         ours = (LINKAGE, LINKAGE2, *PATHS)

@@ -193,7 +193,7 @@ def parse_items(parts: list[bytes]) -> Parameters:
         )
     return Parameters(
         block_size,
-        bool(flags & LEAVE_ALLOCATED),
+        flags & (LEAVE_ALLOCATED | HAS_PARENT) == LEAVE_ALLOCATED,  # not if there is a parent
         bool(flags & HAS_PARENT),
         size,
         sector,

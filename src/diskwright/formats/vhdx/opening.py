@@ -55,7 +55,7 @@ def open_image(image: Vhdx) -> Procedure:
         )
     if in_use:
         length = yield from _replay(image, length)
-    yield from _read_regions(image)
+    stale = yield from _read_regions(image)
     image.reserve_structures()
     yield from _read_metadata(image, length)
     image.set_length(length)
@@ -63,6 +63,8 @@ def open_image(image: Vhdx) -> Procedure:
         image.opaque = image.overlay.outside(image.reserved)
     if image.writable:
         yield from _survey(image)
+        if stale is not None and not image.options.get("check"):
+            yield from _renew_regions(image, stale)
     yield from _open_parent(image)
     return image
 
@@ -98,9 +100,11 @@ def _read(image: Vhdx, ranges: list[tuple[int, int]]) -> Procedure:
 
 # -- regions and metadata
 def _read_regions(image: Vhdx) -> Procedure:
-    """The region table, or its copy where the first is not valid."""
+    """The region table, or its copy where the first is not valid.  Returns the write that makes
+    both the same; None when they are."""
     places = [(offset, st.REGION_TABLE_BYTES) for offset in st.REGION_TABLES]
     first, second = yield from _read(image, places)
+    stale = None if first == second else MetaWrite(SLOT, st.REGION_TABLES[1], first)
     try:
         regions = st.parse_regions(first, st.REGION_TABLES[0])
     except MalformedImage as error:
@@ -108,6 +112,7 @@ def _read_regions(image: Vhdx) -> Procedure:
             regions = st.parse_regions(second, st.REGION_TABLES[1])
         except MalformedImage:
             raise error from None
+        stale = MetaWrite(SLOT, st.REGION_TABLES[0], second)
     for region in regions:
         if region.required and region.kind not in _KNOWN:
             raise UnsupportedFeature(f"required region {st.guid_text(region.kind)}")
@@ -119,6 +124,15 @@ def _read_regions(image: Vhdx) -> Procedure:
     if h.log_length:
         parts.append((h.log_offset, h.log_length, "the log"))
     st.check_apart(parts, st.REGION_TABLES[0])
+    return stale
+
+
+def _renew_regions(image: Vhdx, stale: MetaWrite) -> Procedure:
+    """Make the region tables the same, as a crash between the writes of both may not have left
+    them: readers may go by either, and what this session writes must be in the table of both."""
+    yield from _put(image, image.next_headers(file_guid=image.new_guid()))
+    yield Write([stale])
+    yield Barrier()
 
 
 def _region(regions: list[Region], kind: bytes) -> Region:
@@ -142,8 +156,6 @@ def _read_metadata(image: Vhdx, length: int) -> Procedure:
         image, [(region.offset + item.offset, item.length) for item in md.needed(items)]
     )
     p = md.parse_items(parts)
-    if p.has_parent and p.leave_allocated:
-        raise MalformedImage("A fixed image with a parent", field="file parameters")
     image.use(p)
     needed = 8 * image.entries_for(image.blocks)
     if needed > image.bat.length or image.bat.offset + needed > length:

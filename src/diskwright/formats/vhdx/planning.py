@@ -246,7 +246,7 @@ class Planner(Allocator):
                 host, zero = found
                 state.taken.append((host, size))
                 state.end = max(state.end, host + size)
-                if not zero:
+                if not zero and parts != [(base, base + size)]:
                     plan.steps.append(Step(OP_ZERO, base, size, SLOT, host))
                 if not self.differencing or entry & STATE != NOT_PRESENT or self._covers(
                     block, parts

@@ -66,11 +66,11 @@ def change_backing(
     if image.fixed:
         raise NotSupported("A fixed VHDX image cannot have a parent")
     old = image.locator
-    if identity is None:
-        known = old.linkages if old is not None else ()
-        identity = known[0] if known else guid_text(NO_GUID)
+    known = [identity] if identity else [] if old is None else list(old.linkages)
     try:
-        locator = locate(name, identity, image.options.get("file-name"), old)
+        locator = locate(
+            name, known or [guid_text(NO_GUID)], image.options.get("file-name"), old
+        )
         data = encode(locator)
     except UsageError as error:
         raise OSError(errno.EINVAL, "Invalid argument") from error

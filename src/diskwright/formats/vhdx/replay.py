@@ -28,6 +28,7 @@ _MOST_DESCRIPTORS = 1 << 18
 # How often the whole log may be summed up to find its entries, and its entries be walked through:
 # honest ones are once or twice.
 _MOST_TURNS = 8
+_MOST_ZEROED = 1 << 30
 
 Change = tuple[int, int, bytes | None]  # (offset, length, data or None for zeroes)
 
@@ -306,14 +307,20 @@ def replay_into_file(header: Header, length: int) -> Procedure:
     wanted = check_length(entries, length, header)
     if wanted > length:
         yield Truncate(SLOT, wanted)
+    held = length  # behind it are zeroes
+    zeroed = 0
 
     def sink(batch: list[Change]) -> Procedure:
+        nonlocal held, zeroed
         for offset, size, data in batch:
             if data is not None:
                 yield Write([MetaWrite(SLOT, offset, data)])
+                held = max(held, offset + size)
                 continue
-            # Behind the end of the file are zeroes already.
-            end = min(offset + size, wanted)
+            end = min(offset + size, held)
+            zeroed += max(0, end - offset)
+            if zeroed > _MOST_TURNS * (length + _MOST_ZEROED):
+                raise ring.corrupt("The log zeroes the file again and again")
             if end - offset > _CHUNK and (yield Punch([HostRange(SLOT, offset, end - offset)])):
                 continue
             for at in range(offset, end, _CHUNK):

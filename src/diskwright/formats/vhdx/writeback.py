@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
+from functools import partial
+from typing import Any, overload
 
 from ...contract import (
     Barrier,
@@ -30,6 +31,31 @@ from .structures import MIB, NO_GUID, SLOT, Header
 from .zeroing import Zeroing
 
 _EMPTY = bytes(PART)
+_MOST_SECTORS = 80
+"""Longest entry of a freeze: nobody else runs during a checksum, some 30 ms for so many."""
+
+
+class LogGroups(Sequence[list[MetaWrite]]):
+    """Groups whose bytes are made when they are asked for."""
+
+    def __init__(self) -> None:
+        self._makers: list[Callable[[], list[MetaWrite]]] = []
+
+    def append(self, maker: Callable[[], list[MetaWrite]]) -> None:
+        """One more, which ``maker`` makes (the same at every call)."""
+        self._makers.append(maker)
+
+    @overload
+    def __getitem__(self, index: int) -> list[MetaWrite]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[list[MetaWrite]]: ...
+    def __getitem__(self, index: int | slice) -> list[MetaWrite] | list[list[MetaWrite]]:
+        if isinstance(index, slice):
+            return [maker() for maker in self._makers[index]]
+        return self._makers[index]()
+
+    def __len__(self) -> int:
+        return len(self._makers)
 
 
 class Frozen:
@@ -88,18 +114,19 @@ class Writeback(Zeroing):
         changes = as_changes(sorted(bitmaps)) + as_changes(sorted(slices))
         flushed = max(align_down(self.length, MIB), self.used)
         last = max(align_up(self.length, MIB), self.used, self.installed)
-        groups = self.log_groups(changes, flushed, last)
+        groups = self.log_groups(changes, flushed, last, _MOST_SECTORS)
         self.used = max(self.used, self.installed)
         freed, self._freed = self._freed, []
         return Groups(groups, Frozen(freed))
 
     def log_groups(
-        self, changes: Sequence[Change], flushed: int, last: int
-    ) -> list[list[MetaWrite]]:
+        self, changes: Sequence[Change], flushed: int, last: int, most: int | None = None
+    ) -> LogGroups:
         """Pairs of groups: an entry, and what it says.  ``flushed``: bytes that the file has for
-        certain; ``last``: bytes that it has with all of this."""
-        groups: list[list[MetaWrite]] = []
-        most = self.header.log_length // log.SECTOR // 3
+        certain; ``last``: bytes that it has with all of this; ``most``: sectors of an entry."""
+        groups = LogGroups()
+        third = self.header.log_length // log.SECTOR // 3
+        most = third if most is None else min(most, third)
         for batch in log.batches(changes, most):
             guid = self.header.log_guid
             first = guid == NO_GUID
@@ -115,18 +142,14 @@ class Writeback(Zeroing):
             if self._log_at + length > self.header.log_length:
                 self._log_at = 0
             at = self._log_at
-            entry = log.encode_entry(batch, guid, self._log_sequence, at, flushed, last)
-            assert len(entry) == length
-            groups.append([MetaWrite(SLOT, self.header.log_offset + at, entry)])
+            place = self.header.log_offset + at
+            entry = (batch, guid, self._log_sequence, at, flushed, last)
+            groups.append(partial(_logged_entry, place, *entry))
             self._log_at = at + length
             if first:
-                groups += self._switch(self.next_headers(log_guid=guid))
-            groups.append(
-                [
-                    MetaWrite(SLOT, offset, bytes(size) if data is None else data, "l2_update")
-                    for offset, size, data in batch
-                ]
-            )
+                for group in self._switch(self.next_headers(log_guid=guid)):
+                    groups.append(partial(list, group))
+            groups.append(partial(_updates, batch))
         return groups
 
     def _switch(self, headers: tuple[Header, Header]) -> list[list[MetaWrite]]:
@@ -227,6 +250,17 @@ class Writeback(Zeroing):
             yield Barrier()
             self.forget_space()
             self.set_length(end)
+
+
+def _logged_entry(place: int, *entry: Any) -> list[MetaWrite]:
+    return [MetaWrite(SLOT, place, log.encode_entry(*entry))]
+
+
+def _updates(batch: Sequence[Change]) -> list[MetaWrite]:
+    return [
+        MetaWrite(SLOT, offset, bytes(size) if data is None else data, "l2_update")
+        for offset, size, data in batch
+    ]
 
 
 def as_changes(sectors: list[tuple[int, bytes]]) -> list[Change]:
