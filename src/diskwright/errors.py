@@ -59,6 +59,10 @@ class CorruptImage(ImageError):
     """The image is marked corrupt, or its metadata contradict each other."""
 
 
+class DamagedData(CorruptImage):
+    """Stored data cannot be decoded.  The metadata are sound, so all else can be used as before."""
+
+
 class UnsupportedFeature(ImageError):
     """The image uses something that this version does not implement; ``feature`` names it."""
 

@@ -36,7 +36,8 @@ from diskwright.contract import (
     Truncate,
     Write,
 )
-from diskwright.extents import DATA, HOLE, ZERO, Data, Extent
+from diskwright.errors import DamagedData
+from diskwright.extents import DATA, HOLE, PACKED, ZERO, Data, Extent, Packed
 
 
 class Store:
@@ -208,6 +209,14 @@ class Machine:
         for at, extent in self.extents(offset, length):
             if extent.kind == DATA:
                 out += self.pread("file", extent.host, extent.length)  # type: ignore[union-attr]
+            elif extent.kind == PACKED:
+                assert isinstance(extent, Packed)
+                raw = self.pread("file", extent.host, extent.host_length)
+                try:
+                    unit = extent.codec.unpack(raw, extent.unit)
+                except ValueError as error:
+                    raise DamagedData(str(error)) from error
+                out += unit[extent.skip : extent.skip + extent.length]
             elif extent.kind == ZERO or "backing" not in self.slots:
                 assert extent.kind in (ZERO, HOLE)
                 out += bytes(extent.length)
@@ -240,7 +249,12 @@ class Machine:
                 continue
             assert step.op == OP_DATA
             # What the step covers beyond the request is filled by an ordinary read.
-            old = bytearray(self.read(step.guest, step.length))
+            whole = offset <= step.guest and step.guest + step.length <= end
+            try:
+                old = bytearray(step.length if whole else self.read(step.guest, step.length))
+            except Exception:
+                self.abort(plan)
+                raise
             a, b = max(offset, step.guest), min(end, step.guest + step.length)
             if a < b:
                 old[a - step.guest : b - step.guest] = data[a - offset : b - offset]

@@ -326,27 +326,3 @@ def test_snapshots_and_bitmaps_are_not_written(tmp_path: Path) -> None:
         assert bytes(machine.slots["file"]) == file
         result = own_check(file)
         assert result.uncovered == [feature] and result.findings == []
-
-
-@oracle.needs_qemu
-def test_compressed_clusters_are_refused_by_offset(tmp_path: Path) -> None:
-    path = tmp_path / "image.qcow2"
-    oracle.ok("qemu-img", "create", "-q", "-f", "qcow2", str(path), "2M")
-    oracle.ok("qemu-io", "-c", "write -P 7 0 64k", "-c", "write -c -P 8 64k 128k", str(path))
-    file = path.read_bytes()
-    machine = Machine(file)
-    machine.open(qcow2.DRIVER)
-    assert machine.read(0, 65536) == b"\7" * 65536
-    for attempt in (
-        lambda: machine.read(0, 65537),
-        lambda: machine.write(60000, bytes(6000)),
-        lambda: machine.discard(0, 1 << 20),
-        lambda: machine.zero(0, 1 << 20),
-    ):
-        with pytest.raises(UnsupportedFeature) as caught:
-            attempt()
-        assert (caught.value.feature, caught.value.offset) == ("compressed clusters", 65536)
-    assert machine.close() == file
-    report = oracle.check(path)
-    mine = own_check(file).as_dict()
-    assert {key: report[key] for key in mine} == mine

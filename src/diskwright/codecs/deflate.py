@@ -12,8 +12,8 @@ BARE, FRAMED = -15, 15
 class Deflate:
     """Units compressed with DEFLATE.
 
-    ``level`` is zlib's (-1 to 9).  ``bits`` is its window size: positive with a zlib header and
-    checksum, negative without.
+    ``level`` is zlib's (-1 to 9).  ``bits`` is the window size of what is packed: positive with a
+    zlib header and checksum, negative without (then a unit of any window is unpacked).
     """
 
     __slots__ = ("bits", "level")
@@ -32,7 +32,7 @@ class Deflate:
 
         Raises ValueError when the stream is damaged or holds fewer.
         """
-        machine = zlib.decompressobj(self.bits)
+        machine = zlib.decompressobj(BARE if self.bits < 0 else self.bits)
         try:
             out = machine.decompress(data, unit)
         except zlib.error as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
-from ..errors import CorruptImage
+from ..errors import DamagedData
 from ..extents import Packed
 from .kernel import wait_all
 
@@ -39,7 +39,7 @@ class Unpacker:
     async def fill(self, wanted: Wanted) -> None:
         """Fill each view with its part of a unit.
 
-        Raises CorruptImage where a unit does not unpack.
+        Raises DamagedData where a unit does not unpack.
         """
         missing: dict[_Key, Wanted] = {}
         for extent, view in wanted:
@@ -111,5 +111,5 @@ def _unpack(extents: list[Packed], stored: list[bytes]) -> list[bytes]:
         try:
             out.append(extent.codec.unpack(data, extent.unit))
         except ValueError as error:
-            raise CorruptImage(str(error), field="compressed unit", offset=extent.host) from error
+            raise DamagedData(str(error), field="compressed unit", offset=extent.host) from error
     return out

@@ -10,7 +10,7 @@ from ..contract import Format, Limits, Procedure
 from ..engine.engine import Engine, Opener
 from ..engine.kernel import BaseDriver
 from ..engine.tables import Tables
-from ..errors import CorruptImage, DiskError, NodeClosed, NotSupported
+from ..errors import CorruptImage, DamagedData, DiskError, NodeClosed, NotSupported
 from ..extents import Extent
 from .node import Buffer, Node
 
@@ -137,7 +137,8 @@ class MappedNode(Node):
         nobody writes to it before it is repaired.  What was answered before still gets flushed.
         """
         mark = getattr(self.format, "mark_corrupt", None)
-        procedure = mark() if mark is not None else None
+        sound = isinstance(error, DamagedData)
+        procedure = mark() if mark is not None and not sound else None
         if procedure is None:
             return error
         # The format refuses to write from now on, whether the mark reaches the disk or not.

@@ -8,13 +8,16 @@ from array import array
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
-from ...contract import Table, TableStore
+from ...abilities import Codec
+from ...codecs.deflate import Deflate
+from ...codecs.zstd import Zstd
+from ...contract import Range, Table, TableStore
 from ...errors import CorruptImage, UnsupportedFeature
 from ...ondisk import zeros
 from . import header as hd
 from .header import Header
 from .refblock import RefBlock
-from .runs import RunSet
+from .runs import Run, RunSet
 
 COPIED = 1 << 63
 PACKED = 1 << 62
@@ -25,6 +28,10 @@ REFTABLE_OFFSET_MASK = (1 << 64) - (1 << 9)
 SLOT = "file"
 L2_LOAD, REFBLOCK_LOAD = "l2_load", "refblock_load"
 _PART = 4096
+# The window of compressed data (2**12 bytes, no header), and the level of zlib that is asked for
+# when none is named.
+_WINDOW = -12
+LEVEL = 6
 
 
 class Core:
@@ -70,6 +77,7 @@ class Core:
         self._short: dict[int, array[int]] = {}
         self._short_write: dict[int, array[int]] = {}
         self._generation = -1
+        self._codec: Codec | None = None
         self.free = RunSet()
         self.clean = RunSet()
         self.quarantine = RunSet()
@@ -119,9 +127,40 @@ class Core:
         if self.broken:
             raise OSError(errno.EIO, "Input/output error: the image is corrupt")
 
-    def packed(self, guest: int) -> UnsupportedFeature:
-        """The refusal of a compressed cluster."""
-        return UnsupportedFeature("compressed clusters", offset=guest)
+    # -- compressed clusters
+    @property
+    def codec(self) -> Codec:
+        """Of the compression type in the header, at the level of the options."""
+        if self._codec is None:
+            level = self.options.get("compression-level")
+            if self.header.compression_type:
+                self._codec = Zstd() if level is None else Zstd(level)
+            else:
+                self._codec = Deflate(LEVEL if level is None else level, _WINDOW)
+        return self._codec
+
+    @property
+    def packed_bits(self) -> int:
+        """Bits of a compressed cluster's descriptor that hold the host offset; above them up to
+        bit 61 stands how many sectors the data touch beyond the first."""
+        return 62 - (self.cluster_bits - 8)
+
+    def packed_range(self, entry: int) -> Range:
+        """(offset, length) of the host bytes that the descriptor of a compressed cluster names, to
+        the end of their last sector: at most two clusters."""
+        shift = self.packed_bits
+        host = entry & (1 << shift) - 1
+        sectors = ((entry & PACKED - 1) >> shift) + 1
+        return host, (sectors << 9) - (host & 511)
+
+    def hosts_of(self, entry: int) -> Run:
+        """The host clusters that an L2 entry refers to, an empty run for none."""
+        bits = self.cluster_bits
+        if entry & PACKED:
+            host, length = self.packed_range(entry)
+            return host >> bits, ((host + length - 1) >> bits) + 1
+        host = (entry & OFFSET) >> bits
+        return (host, host + 1) if host else (0, 0)
 
     # -- tables
     def l2_offset(self, l1_index: int) -> int:

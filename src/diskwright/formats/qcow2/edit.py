@@ -9,9 +9,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from ...contract import Barrier, NeedMeta, Procedure, Punch, Read, Table, Write
-from .core import OFFSET, PACKED
 from .reserve import BEFORE
-from .runs import Run
 
 if TYPE_CHECKING:
     from .format import Qcow2
@@ -67,16 +65,3 @@ def flush(image: Qcow2) -> Procedure:
             image.release(freed, zeroed)
         if not image.tables.dirty() and not freed:
             return
-
-
-def hosts_of(image: Qcow2, entry: int) -> Run:
-    """The host clusters that an L2 entry refers to, an empty run for none."""
-    bits = image.cluster_bits
-    if entry & PACKED:
-        # The length is in sectors beyond the one that the data start in.
-        x = 62 - (bits - 8)
-        host = entry & (1 << x) - 1
-        end = (host & ~511) + ((((entry & PACKED - 1) >> x) + 1) << 9)
-        return host >> bits, -(-end >> bits)
-    host = entry & OFFSET
-    return (host >> bits, (host >> bits) + 1) if host else (0, 0)

@@ -8,11 +8,12 @@ from collections.abc import Sequence
 
 from ...contract import NeedMeta, Range, Table
 from ...errors import CorruptImage
-from ...extents import Data, Extent, Hole, Zero
+from ...extents import Data, Extent, Hole, Packed, Zero
 from ...ondisk import big_endian_array
 from .core import COPIED, L2_LOAD, OFFSET, PACKED, SLOT, ZERO_FLAG, Core
 from .header import MAX_OFFSET
 from .refblock import decode
+from .runs import Run
 
 # Tables asked for at once; a wider window asks again.
 _MOST_MISSES = 64
@@ -56,6 +57,25 @@ class Mapping(Core):
                         offset=table.offset + 8 * index,
                     )
         self._checked.add(table.offset)
+
+    def packed_hosts(self, entry: int, table_offset: int, index: int) -> Run:
+        """The host clusters that a compressed cluster lets go when it is replaced.
+
+        Raises CorruptImage when they are metadata, which must not lose a reference.
+        """
+        if self._metadata is None:
+            self._metadata = self._metadata_entries()
+        run = self.hosts_of(entry)
+        for cluster in range(*run):
+            host = cluster << self.cluster_bits
+            what = self._overlap(host) if host in self._metadata else None
+            if what or not host:
+                raise CorruptImage(
+                    f"Preventing invalid free of metadata (overlaps with {what or 'header'})",
+                    field="L2 entry",
+                    offset=table_offset + 8 * index,
+                )
+        return run
 
     def _metadata_entries(self) -> frozenset[int]:
         """Every standard L2 entry that would point at the L1 table, the refcount table or, in
@@ -180,8 +200,8 @@ class Mapping(Core):
     def map(self, ranges: Sequence[Range]) -> tuple[list[Extent], NeedMeta | None]:
         """Extents of ``ranges``, up to the first L2 table that is not in memory.
 
-        Raises UnsupportedFeature at a compressed cluster, CorruptImage at an entry that breaks
-        the specification; a range before it is answered first.
+        Raises CorruptImage at an entry that breaks the specification; a range before it is answered
+        first.
         """
         self.check_read()
         out: list[Extent] = []
@@ -231,7 +251,7 @@ class Mapping(Core):
         limit = index + ((stop - 1) >> self.cluster_bits) - (guest >> self.cluster_bits) + 1
         entry = table[index]
         if entry & PACKED:
-            raise self.packed(guest)
+            return self._packed(entry, table_offset + 8 * index, guest, stop)
         host = self.host_of(entry, table_offset, index)
         nth = index + 1
         if host:
@@ -250,6 +270,21 @@ class Mapping(Core):
             writable = bool(entry & COPIED) and self.ready and table_offset in self._checked
             return Data(SLOT, host + inside, length, writable)
         return Hole(length)
+
+    def _packed(self, entry: int, place: int, guest: int, stop: int) -> Packed:
+        """The compressed cluster that ``guest`` is in; its descriptor stands at ``place``."""
+        size = self.cluster_size
+        host, length = self.packed_range(entry)
+        if host + length > MAX_OFFSET:
+            raise CorruptImage(
+                f"Compressed cluster at {host:#x} is outside of every file",
+                field="L2 entry",
+                offset=place,
+            )
+        inside = guest & (size - 1)
+        return Packed(
+            SLOT, host, length, size, self.codec, min(stop - guest, size - inside), inside
+        )
 
     def host_of(self, entry: int, table_offset: int, index: int) -> int:
         """Host offset of a standard L2 entry, 0 without one.  Raises CorruptImage."""

@@ -28,7 +28,7 @@ class Planner(Zeroing):
         """Reserve what is needed; see the contract.
 
         Raises NoSpace; UnsupportedFeature by name for images whose data this version does not
-        write and for compressed clusters; CorruptImage.  Nothing has changed then.
+        write; CorruptImage.  Nothing has changed then.
         """
         self.check_write()
         if kind == WRITE:
@@ -64,9 +64,10 @@ class Planner(Zeroing):
             if table is not None:
                 index = cluster & l2_mask
                 entry = table.data[index]
-                if entry:
-                    if entry & PACKED:
-                        raise self.packed(cluster << bits)
+                if entry & PACKED:
+                    freed.append(self.packed_hosts(entry, table.offset, index))
+                    entry = PACKED
+                elif entry:
                     host = self.host_of(entry, table.offset, index)
                     if not host:
                         entry &= ZERO_FLAG
@@ -148,14 +149,12 @@ class Planner(Zeroing):
     def commit(self, plan: Plan) -> None:
         """Point to the data."""
         state: State = plan.state
-        bits = self.cluster_bits
         for table, index, new in state.entries:
             old = table.data[index]
             table.data[index] = new
             self.touch_l2(table, index, index + 1)
-            lost = old & OFFSET
-            if lost and lost != new & OFFSET:
-                self.free_later(lost >> bits, (lost >> bits) + 1)
+            if old & PACKED or (old & OFFSET and (old ^ new) & OFFSET):
+                self.free_later(*self.hosts_of(old))
         for table, first, stop, mode in state.spans:
             self._commit_span(table, first, stop, mode)
 

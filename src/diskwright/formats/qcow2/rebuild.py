@@ -26,16 +26,36 @@ def rebuild(image: Qcow2) -> Procedure:
     specification, for then no count would be right.
     """
     walker = Walker(image)
+    packed = walker.packed = Counts()
     yield from walker.walk(refcounts=False)
-    result = walker.result
-    if result.corruptions or walker.counts.shared:
+    result, counts = walker.result, walker.counts
+    # Only compressed clusters may share a host cluster, as far as a count can say so.
+    most = (1 << image.refcount_bits) - 1
+    if result.corruptions or any(
+        counts.get(cluster) != packed.get(cluster) or counts.get(cluster) > most
+        for cluster in counts.several()
+    ):
         raise CorruptImage(
             "Could not repair dirty image: its tables contradict each other"
             + (f" ({result.findings[0]})" if result.findings else "")
         )
-    h, counts = image.header, walker.counts
-    table_clusters, indexes, start = _layout(image, counts)
+    yield from renew(image, counts, image.fresh)
+    image.header.incompatible &= ~hd.DIRTY
+    yield Write([MetaWrite(SLOT, hd.FEATURES_OFFSET, image.header.features())])
+    yield Barrier()
+
+
+def renew(image: Qcow2, counts: Counts, file_clusters: int, start: int = 0) -> Procedure:
+    """Write a refcount table and blocks that say ``counts``, at or behind cluster ``start``, and
+    switch the header to them.
+
+    The old table and blocks are overwritten by nothing.  A count that the width cannot say becomes
+    the largest.  ``counts`` gets the new clusters, too.
+    """
+    h = image.header
+    table_clusters, indexes, start = _layout(image, counts, file_clusters, start)
     bits, shift, per_block = image.cluster_bits, image.block_shift, image.per_block
+    most = (1 << image.refcount_bits) - 1
     total = table_clusters + len(indexes)
     for cluster in range(start, start + total):
         counts.add(cluster)
@@ -45,7 +65,7 @@ def rebuild(image: Qcow2) -> Procedure:
         block = empty(image.refcount_bits, image.cluster_size)
         first = index << shift
         for cluster in _used(counts, first, first + per_block):
-            block.set(cluster - first, 1)
+            block.set(cluster - first, min(counts.get(cluster), most))
         data = block.encode(0, image.cluster_size)
         yield Write([MetaWrite(SLOT, reftable[index], data, "refblock_alloc_write_blocks")])
         yield Progress(i, len(indexes))
@@ -55,9 +75,6 @@ def rebuild(image: Qcow2) -> Procedure:
     h.reftable_offset, h.reftable_clusters = start << bits, table_clusters
     switch = h.fields()[hd.REFTABLE_OFFSET : hd.REFTABLE_OFFSET + 12]
     yield Write([MetaWrite(SLOT, hd.REFTABLE_OFFSET, switch, "refblock_alloc_switch_table")])
-    yield Barrier()
-    h.incompatible &= ~hd.DIRTY
-    yield Write([MetaWrite(SLOT, hd.FEATURES_OFFSET, h.features())])
     yield Barrier()
     image.reftable = reftable
     image.reserve_structures()
@@ -77,15 +94,19 @@ def _used(counts: Counts, start: int, end: int) -> Iterator[int]:
         start = stop
 
 
-def _layout(image: Qcow2, counts: Counts) -> tuple[int, list[int], int]:
+def _layout(
+    image: Qcow2, counts: Counts, file_clusters: int, start: int
+) -> tuple[int, list[int], int]:
     """Clusters of the new refcount table, the indexes of its blocks, and where it all starts:
     behind everything that is referred to or that holds the old table and blocks."""
     bits, shift = image.cluster_bits, image.block_shift
     h = image.header
-    start = max(counts.end, (h.reftable_offset >> bits) + h.reftable_clusters)
+    start = max(start, counts.end)
+    if h.reftable_offset >> bits < file_clusters:
+        start = max(start, (h.reftable_offset >> bits) + h.reftable_clusters)
     for entry in image.reftable:
         # What a broken entry names is nothing to be kept.
-        if entry and not entry & (image.cluster_size - 1) and entry >> bits < image.fresh:
+        if entry and not entry & (image.cluster_size - 1) and entry >> bits < file_clusters:
             start = max(start, (entry >> bits) + 1)
     needed = set(_block_indexes(counts, shift))
     table_clusters = extra = 1

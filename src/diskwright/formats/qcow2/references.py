@@ -63,6 +63,14 @@ class Counts:
                 if value:
                     yield (index << CHUNK_BITS) + at
 
+    def several(self) -> Iterator[int]:
+        """All clusters with more than one reference."""
+        for index, chunk in self.chunks.items():
+            if max(chunk) > 1:
+                for at, value in enumerate(chunk):
+                    if value > 1:
+                        yield (index << CHUNK_BITS) + at
+
     @property
     def end(self) -> int:
         """One more than the highest cluster with references."""
@@ -105,8 +113,12 @@ class Walker:
         self.file_clusters = 0
         self.uncopied = False
         """An allocated entry without COPIED was met, so counts must be compared with flags."""
+        self.packed: Counts | None = None
+        """What compressed clusters alone refer to, for who sets it before the walk."""
         self.blocks: dict[int, int] = {}
         """Offsets of the usable refcount blocks by their index."""
+        self.unsound = False
+        """The refcount table or a block of it cannot be relied on, or lies over something."""
 
     # -- references
     def walk(self, refcounts: bool = True) -> Procedure:
@@ -122,7 +134,8 @@ class Walker:
         if h.l1_size:
             self.add_region(h.l1_offset, h.l1_size * 8)
         if refcounts:
-            self.add_region(h.reftable_offset, h.reftable_clusters << self.bits)
+            whole = self.add_region(h.reftable_offset, h.reftable_clusters << self.bits)
+            self.unsound |= not whole
         if h.nb_snapshots:
             yield from self._snapshot_table()
         offsets: dict[int, None] = {}  # a table that two entries share is walked once
@@ -195,7 +208,7 @@ class Walker:
                 result.compressed_clusters += 1
                 result.fragmented_clusters += 1
                 if entry & COPIED:
-                    coffset = entry & (1 << self._packed_bits) - 1
+                    coffset = entry & (1 << self.image.packed_bits) - 1
                     result.corruptions += 1
                     result.say(
                         f"ERROR: coffset={coffset:#x}: copied flag must never be set for "
@@ -209,8 +222,9 @@ class Walker:
             if not host:
                 continue
             if host & mask:
+                what = "Preallocated" if entry & ZERO_FLAG else "Data"
                 result.corruption(
-                    f"offset={host:x}: Data cluster is not properly aligned; L2 entry corrupted."
+                    f"offset={host:x}: {what} cluster is not properly aligned; L2 entry corrupted."
                 )
             result.allocated_clusters += 1
             if contiguous and host != contiguous:
@@ -227,16 +241,12 @@ class Walker:
             add(host >> bits)
         return contiguous
 
-    @property
-    def _packed_bits(self) -> int:
-        return 62 - (self.bits - 8)
-
     def _count_packed(self, entry: int) -> None:
         """A compressed cluster refers to every host cluster that it touches."""
-        x = self._packed_bits
-        host = entry & (1 << x) - 1
-        sectors = (entry & PACKED - 1) >> x
-        self.add_region(host, (sectors + 1) * 512 - (host & 511))
+        host, length = self.image.packed_range(entry)
+        if self.add_region(host, length) and self.packed is not None:
+            for cluster in range(host >> self.bits, ((host + length - 1) >> self.bits) + 1):
+                self.packed.add(cluster)
 
     def _snapshot_table(self) -> Procedure:
         """The snapshot table is counted; what the snapshots hold is not covered."""
@@ -254,29 +264,40 @@ class Walker:
         self.add_region(h.snapshots_offset, at - h.snapshots_offset)
 
     def _refcount_blocks(self) -> Procedure:
-        """Count the refcount blocks; more than one reference to one is a corruption."""
+        """Count the refcount blocks; a reference to what is in use already is a corruption."""
         reftable = self.image.reftable
         for start in range(0, len(reftable), _SLICE):
             part = reftable[start : start + _SLICE]
             if part.count(0) < len(part):
                 self._count_blocks(part, start)
             yield Progress(start, len(reftable))
-        for index, offset in self.blocks.items():
-            count = self.counts.get(offset >> self.bits)
-            if count != 1:
-                self.result.corruption(f"refcount block {index} refcount={count}")
+        first = self.header.reftable_offset >> self.bits
+        for cluster in range(first, first + self.header.reftable_clusters):
+            self.unsound |= self.counts.get(cluster) > 1
 
     def _count_blocks(self, entries: array[int], first: int) -> None:
         for index, entry in enumerate(entries, first):
             if not entry:
                 continue
             offset = entry & REFTABLE_OFFSET_MASK
+            self.unsound |= entry != offset
             if offset & (self.size - 1):
+                self.unsound = True
                 self.result.corruption(
                     f"refcount block {index} is not cluster aligned; refcount table entry corrupted"
                 )
             elif offset >> self.bits >= self.file_clusters:
+                self.unsound = True
                 self.result.corruption(f"refcount block {index} is outside image")
+            elif entry != offset:
+                # Its counts are compared, but it is not where a sound table would have it.
+                self.result.corruption(f"refcount table entry {index} has reserved bits set")
+                if offset:
+                    self.blocks[index] = offset
             else:
                 self.counts.add(offset >> self.bits)
                 self.blocks[index] = offset
+                count = self.counts.get(offset >> self.bits)
+                if count > 1:
+                    self.unsound = True
+                    self.result.corruption(f"refcount block {index} refcount={count}")

@@ -23,7 +23,7 @@ from ...contract import (
     Write,
 )
 from ...errors import NotSupported, UsageError
-from ...extents import DATA
+from ...extents import DATA, PACKED
 from ...ondisk import big_endian_bytes, zeros
 from ...units import align_down, align_up
 from . import header as hd
@@ -125,7 +125,7 @@ def _zero_guest_data(image: Qcow2, start: int, end: int) -> Procedure:
     pins: list[Table] = []
     extents, _ = yield from ask(image, lambda: _mapped(image, start, end - start), pins)
     unpin(pins)
-    if extents[0].kind == DATA:
+    if extents[0].kind in (DATA, PACKED):
         yield GuestWrite(start, bytes(end - start))
 
 
@@ -147,8 +147,10 @@ def _zero_tail(image: Qcow2, old: int, backing_size: int) -> Procedure:
         tail = bytes(cluster - (old - base))
         yield Write([MetaWrite(SLOT, extent.host + old - base, tail)])
         yield Barrier()
-    elif backing_size > old and not getattr(extent, "explicit", False):
-        # Copying the cluster up puts zeroes behind the end.
+    elif extent.kind == PACKED or (
+        backing_size > old and not getattr(extent, "explicit", False)
+    ):
+        # Copying the cluster up, or unpacking it, puts zeroes behind the end.
         data = yield GuestRead(base, old - base)
         yield GuestWrite(base, data)
         yield from flush(image)

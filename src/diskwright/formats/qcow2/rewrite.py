@@ -10,9 +10,9 @@ from ...contract import Barrier, MetaWrite, NeedMeta, Procedure, Progress, Table
 from ...errors import CorruptImage, NoSpace, UsageError
 from ...units import align_up
 from . import header as hd
-from .core import OFFSET, SLOT, ZERO_FLAG
+from .core import OFFSET, PACKED, SLOT, ZERO_FLAG
 from .creation import set_backing
-from .edit import announce, ask, flush, hosts_of, unpin
+from .edit import announce, ask, flush, unpin
 from .runs import Run
 
 if TYPE_CHECKING:
@@ -76,7 +76,11 @@ def _drop_in_table(
         raise
     freed: list[Run] = []
     for index in range(*span):
-        run = hosts_of(image, table.data[index])
+        entry = table.data[index]
+        if entry & PACKED:
+            run = image.packed_hosts(entry, offset, index)
+        else:
+            run = image.hosts_of(entry)
         if run[0] < run[1]:
             freed.append(run)
     if whole:

@@ -52,7 +52,7 @@ class Zeroing(Reserver):
         for l1_index, first, stop in spans:
             table = tables.get(l1_index)
             if table is not None:
-                self._losing(table, l1_index, first, stop, mode, freed)
+                self._losing(table, first, stop, mode, freed)
         if freed and (miss := self.missing_blocks(freed)) is not None:
             return miss
         chosen: list[Choice] | NeedMeta = self.choose(len(fresh)) if fresh else []
@@ -69,7 +69,7 @@ class Zeroing(Reserver):
         return self._finish(plan, tables, freed)
 
     def _losing(
-        self, table: Table, l1_index: int, first: int, stop: int, mode: int, freed: list[Run]
+        self, table: Table, first: int, stop: int, mode: int, freed: list[Run]
     ) -> None:
         """Collect the host clusters that entries [first, stop) will let go."""
         data: array[int] = table.data
@@ -81,7 +81,8 @@ class Zeroing(Reserver):
             if not entry:
                 continue
             if entry & PACKED:
-                raise self.packed((l1_index << self.l1_shift) + (index << bits))
+                freed.append(self.packed_hosts(entry, table.offset, index))
+                continue
             host = self.host_of(entry, table.offset, index)
             if host and not (mode == _KEEP_ZERO and entry & COPIED):
                 host >>= bits
@@ -92,7 +93,6 @@ class Zeroing(Reserver):
 
     def _commit_span(self, table: Table, first: int, stop: int, mode: int) -> None:
         data: array[int] = table.data
-        bits = self.cluster_bits
         holes_stay, mode = mode & _HOLES_STAY, mode & ~_HOLES_STAY
         before = data[first:stop].tobytes()
         if _no_hosts(before):
@@ -111,12 +111,13 @@ class Zeroing(Reserver):
             if not old and holes_stay:
                 continue
             new = 0 if mode == _DROP else ZERO_FLAG
-            lost = old & OFFSET
-            if lost:
+            if old & PACKED:
+                self.free_later(*self.hosts_of(old))
+            elif old & OFFSET:
                 if mode == _KEEP_ZERO and old & COPIED:
                     new = old | ZERO_FLAG
                 else:
-                    self.free_later(lost >> bits, (lost >> bits) + 1)
+                    self.free_later(*self.hosts_of(old))
             if new != old:
                 data[index] = new
                 low = min(low, index)
