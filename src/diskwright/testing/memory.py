@@ -315,9 +315,8 @@ class RecordingNode(Leaf):
         while position < end:
             stop = min(position - position % sector + sector, end)
             if rng.random() < chance:
-                part = Change(
-                    "", 0, position, change.data[position - change.offset :][: stop - position]
-                )
+                data = change.data[position - change.offset : stop - change.offset]
+                part = Change("", 0, position, data)
                 self._apply(image, part)
             position = stop
         if end > len(image) and rng.random() < chance:
