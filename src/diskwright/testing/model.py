@@ -9,7 +9,7 @@ crash everything that had ended when a later successful flush began is there, or
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 
 _RING_LENGTH = 1 << 16
@@ -62,6 +62,19 @@ class Request:
     def finish(self, moment: int, ok: bool, durable: bool = False) -> None:
         """It has ended; ``durable``: it was a success with FUA."""
         self.ended, self.ok, self.durable = moment, ok, durable
+
+
+def _unexplained(part: bytes, start: int, choices: list[bytes]) -> Iterator[int]:
+    """The bytes of ``part``, which lies at ``start``, that no choice has in their place."""
+    at = 0
+    while at < len(part):
+        # What is torn is torn between sectors, mostly.
+        end = min(len(part), at + 512 - (start + at) % 512)
+        if not any(choice[at:end] == part[at:end] for choice in choices):
+            for i in range(at, end):
+                if not any(choice[i] == part[i] for choice in choices):
+                    yield i
+        at = end
 
 
 class Model:
@@ -140,13 +153,12 @@ class Model:
     def _compare(
         self, part: bytes, start: int, choices: list[bytes], numbers: list[int], what: str
     ) -> None:
-        for i, value in enumerate(part):
-            if not any(choice[i] == value for choice in choices):
-                wanted = ", ".join(f"{choice[i]:#04x}" for choice in choices)
-                raise Mismatch(
-                    f"{what}: byte {start + i:#x} is {value:#04x}{self._guess(part, i, start)}; "
-                    f"admissible: {wanted} (requests {numbers}, 0 zeroes)"
-                )
+        for i in _unexplained(part, start, choices):
+            wanted = ", ".join(f"{choice[i]:#04x}" for choice in choices)
+            raise Mismatch(
+                f"{what}: byte {start + i:#x} is {part[i]:#04x}{self._guess(part, i, start)}; "
+                f"admissible: {wanted} (requests {numbers}, 0 zeroes)"
+            )
 
     def _guess(self, part: bytes, i: int, start: int) -> str:
         """Whose bytes these look like."""
