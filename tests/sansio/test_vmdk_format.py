@@ -126,9 +126,7 @@ def test_read_only_data_is_never_called_writable() -> None:
     machine.write(0, b"x")
     assert machine.format.ready
     found = dict(machine.extents(0, machine.format.size))
-    assert [e for at, e in found.items() if at == 576 * 512] == [
-        Data("extent.4", 0, 5120, False)
-    ]
+    assert [e for at, e in found.items() if at == 576 * 512] == [Data("extent.4", 0, 5120, False)]
     assert found[0] == Data("extent.0", 4096, 65536, True)
 
 
@@ -291,9 +289,7 @@ def test_no_room_for_a_longer_descriptor() -> None:
 @pytest.mark.parametrize("subformat", ["monolithicSparse", "twoGbMaxExtentSparse", "vmfsSparse"])
 def test_delta_links(subformat: str) -> None:
     base = random.Random(1).randbytes(MIB)
-    files = made(
-        MIB, subformat=subformat, backing_file="b/base.vmdk", backing_identity="0dd0feed"
-    )
+    files = made(MIB, subformat=subformat, backing_file="b/base.vmdk", backing_identity="0dd0feed")
     machine = Files(files)
     machine.open(vmdk.DRIVER, writable=True)
     assert machine.opened[-1] == ("b/base.vmdk", "vmdk")
@@ -550,3 +546,26 @@ def test_memory_is_bounded_over_all_extents(monkeypatch: pytest.MonkeyPatch) -> 
     with pytest.raises(UnsupportedFeature, match="directories"):
         machine.open(vmdk.DRIVER)
     assert len(machine.opened) == 5
+
+
+def test_a_resize_is_a_new_content() -> None:
+    for subformat in ("monolithicSparse", "monolithicFlat"):
+        machine = Files(made(MIB, subformat=subformat))
+        format = machine.open(vmdk.DRIVER, writable=True)
+        known = {format.identity}
+        for size, shrink in ((2 * MIB, False), (MIB, True)):
+            machine.run(format.resize(size, shrink=shrink))
+            assert format.identity not in known or shrink
+        known.add(format.identity)
+        machine = Files(machine.content())
+        assert machine.open(vmdk.DRIVER, writable=False).identity == format.identity
+        assert len(known) == 2
+
+
+def test_what_cannot_be_resized_keeps_every_byte() -> None:
+    files = made(MIB, subformat="seSparse")
+    machine = Files(files)
+    format = machine.open(vmdk.DRIVER, writable=True)
+    with pytest.raises(NotSupported, match="room for"):
+        machine.run(format.resize(1 << 50))
+    assert machine.content() == files

@@ -83,12 +83,11 @@ def parent_cid(identity: str | None, recorded: int) -> int:
 
 def rewrite(place: Place, text: Descriptor) -> Procedure:
     """Store ``text``, durable when it ends."""
-    data = text.encode()
-    writes = place.change(data)
-    if writes:
+    for writes in place.change(text):
         yield Barrier()
         yield Write(writes)
         yield Barrier()
+    data = text.encode()
     place.took(data)
     if place.room is None and len(place.stored) > len(data):
         yield Truncate("file", len(data))

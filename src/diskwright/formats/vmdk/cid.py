@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ...contract import MetaWrite
 from ...errors import NoSpace
-from .descriptor import LONG_CONTENT, NO_CONTENT
+from ...units import SECTOR, align_down
+from .descriptor import LONG_CONTENT, NO_CONTENT, Descriptor, parse
 
 SLOT = "file"
 TAG = "descriptor_update"
@@ -34,20 +35,37 @@ class Place:
         self.room = room
         self.stored = stored
 
-    def change(self, text: bytes) -> list[MetaWrite]:
-        """What must be written so that ``text`` is stored, and no more than that.
+    def change(self, text: Descriptor) -> list[list[MetaWrite]]:
+        """What must be written so that ``text`` is stored, and no more than that: groups, each of
+        which is durable before the next.
 
+        Where the first sector that changes holds the end of what a disk cannot do without, in the
+        old or in the new text, every state between is the one or the other, whatever is torn: the
+        text ends there while what comes behind is written, and that sector is the last one.
         Raises NoSpace when an embedded descriptor has no room for it.
         """
-        new = self.padded(text)
-        old = self.stored
+        new = self.padded(text.encode())
+        old = self.stored.ljust(len(new), b"\0")
         first = _common(old, new)
-        last = len(new)
-        if len(old) == len(new):
-            last -= min(_common(old[::-1], new[::-1]), last - first)
-        if first == last:
+        if first == len(new):
             return []
-        return [MetaWrite(SLOT, self.offset + first, new[first:last], TAG)]
+        last = len(new) - _common(old[::-1], new[::-1])
+        start = align_down(first, SECTOR)
+        stop = start + SECTOR
+        if last > stop:
+            before, after = parse(self.stored).vital, text.vital
+            for kept, end in ((old, before), (new, after)):
+                if end <= stop:
+                    cut = kept[start:end].ljust(SECTOR, b"\0")
+                    return [
+                        [self._write(start, cut)],
+                        [self._write(stop, new[stop:last])],
+                        [self._write(start, new[start:stop])],
+                    ]
+        return [[self._write(first, new[first:last])]]
+
+    def _write(self, at: int, data: bytes) -> MetaWrite:
+        return MetaWrite(SLOT, self.offset + at, data, TAG)
 
     def padded(self, text: bytes) -> bytes:
         """``text`` with NUL bytes over what is left of the old one.  Raises NoSpace."""

@@ -114,6 +114,14 @@ class Descriptor:
         """The disk database, without the prefix ``ddb.`` (keys in lower case)."""
         return {k[4:]: v for k, v in self.settings.items() if k.startswith("ddb.")}
 
+    @property
+    def vital(self) -> int:
+        """The bytes of the text that hold the extents, the parent and the identity: without what
+        comes behind them it describes the same disk."""
+        lines = [extent.line for extent in self.extents]
+        lines += [self._place[key] + 1 for key in _ONCE if key in self._place]
+        return sum(map(len, self.lines[: max(lines, default=0)]))
+
     def encode(self) -> bytes:
         """The text as it is stored."""
         return b"".join(self.lines)

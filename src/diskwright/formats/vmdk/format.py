@@ -240,7 +240,8 @@ class Vmdk(Links):
             if self._next is None:
                 self._next = parse(self.descriptor.encode())
                 self._next.set_cid(new_cid(self._next.cid_digits))
-            writes += self.place.change(self._next.encode())
+            first, *others = self.place.change(self._next)
+            return Groups([writes + first, *others], BEFORE)
         return Groups([writes] if writes else [], BEFORE)
 
     def _ours(self) -> list[Part]:

@@ -7,20 +7,11 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ...contract import (
-    ZERO_UNMAP,
     Barrier,
     Create,
-    GuestWrite,
     Length,
-    NeedMeta,
-    Plan,
     Procedure,
-    Progress,
-    Punch,
     Quiesce,
-    Range,
-    Read,
-    Table,
     Truncate,
     Write,
 )
@@ -31,6 +22,7 @@ from .creation import PREALLOCATIONS, SPLIT
 from .descriptor import DEVICE_TYPES, FLAT_TYPES, RW, Descriptor, ExtentLine, parse
 from .flat import Empty, Flat
 from .format import BEFORE
+from .hiding import hide_parent
 from .opening import open_extent
 from .sparse import SparsePart, open_sparse
 from .sparse_header import read_header
@@ -45,8 +37,6 @@ _SPLIT_TYPES = ("twogbmaxextentsparse", "twogbmaxextentflat", "2gbmaxextentspars
                 "2gbmaxextentflat")  # fmt: skip
 _NUMBERED = re.compile(r"([^/\\]*-[sf])([0-9]+)(\.[^.]*)?")
 _MOST_PASSED = 4096
-_ZEROES = 1 << 20
-_TURN = 1 << 30
 
 
 def resize(image: Vmdk, size: int, preallocation: str, do_shrink: bool) -> Procedure:
@@ -77,11 +67,12 @@ def resize(image: Vmdk, size: int, preallocation: str, do_shrink: bool) -> Proce
 # -- growing
 def _grow(image: Vmdk, text: Descriptor, size: int, preallocation: str) -> Procedure:
     last = image.parts[-1]
-    _check_part(image, last, image.access[-1])
-    if preallocation != "off" and not isinstance(last, Flat):
-        raise NotSupported("Only flat extents can be preallocated")
     old, lines = image.size, text.extents
     wanted = _grown_lines(text, last, (size - old) // SECTOR)
+    length = wanted[len(lines) - 1].sectors * SECTOR if wanted else last.length + size - old
+    _check_part(image, last, image.access[-1], length)
+    if preallocation != "off" and not isinstance(last, Flat):
+        raise NotSupported("Only flat extents can be preallocated")
     if isinstance(last, Flat):
         yield from _check_end_of_file(last)
     # New files first: as long as nothing refers to them, they go again when something fails.
@@ -90,12 +81,9 @@ def _grow(image: Vmdk, text: Descriptor, size: int, preallocation: str) -> Proce
         line = wanted[number]._replace(name=name)
         slot = f"extent.{number}"
         wanted[number] = yield from _new_extent(image, last, slot, line, preallocation)
+    _resized_text(image, wanted, size)  # while nothing has changed
     yield from announce(image)
-    length = last.length
-    if wanted:
-        length = wanted[len(lines) - 1].sectors * SECTOR
-    else:
-        length += size - old
+    text = _resized_text(image, wanted, size)
     if length > last.length:
         if isinstance(last, SparsePart):
             yield from grow(last, length // SECTOR)
@@ -104,13 +92,23 @@ def _grow(image: Vmdk, text: Descriptor, size: int, preallocation: str) -> Proce
         else:
             assert isinstance(last, Flat)
             yield Truncate(last.slot, last.host + length, preallocation)
-    text.set_extents(wanted)
-    text.set_geometry(old // SECTOR, size // SECTOR)
     yield Barrier()
     yield from _switch(image, text, len(image.parts) - 1, length)
     assert image.size == size
     if image.has_backing:
-        yield from _hide_parent(image, old)
+        yield from hide_parent(image, old)
+
+
+def _resized_text(image: Vmdk, extents: Sequence[ExtentLine], size: int) -> Descriptor:
+    """The present descriptor with these extents (none: it names none), of a disk of ``size`` bytes.
+    Raises NoSpace when it does not fit where it is."""
+    assert image.descriptor is not None and image.place is not None
+    text = parse(image.descriptor.encode())
+    if extents:
+        text.set_extents(extents)
+    text.set_geometry(image.size // SECTOR, size // SECTOR)
+    image.place.padded(text.encode())
+    return text
 
 
 def _grown_lines(text: Descriptor, last: Part, more: int) -> list[ExtentLine]:
@@ -174,47 +172,20 @@ def _new_extent(
     return line
 
 
-def _hide_parent(image: Vmdk, old: int) -> Procedure:
-    """What lies behind the old end must not show the parent, which may be longer."""
-    end = min(image.size, (yield Length("backing")))
-    if old >= end:
-        return
-    unit = max(part.unit for part in image.parts)
-    first = min(align_up(old, unit), end)
-    for start in range(old, first, _ZEROES):
-        yield GuestWrite(start, bytes(min(_ZEROES, first - start)))
-    while first < end:
-        stop = min(first + max(_TURN, unit), align_up(end, unit), image.size)
-        pins: list[Table] = []
-        plan = yield from _ask(image, (first, stop - first), pins)
-        if plan is None:
-            for start in range(first, stop, _ZEROES):
-                yield GuestWrite(start, bytes(min(_ZEROES, stop - start)))
-                yield Progress(start - old, end - old)
-        else:
-            yield from _carry_out(image, plan)
-        _unpin(pins)
-        first = stop
-        yield Progress(min(first, end) - old, end - old)
-    yield from flush(image)
-
-
 # -- shrinking
 def _shrink(image: Vmdk, text: Descriptor, size: int) -> Procedure:
     index = next(i for i, part in enumerate(image.parts) if part.start + part.length >= size)
     part, gone = image.parts[index], image.parts[index + 1 :]
     length = size - part.start
     if length < part.length:
-        _check_part(image, part, image.access[index])
+        _check_part(image, part, image.access[index], length)
+    lines = [line for line in text.extents if line.sectors]
+    kept = [*lines[:index], lines[index]._replace(sectors=length // SECTOR)] if lines else []
     yield from announce(image)
+    text = _resized_text(image, kept, size)
     dropped: Any = []
     if isinstance(part, SparsePart) and length < part.length:
         dropped = yield from cut(part, length // SECTOR)
-    lines = [line for line in text.extents if line.sectors]
-    if lines:
-        kept = [*lines[:index], lines[index]._replace(sectors=length // SECTOR)]
-        text.set_extents(kept)
-    text.set_geometry(image.size // SECTOR, size // SECTOR)
     yield from rewrite_text(image, text)
     if isinstance(part, SparsePart) and length < part.length:
         yield from shrink(part, length // SECTOR, dropped)
@@ -247,14 +218,14 @@ def _quietly(slot: str, size: int) -> Procedure:
 
 
 # -- both
-def _check_part(image: Vmdk, part: Part, access: str) -> None:
-    """Raise NotSupported where an extent cannot change its size."""
+def _check_part(image: Vmdk, part: Part, access: str, length: int) -> None:
+    """Raise NotSupported where an extent cannot become one of ``length`` bytes."""
     if access != RW:
         raise NotSupported(f"An extent that is {access} cannot be resized")
     if isinstance(part, SparsePart):
         check_changeable(part)
-    elif hasattr(part, "resize"):
-        pass  # it says itself what does not go
+    elif hasattr(part, "check_resize"):
+        part.check_resize(length // SECTOR)
     elif not isinstance(part, Flat) or part.type in DEVICE_TYPES:
         kind = part.info().get("format", "")
         raise NotSupported(f"Extents of this type ({kind or 'compressed'}) cannot be resized")
@@ -312,60 +283,6 @@ def announce(image: Vmdk) -> Procedure:
             yield Write(group)
         yield Barrier()
         image.settle(BEFORE)
-
-
-def flush(image: Vmdk) -> Procedure:
-    """Write back until nothing is dirty and all that was freed is punched."""
-    while True:
-        groups = image.freeze()
-        if groups.lead:
-            yield Write(groups.lead)
-        yield Barrier()
-        for group in groups.groups:
-            yield Write(group)
-            yield Barrier()
-        freed = image.settle(groups.token)
-        if freed:
-            zeroed = yield Punch(freed)
-            image.release(freed, zeroed)
-        if not image.tables.dirty() and not freed:
-            return
-
-
-def _ask(image: Vmdk, zeroes: Range, pins: list[Table]) -> Procedure:
-    """The plan for ``zeroes``, None where they can be stored only as data."""
-    while True:
-        answer = image.plan([zeroes], ZERO_UNMAP)
-        if not isinstance(answer, NeedMeta):
-            return answer
-        raws = yield Read(answer.slot, answer.ranges, answer.tag)
-        for (offset, _), raw in zip(answer.ranges, raws, strict=True):
-            if image.tables.get(answer.slot, offset) is None:
-                image.load(answer.slot, offset, raw)
-            table = image.tables.get(answer.slot, offset)
-            assert table is not None
-            table.pins += 1
-            pins.append(table)
-
-
-def _unpin(pins: list[Table]) -> None:
-    for table in pins:
-        table.pins -= 1
-    pins.clear()
-
-
-def _carry_out(image: Vmdk, plan: Plan) -> Procedure:
-    """Commit a plan without data: what it wants zeroed in place is."""
-    if plan.before is not None:
-        for group in plan.before.groups:
-            yield Write(group)
-        yield Barrier()
-        image.settle(plan.before.token)
-    for step in plan.steps:
-        for start in range(step.guest, step.guest + step.length, _ZEROES):
-            yield GuestWrite(start, bytes(min(_ZEROES, step.guest + step.length - start)))
-    image.commit(plan)
-    yield from flush(image)
 
 
 # -- emptying

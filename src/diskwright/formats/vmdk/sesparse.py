@@ -92,6 +92,12 @@ class SesparsePart(SesparsePlan):
         self.space.release(ranges)
 
     # -- whole-image procedures
+    def check_resize(self, sectors: int) -> None:
+        """Raise NotSupported where the extent cannot become one of ``sectors``."""
+        from .sesparse_resize import check_resize
+
+        check_resize(self, sectors)
+
     def resize(self, sectors: int) -> Procedure:
         """Change the size of the extent; see :mod:`.sesparse_resize`."""
         from .sesparse_resize import resize_sesparse

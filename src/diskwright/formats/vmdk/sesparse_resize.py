@@ -49,17 +49,22 @@ def room(header: Header) -> int:
     return min(grains, tables * ENTRIES, most) * GRAIN_SECTORS
 
 
+def check_resize(part: SesparsePart, sectors: int) -> None:
+    """Raise NotSupported where the extent cannot become one of ``sectors``."""
+    check_changeable(part)
+    most = room(part.header)
+    if sectors > max(most, part.header.capacity):
+        raise NotSupported(
+            f"The tables of the seSparse extent have room for {most * SECTOR} bytes: a larger "
+            "image has to be made, and this one converted"
+        )
+
+
 def resize_sesparse(part: SesparsePart, sectors: int) -> Procedure:
     """Make the extent one of ``sectors``, with nothing dirty.  Raises NotSupported before anything
-    is written when there is no room."""
-    check_changeable(part)
+    is written when that does not go."""
+    check_resize(part, sectors)
     if sectors > part.header.capacity:
-        most = room(part.header)
-        if sectors > most:
-            raise NotSupported(
-                f"The tables of the seSparse extent have room for {most * SECTOR} bytes: a larger "
-                "image has to be made, and this one converted"
-            )
         yield from _grow(part, sectors)
     elif sectors < part.header.capacity:
         yield from _shrink(part, sectors)

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...contract import HostRange, Length, MetaWrite, Procedure, Read
-from ...errors import MalformedImage
+from ...errors import MalformedImage, UnsupportedFeature
 from ...findings import CheckResult
 from ...ondisk import little_endian_array, little_endian_bytes, zeros
 from .parts import Image
@@ -120,14 +120,17 @@ def open_sparse(
     guest byte ``start``; returns a `SparsePart`.
 
     ``writable``: in an extent that was not closed in order the copies of the tables are made
-    equal.  Raises MalformedImage where neither directory is inside the file.
+    equal.  Raises MalformedImage where neither directory is inside the file, UnsupportedFeature
+    for an extent that is to be written and is of a kind that is not.
     """
     layout = header.layout()
+    if writable and layout.refuse_write is not None:
+        raise UnsupportedFeature(layout.refuse_write)
     part = SparsePart(image, slot, start, length, layout)
     size = yield Length(slot)
     part.use_layout(layout, -(-size // SECTOR))
     yield from read_directories(part)
-    if writable and layout.unclean and layout.refuse_write is None and part.copy:
+    if writable and layout.unclean and part.copy:
         from .repair import equalize
 
         yield from equalize(part)

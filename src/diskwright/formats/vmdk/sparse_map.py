@@ -141,8 +141,7 @@ class SparseMap:
     def _metadata_runs(self) -> Runs:
         if self._metadata is None:
             self._metadata = Runs(
-                (start, end)
-                for start, end, _ in places(self.layout, self.directory, self.copy)
+                (start, end) for start, end, _ in places(self.layout, self.directory, self.copy)
             )
         return self._metadata
 
