@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from ..contract import (
@@ -156,12 +156,14 @@ async def write_image(
     found: Driver,
     options: Mapping[str, Any],
     beside: Mapping[str, Any] | None = None,
+    on_new: Callable[[str], None] | None = None,
 ) -> tuple[str, ...]:
     """Make the file and run the format's creation (``options`` complete, ``size`` among them;
     ``beside`` are creation options of the protocol).
 
     Returns the other files that the format made beside it, as ``filename`` is given: the caller's
-    own, so a gate may be told of them.
+    own, so a gate may be told of them.  ``on_new`` is told the path of each file that was not there
+    before.
     """
     assert found.create is not None
     where, plain = parse(filename)
@@ -190,6 +192,9 @@ async def write_image(
             remove(made)
         raise
     await close_disk(node)
+    for path in (made, *creations.new.values()):
+        if path is not None and on_new is not None:
+            on_new(path)
     return tuple(creations.names)
 
 

@@ -6,10 +6,13 @@ import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+from ..contract import COMPRESSED
+from ..engine.align import whole_units
 from ..engine.copy import CopyFailed, CopyOptions, Segment, copy
 from ..engine.kernel import BaseDriver
-from ..errors import DiskError, ImageInUse, NotSupported, UsageError
+from ..errors import DiskError, ImageInUse, UsageError
 from ..graph import registry
+from ..graph.creating import remove
 from ..graph.graph import chain, leaf_of, primary
 from ..graph.names import parse
 from ..graph.node import Node
@@ -23,6 +26,8 @@ from .streaming import Pass, limited, one_pass, salvaged, write_pass
 
 BUFFER = 2 << 20
 SPARSE = 4096
+_PACKED = 1 << 20
+"""Bytes that are compressed in one go."""
 _LEAST_HOLE = 64 << 10
 """Shorter holes of a file are read like data, where their zeroes are found then as well."""
 ONE_SOURCE = (
@@ -30,8 +35,6 @@ ONE_SOURCE = (
 )
 # What others may do to a source meanwhile: a target in several files must not empty it either.
 _UNCHANGED = frozenset({CONSISTENT_READ, WRITE_UNCHANGED})
-# Formats that hold compressed data, which this version reads at most.
-_NOT_COMPRESSED_YET = ("qcow2",)
 
 
 class TargetFailed(DiskError):
@@ -83,12 +86,14 @@ async def convert(
 
     ``target.format`` is the format to make or to open.  Unless the target's cache mode is
     ``unsafe``, file and directory are durable when this returns.  Raises OpenFailed, TargetFailed,
-    CopyFailed, UsageError.  ``on_sources`` is called when the sources are open, ``on_one_pass``
-    when the target is one that is written in one pass: it is whole at the end or not there.
+    CopyFailed, UsageError; a target that was not there before is taken back then.  ``on_sources``
+    is called when the sources are open, ``on_one_pass`` when the target is one that is written in
+    one pass: it is whole at the end or not there, also when this is cancelled.
     While salvaging, ``on_lost`` is told each sector that could not be read, ``on_unknown`` each of
     which nobody could say what it is.
     """
     nodes: list[Node] = []
+    new: list[str] = []
     try:
         for spec in sources:
             nodes.append(await spec.open(driver, shared=_UNCHANGED))
@@ -102,7 +107,7 @@ async def convert(
             if len(nodes) > 1:
                 raise UsageError(ONE_SOURCE)
         if settings.create:
-            plan, others = await _make(driver, nodes, target, total, settings)
+            plan, others = await _make(driver, nodes, target, total, settings, new.append)
             # What the caller named, and what was just made, needs nobody's leave to be opened.
             target = target._replace(gate=target.gate.allowing(*others, *below))
             if plan is not None:
@@ -128,6 +133,10 @@ async def convert(
             raise
         await close_disk(out)
         return done
+    except (OSError, DiskError):
+        for path in new:
+            remove(path)
+        raise
     finally:
         await close_all(nodes)
 
@@ -147,7 +156,12 @@ class _Told(NamedTuple):
 
 
 async def _make(
-    driver: BaseDriver, nodes: list[Node], target: ImageSpec, total: int, settings: Settings
+    driver: BaseDriver,
+    nodes: list[Node],
+    target: ImageSpec,
+    total: int,
+    settings: Settings,
+    on_new: Callable[[str], None],
 ) -> tuple[Pass | None, tuple[str, ...]]:
     """Make the target; one that is written in one pass is only planned.  Also returns the names of
     further files that were made."""
@@ -163,7 +177,7 @@ async def _make(
             return plan, ()
         gate = target.gate
         return None, await create(
-            driver, name, fmt, total, options, gate=gate, look_at_backing=False
+            driver, name, fmt, total, options, gate=gate, look_at_backing=False, on_new=on_new
         )
     except (OSError, DiskError) as error:
         raise TargetFailed(target.name, fmt, error) from error
@@ -171,9 +185,8 @@ async def _make(
 
 def _check_compression(fmt: str) -> None:
     """Raise unless compressed data may be asked of the format."""
-    if fmt in _NOT_COMPRESSED_YET:
-        raise NotSupported(f"Writing compressed images (-c) is not supported for '{fmt}'")
-    if registry.driver(fmt).stream is None:
+    found = registry.driver(fmt)
+    if found.stream is None and "compress" not in found.capabilities:
         raise UsageError("Compression not supported for this file format")
 
 
@@ -212,7 +225,7 @@ async def _copy(
         settings.create and not settings.overlay and await _new_is_zero(out, settings)
     )
     target = out
-    if settings.offload:
+    if settings.offload and not settings.compress:
         target = _plain_file(out) or out
     base, covered = None, 0
     if settings.overlay:
@@ -221,6 +234,7 @@ async def _copy(
     unknown = tell.on_unknown if settings.salvage else None
     source = _Sources(nodes, settings.sparse, base, covered, target is not out, unknown)
     count = await _Count.of(source, tell)
+    segments = source.segments()
     options = CopyOptions(
         sparse=settings.sparse,
         target_zero=zero and settings.sparse > 0,
@@ -231,9 +245,19 @@ async def _copy(
         offload=target is not out,
         salvage=settings.salvage,
     )
+    format: Any = getattr(out, "format", None)
+    if settings.compress and hasattr(format, "pack_codec"):
+        unit = format.unit
+        segments = whole_units(driver, segments, unit, out.size)
+        options = options._replace(
+            sparse=unit if settings.sparse else 0,
+            buffer=max(_PACKED, unit),
+            flags=COMPRESSED,
+            units=unit,
+        )
     on_lost = tell.on_lost
     lost = None if on_lost is None else (lambda offset, _, error: on_lost(offset, error))
-    await copy(driver, target, source.segments(), options, count.moved, lost)
+    await copy(driver, target, segments, options, count.moved, lost)
     return count.done
 
 

@@ -112,11 +112,12 @@ async def create(
     gate: Gate | None = None,
     look_at_backing: bool = True,
     on_ready: Callable[[dict[str, Any]], None] | None = None,
+    on_new: Callable[[str], None] | None = None,
 ) -> tuple[str, ...]:
     """Make an image; returns the names of the other files that were made for it.
 
-    ``on_ready`` is told the complete options before anything is written.  See
-    :func:`diskwright.graph.create.create_image`.
+    ``on_ready`` is told the complete options before anything is written, ``on_new`` each file that
+    was not there before.  See :func:`diskwright.graph.create.create_image`.
     """
     found, given, beside = await prepare(
         driver, filename, fmt, size, options, gate=gate, check_backing=look_at_backing
@@ -124,4 +125,4 @@ async def create(
     if on_ready is not None:
         on_ready({**given, **beside})
     given["size"] = align_up(given["size"], SECTOR)
-    return await write_image(driver, filename, found, given, beside)
+    return await write_image(driver, filename, found, given, beside, on_new)
