@@ -58,6 +58,14 @@ class Codec(Protocol):
         ValueError when they are not there; never makes more than ``unit`` bytes."""
 
 
+class Packs(Protocol):
+    """What a format says that stores single units compressed (WRITE_PACKED)."""
+
+    @property
+    def pack_codec(self) -> Codec:
+        """What packs them."""
+
+
 class StreamWriter(Protocol):
     """An image written in one pass: ordered bytes out, none of them revisited.
 

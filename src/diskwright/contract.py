@@ -20,10 +20,13 @@ from .extents import Extent
 # What is asked of `plan`.
 # WRITE_ZERO keeps the space that a range has, ZERO_UNMAP may give it back.
 WRITE, WRITE_ZERO, ZERO_UNMAP, DISCARD = "write", "zero", "zero-unmap", "discard"
+# Units that were compressed before: a range is the unit's offset and the length of the result.
+WRITE_PACKED = "packed"
 # Operations of a step.
 OP_DATA, OP_ZERO, OP_DISCARD, OP_PACKED = range(4)
 
 # Flags of a request (they combine).
+# COMPRESSED is for whole units that are not stored yet (the last one of a disk may be short).
 FUA = 1  # durable before it is answered
 MAY_UNMAP = 2  # zeroes may drop the allocation
 NO_FALLBACK = 4  # fail with ENOTSUP rather than write zeroes the slow way
@@ -171,9 +174,11 @@ class Format(Protocol):
         """Reserve all that a write, zero or discard of ``ranges`` needs.
 
         Gathers every miss without changing anything, then changes.  For WRITE the ranges are
-        the exact bytes, in any order, and may overlap; for the other kinds they are aligned to
+        the exact bytes, in any order, and may overlap; for WRITE_PACKED see there (none is as long
+        as a unit; one OP_PACKED step each); for the other kinds they are aligned to
         ``unit`` (the last may end at ``size``).  None: the format cannot store zeroes here but
-        as data (a zero falls back to a write, a discard does nothing).  Raises only
+        as data (a zero falls back to a write, a discard does nothing), or cannot store packed data
+        here.  Raises only
         :class:`~diskwright.errors.NoSpace`.
         """
 

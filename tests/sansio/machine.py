@@ -14,8 +14,10 @@ from typing import Any
 from diskwright.contract import (
     DISCARD,
     OP_DATA,
+    OP_PACKED,
     OP_ZERO,
     WRITE,
+    WRITE_PACKED,
     WRITE_ZERO,
     ZERO_UNMAP,
     Barrier,
@@ -260,6 +262,32 @@ class Machine:
                 old[a - step.guest : b - step.guest] = data[a - offset : b - offset]
             self.pwrite(step.host, bytes(old))
         self._commit(plan)
+
+    def write_packed(self, offset: int, data: bytes, fails: bool = False) -> bool:
+        """Store whole units compressed; False when they are allocated.  ``fails``: the data never
+        come through."""
+        unit = self.format.unit
+        units = {
+            at: data[at - offset : at - offset + unit].ljust(unit, b"\0")
+            for at in range(offset, offset + len(data), unit)
+        }
+        packed = {at: self.format.pack_codec.pack(plain) for at, plain in units.items()}
+        ranges = [(at, len(part)) for at, part in packed.items() if len(part) < unit]
+        if ranges:
+            plan = self._plan(ranges, WRITE_PACKED)
+            if plan is None:
+                return False
+            for step, (at, length) in zip(plan.steps, ranges, strict=True):
+                assert (step.op, step.guest, step.length) == (OP_PACKED, at, length)
+                self.pwrite(step.host, packed[at])
+            if fails:
+                self.abort(plan)
+            else:
+                self._commit(plan)
+        for at, part in packed.items():
+            if len(part) >= unit and not fails:
+                self.write(at, units[at][: self.format.size - at])
+        return True
 
     def _plan(self, ranges: list[tuple[int, int]], kind: str) -> Plan | Any:
         pins: list[Table] = []

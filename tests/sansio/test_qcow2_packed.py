@@ -252,3 +252,80 @@ def test_a_descriptor_outside_of_the_file_is_refused(bits: int) -> None:
         with pytest.raises(CorruptImage):
             machine.discard(0, 1 << bits)
         assert machine.read(5 << bits, 4) == b"kept"
+
+
+@oracle.needs_qemu
+@pytest.mark.parametrize(
+    ("cluster", "bits", "kind"),
+    [(512, 1, "zlib"), (512, 2, "zstd"), (4096, 16, "zlib"), (65536, 64, "zstd")],
+)
+def test_what_is_packed_here_is_read_by_qemu_img(
+    tmp_path: Path, cluster: int, bits: int, kind: str
+) -> None:
+    """Random compressed writes, some of which fail, between all others."""
+    size = min(80 * cluster, 3 << 20) + 512
+    machine = made(size, cluster_size=cluster, refcount_bits=bits, compression_type=kind)
+    rng = random.Random(cluster * bits)
+    model = bytearray(size)
+    source = content(bits, size)
+    for _ in range(50):
+        what = rng.random()
+        first = rng.randrange(0, -(-size // cluster)) * cluster
+        length = min(cluster * rng.choice([1, 1, 2, 7]), size - first)
+        data = source[first : first + length]
+        if what < 0.5:
+            fails = what < 0.1
+            if machine.write_packed(first, data, fails) and not fails:
+                model[first : first + length] = data
+        elif what < 0.65:
+            machine.write(first, b"!" * length)
+            model[first : first + length] = b"!" * length
+        elif what < 0.85 and machine.discard(first, length):
+            model[first : first + length] = bytes(length)
+        else:
+            machine.flush()
+        assert machine.read(first, length) == model[first : first + length]
+    assert machine.read(0, size) == model
+    agrees(tmp_path, machine.close(), model)
+
+
+def test_packed_clusters_share_host_clusters_as_far_as_counts_reach() -> None:
+    data = b"".join(bytes([65 + i]) * 4096 for i in range(26))
+    used = {}
+    for bits in (1, 2, 16):
+        machine = made(26 * 4096, cluster_size=4096, refcount_bits=bits)
+        before = -(-len(machine.close()) // 4096)
+        assert machine.write_packed(0, data)
+        file = machine.close()
+        used[bits] = -(-len(file) // 4096) - before
+        assert machine.read(0, len(data)) == data
+        assert own_check(file).findings == []
+    # One of them is the L2 table.
+    assert used == {1: 27, 2: 10, 16: 2}
+
+
+def test_what_is_allocated_is_not_packed() -> None:
+    machine = made(8 * 4096, cluster_size=4096)
+    plain = b"a" * 4096
+    machine.write(0, b"data")
+    assert machine.write_packed(4096, plain)
+    machine.zero(2 * 4096, 4096)
+    assert not machine.write_packed(0, plain)
+    assert not machine.write_packed(4096, plain)
+    assert machine.write_packed(2 * 4096, plain)
+    assert not machine.write_packed(2 * 4096, plain * 2)
+    assert machine.read(0, 4 * 4096) == b"data".ljust(4096, b"\0") + plain * 2 + bytes(4096)
+    assert own_check(machine.close()).findings == []
+
+
+def test_space_of_freed_units_is_not_filled_up_by_the_next() -> None:
+    """The cluster that was filled last may be gone, and be another's."""
+    machine = made(64 * 4096, cluster_size=4096)
+    assert machine.write_packed(0, b"a" * 4096)
+    machine.discard(0, 4096)
+    machine.flush()
+    machine.flush()
+    machine.write(4096, b"z" * 4096)
+    assert machine.write_packed(2 * 4096, b"b" * 4096)
+    assert machine.read(4096, 2 * 4096) == b"z" * 4096 + b"b" * 4096
+    assert own_check(machine.close()).findings == []

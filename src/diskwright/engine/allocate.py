@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..contract import (
@@ -11,6 +11,7 @@ from ..contract import (
     FUA,
     OP_DATA,
     OP_DISCARD,
+    OP_PACKED,
     OP_ZERO,
     WRITE,
     Plan,
@@ -98,7 +99,9 @@ class Allocator:
         overlay: Overlay | None,
         epoch: list[int],
         flags: int = 0,
+        packed: Mapping[int, bytes] | None = None,
     ) -> bool:
+        """``packed``: the compressed units by their offset, for WRITE_PACKED."""
         engine = self.engine
         pins: list[Table] = []
         try:
@@ -111,7 +114,10 @@ class Allocator:
                 if plan.before is not None:
                     before = plan.before
                     await engine.shared.run("before", lambda: engine.writeback.before(before))
-                await self._move(plan, overlay, flags)
+                if packed:
+                    await self._put_packed(plan.steps, packed)
+                else:
+                    await self._move(plan, overlay, flags)
             except BaseException:
                 engine.format.abort(plan)
                 raise
@@ -191,6 +197,21 @@ class Allocator:
                 last += 1
             await self._put_staged(partial[first:last], overlay)
             first = last
+
+    async def _put_packed(self, steps: Sequence[Step], packed: Mapping[int, bytes]) -> None:
+        """Write compressed units; those that follow each other go as one."""
+        hosts: list[Step] = []
+        sources: list[list[bytes]] = []
+        for step in steps:
+            assert step.op == OP_PACKED
+            last = hosts[-1] if hosts else None
+            if last and last.slot == step.slot and last.host + last.length == step.host:
+                hosts[-1] = last._replace(length=last.length + step.length)
+            else:
+                hosts.append(step)
+                sources.append([])
+            sources[-1].append(packed[step.guest])
+        await self.put(hosts, [b"".join(parts) for parts in sources], "write_compressed")
 
     async def _put_staged(self, steps: Sequence[Step], overlay: Overlay) -> None:
         """Write steps, a stage of them at most, that the request covers in part: the rest is read

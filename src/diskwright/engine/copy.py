@@ -54,6 +54,8 @@ class CopyOptions(NamedTuple):
     ``target_zero``: the target reads as zeroes already, so zeroes are left out.
     ``in_order``: writes are begun in guest order (reads are not).  ``workers``: batches on their
     way, ``buffer``: most bytes of each.
+    ``units``: what is written are whole units of so many bytes, of which many may be on their way
+    (0: anything may be written); ``buffer`` is a multiple of it, the segments are rounded to it.
     ``rate``: bytes a second, 0 for no limit.  ``offload``: let the kernel copy between plain files.
     ``salvage``: a range that cannot be read becomes zeroes and is told to ``on_lost``.
     """
@@ -68,6 +70,7 @@ class CopyOptions(NamedTuple):
     zero_flags: int = MAY_UNMAP
     offload: bool = False
     salvage: bool = False
+    units: int = 0
 
 
 class Batch:
@@ -200,7 +203,8 @@ class Copier:
         """Begin to write the first batch that was read."""
         batch, reading = self._reading.popleft()
         await reading
-        while len(self._writing) >= _WRITES or (self._writing and self._writing[0].done):
+        most = self.options.workers if self.options.units else _WRITES
+        while len(self._writing) >= most or (self._writing and self._writing[0].done):
             await self._writing.popleft()
         await self._turn
         self._turn = Future()
@@ -312,17 +316,41 @@ class Copier:
     def _runs(self, batch: Batch) -> Iterator[tuple[int, int, memoryview | None]]:
         """What the target has to be told, in order: (offset, length, bytes or None for zeroes)."""
         sparse, leave_out = self.options.sparse, self.options.target_zero
-        for part, view in batch.held:
-            at = part.target_offset
+        held = [(part.target_offset, part.length, view) for part, view in batch.held]
+        for at, length, view in _whole(held, batch.buffer) if self.options.units else held:
             if view is None:
                 if not leave_out:
-                    yield at, part.length, None
+                    yield at, length, None
                 continue
             for start, end, zero in zero_runs(view, sparse) if sparse else [(0, len(view), False)]:
                 if not zero:
                     yield at + start, end - start, view[start:end]
                 elif not leave_out:
                     yield at + start, end - start, None
+
+
+def _whole(
+    held: list[tuple[int, int, memoryview | None]], buffer: memoryview | None
+) -> Iterator[tuple[int, int, memoryview | None]]:
+    """Parts that continue each other as one: a unit may have come in pieces."""
+    place = 0
+    first = length = 0
+    for offset, count, view in held:
+        if view is not None and length and first + length == offset:
+            length += count
+            continue
+        if length:
+            assert buffer is not None
+            yield first, length, buffer[place : place + length]
+            place += length
+            length = 0
+        if view is None:
+            yield offset, count, None
+        else:
+            first, length = offset, count
+    if length:
+        assert buffer is not None
+        yield first, length, buffer[place : place + length]
 
 
 async def copy(

@@ -22,6 +22,7 @@ from .writeback import Writeback
 from .zero import Zeroer
 
 if TYPE_CHECKING:
+    from .pack import Packer
     from .packed import Unpacker
 
 T = TypeVar("T")
@@ -62,6 +63,7 @@ class Engine:
         """Makes a file beside the image: ``creator(slot, name)``."""
         self.reader = Reader(self)
         self._unpacker: Unpacker | None = None
+        self._packer: Packer | None = None
         self.writer = Writer(self)
         self.zeroer = Zeroer(self)
         self.allocator = Allocator(self)
@@ -82,6 +84,15 @@ class Engine:
 
             self._unpacker = Unpacker(self)
         return self._unpacker
+
+    @property
+    def packer(self) -> Packer:
+        """For units that are to be compressed; most disks get none."""
+        if self._packer is None:
+            from .pack import Packer
+
+            self._packer = Packer(self)
+        return self._packer
 
     def forget_units(self) -> None:
         """Host space may hold something else from now on: unpacked units are void."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ..contract import FUA, OP_DATA, WRITE, Step
+from ..contract import COMPRESSED, FUA, OP_DATA, WRITE, Step
 from ..extents import Data
 from .node import Buffer
 from .spans import Overlay
@@ -25,7 +25,9 @@ class Writer:
     ) -> None:
         """Write a batch; see :meth:`Node.write`."""
         engine = self.engine
-        if not await self._in_place(offsets, buffers):
+        if flags & COMPRESSED:
+            await engine.packer.write(offsets, buffers)
+        elif not await self._in_place(offsets, buffers):
             overlay = Overlay(offsets, buffers)
             await self.engine.allocator.allocate(overlay.ranges(), WRITE, overlay)
         if flags & FUA:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..contract import FUA, MAY_UNMAP, NO_FALLBACK
+from ..contract import COMPRESSED, FUA, MAY_UNMAP, NO_FALLBACK
 from ..errors import DiskError, ImageError, UnsupportedFeature
 from ..graph.closing import explain
 from ..graph.node import Node
@@ -125,6 +125,17 @@ async def _write(
         if count:
             phase = (at - offset) % len(source)
             await node.write([at], [block[phase : phase + count]], request)
+    return Transfer("wrote", offset, length, time.perf_counter() - began)
+
+
+async def _write_packed(session: Session, offset: int, length: int, source: bytes) -> Transfer:
+    """Write ``source`` over and over as one request that is stored compressed."""
+    node = session.node
+    began = time.perf_counter()
+    _inside(node, offset, length)
+    if length:
+        data = memoryview(source * (length // len(source) + 1))[:length]
+        await node.write([offset], [data], COMPRESSED)
     return Transfer("wrote", offset, length, time.perf_counter() - began)
 
 
@@ -272,7 +283,7 @@ async def run_write(session: Session, name: str, words: list[str]) -> bool:
             raise Complaint("cannot combine zero write with registered I/O buffer")
         work = _zero(session, offset, length, flags)
     elif "c" in flags:
-        raise Complaint("write failed: compressed writes are not supported by this version")
+        work = _write_packed(session, offset, length, _source(flags))
     else:
         work = _write(session, offset, length, _source(flags), flags)
     return await _reported(session, "write", _moved(work, flags))

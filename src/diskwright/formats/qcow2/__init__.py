@@ -36,6 +36,8 @@ DRIVER = Driver(
     options=(
         Option("backing", "str", "Backing file to use instead of the one in the header"),
         Option("lazy-refcounts", "bool", "Postpone refcount updates"),
+        Option("compression-level", "int", "Level of what is written compressed (zlib: 1 to 9, "
+               "zstd: 1 to 19)"),
         Option("cache-size", "size", _HINT),
         Option("l2-cache-size", "size", _HINT),
         Option("l2-cache-entry-size", "size", _HINT),
@@ -67,6 +69,9 @@ DRIVER = Driver(
     open=open_format,
     create=create_new,
     capabilities=frozenset(
-        {"backing", "change_backing", "check", "discard", "make_empty", "resize", "zero"}
+        {
+            "backing", "change_backing", "check", "compress", "discard", "make_empty", "resize",
+            "zero",
+        }
     ),
 )

@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from typing import Any, ClassVar
 
 from ...abilities import Codec
-from ...codecs.deflate import Deflate
-from ...codecs.zstd import Zstd
 from ...contract import Range, Table, TableStore
 from ...errors import CorruptImage, UnsupportedFeature
 from ...ondisk import zeros
@@ -134,8 +132,12 @@ class Core:
         if self._codec is None:
             level = self.options.get("compression-level")
             if self.header.compression_type:
+                from ...codecs.zstd import Zstd
+
                 self._codec = Zstd() if level is None else Zstd(level)
             else:
+                from ...codecs.deflate import Deflate
+
                 self._codec = Deflate(LEVEL if level is None else level, _WINDOW)
         return self._codec
 

@@ -8,6 +8,7 @@ from ...contract import (
     OP_DATA,
     OP_ZERO,
     WRITE,
+    WRITE_PACKED,
     NeedMeta,
     Plan,
     Range,
@@ -16,12 +17,12 @@ from ...contract import (
 )
 from .alloc import Choice
 from .core import COPIED, OFFSET, PACKED, SLOT, ZERO_FLAG
+from .packing import PackedState, Packing
 from .reserve import State
 from .runs import Run
-from .zeroing import Zeroing
 
 
-class Planner(Zeroing):
+class Planner(Packing):
     """`plan`, `commit` and `abort`."""
 
     def plan(self, ranges: Sequence[Range], kind: str) -> Plan | NeedMeta | None:
@@ -33,6 +34,8 @@ class Planner(Zeroing):
         self.check_write()
         if kind == WRITE:
             return self._plan_write(ranges)
+        if kind == WRITE_PACKED:
+            return self._plan_packed(ranges)
         return self._plan_zero(ranges, kind)
 
     # -- writing
@@ -164,6 +167,8 @@ class Planner(Zeroing):
         for start, end, _ in state.reserved:
             self.give_back(start, end)
         state.reserved = []
+        if isinstance(state, PackedState):
+            self._abort_packed(state)
 
 
 def _as_runs(supply: list[tuple[int, bool]]) -> list[Choice]:

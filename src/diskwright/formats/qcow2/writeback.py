@@ -57,6 +57,7 @@ class Writeback(Planner):
     def free_later(self, start: int, end: int) -> None:
         """Clusters that lose a reference.  Their refcount blocks are in memory, and pinned until
         `settle` has lowered the counts."""
+        self.forget_end(start, end)
         freed = self._freed
         if freed and freed[-1][1] == start:
             freed[-1] = (freed[-1][0], end)
