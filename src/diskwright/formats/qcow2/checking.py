@@ -27,9 +27,8 @@ class Checker(Walker):
         result = self.result
         result.uncovered = uncovered(self.header)
         yield from self.walk()
-        before = result.corruptions + result.leaks
         yield from self.compare()
-        if self.uncopied or self.counts.shared or result.corruptions + result.leaks > before:
+        if self.uncopied or self.counts.shared or result.corruptions or result.leaks:
             yield from self.check_copied()
         return result
 

@@ -79,8 +79,16 @@ class Qcow2(Writeback):
         return out
 
     # -- whole-image procedures, each imported when it is asked for
-    def check(self) -> Procedure:
-        """Compare the reference counts with the references; returns a CheckResult."""
+    def check(self, fix: str = "") -> Procedure:
+        """Compare the reference counts with the references; returns a CheckResult.
+
+        ``fix``: "leaks" gives back what nothing refers to, "all" mends everything; see
+        :mod:`.repair`.
+        """
+        if fix:
+            from .repair import repair
+
+            return repair(self, fix)
         from .checking import check
 
         return check(self)
