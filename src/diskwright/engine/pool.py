@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import queue
+import sys
 import threading
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -12,13 +14,18 @@ from .futures import BaseDriver, Future
 T = TypeVar("T")
 
 
+_LIMIT = 16
+_ADDRESSES = 256 << 20
+"""Bytes of address space for each thread where that is limited: its stack, and the 64 to 128 MiB
+that glibc reserves for the heap of each."""
+
+
 class Pool:
     """Threads of one driver.  Started on demand, at most ``limit``."""
 
-    limit = 16
-
     def __init__(self, driver: BaseDriver) -> None:
         self.driver = driver
+        self.limit = _threads()
         self.jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.threads: list[threading.Thread] = []
         self.busy = 0
@@ -28,8 +35,15 @@ class Pool:
         self.busy += 1
         if self.busy > len(self.threads) and len(self.threads) < self.limit:
             thread = threading.Thread(target=self._work, name="diskwright-pool", daemon=True)
-            self.threads.append(thread)
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError:  # the system has no room for it: those that are there do it all
+                if not self.threads:
+                    self.busy -= 1
+                    raise OSError(errno.EAGAIN, "No thread can be started") from None
+                self.limit = len(self.threads)
+            else:
+                self.threads.append(thread)
         self.jobs.put((function, arguments, future))
         return future
 
@@ -52,3 +66,15 @@ class Pool:
             self.jobs.put(None)
         for thread in self.threads:
             thread.join()
+
+
+def _threads() -> int:
+    """How many threads there may be at most."""
+    if sys.platform == "win32":
+        return _LIMIT
+    import resource
+
+    most = resource.getrlimit(resource.RLIMIT_AS)[0]
+    if most == resource.RLIM_INFINITY:
+        return _LIMIT
+    return min(max(most // _ADDRESSES, 1), _LIMIT)
