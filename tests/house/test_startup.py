@@ -71,7 +71,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("words", "most"),
-    [(["--version"], 40), (["info"], 120), (["check"], 120), (["map"], 120)],
+    [(["--version"], 40), (["info"], 125), (["check"], 125), (["map"], 125)],
     ids=lambda v: v[0] if isinstance(v, list) else "",
 )
 def test_a_command_imports_little(
@@ -91,6 +91,12 @@ def test_a_command_imports_only_its_own_drivers(image: Path, tmp_path: Path) -> 
         assert not {m for m in modules if m.startswith(f"diskwright.{room}.")}, room
     others = {"null", "memory"} & {m.removeprefix("diskwright.protocols.") for m in modules}
     assert not others
+
+
+def test_plain_names_do_without_json(image: Path, tmp_path: Path) -> None:
+    copy = run_main("convert", "-O", "raw", str(image), str(tmp_path / "copy"))
+    code = f"import sys\n{copy}\nassert not {{'json', 'diskwright.codecs'}} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, env=ENV, cwd=tmp_path)
 
 
 def test_the_synchronous_api_does_without_asyncio(image: Path, tmp_path: Path) -> None:

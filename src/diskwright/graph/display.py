@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from ..errors import UsageError
@@ -82,6 +81,8 @@ def display_name(node: Node) -> str:
     plain = plain_name(node)
     if plain is not None:
         return plain
+    import json
+
     return "json:" + json.dumps(description(node), ensure_ascii=False)
 
 

@@ -7,7 +7,6 @@ keys are lists.  File names stay ``str`` with surrogates for bytes that are not 
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -103,6 +102,8 @@ def parse_json(text: str) -> Options:
 
     Strings may stand in single quotes, as qemu's tools take them.
     """
+    import json
+
     try:
         value = json.loads(_STRING.sub(_double_quoted, text) if "'" in text else text)
     except (ValueError, RecursionError) as error:
