@@ -321,13 +321,15 @@ def test_a_parent_that_was_written_to_is_refused(tmp_path: Path) -> None:
 
 # -- what qemu-img does otherwise
 def test_a_disk_of_nothing_is_small(peer: Peer, tmp_path: Path, libvhdi: Any) -> None:
-    """QEMU makes 71 MiB of a size of 0, by a number that runs below zero."""
+    """QEMU makes 71 MiB of a size of 0, by a number that runs below zero, and wants that table in
+    all images; in ours it is a hole."""
     bench = Bench(peer, tmp_path)
     image, theirs = tmp_path / "image.vhdx", tmp_path / "theirs.vhdx"
     bench.create(True, image, 0)
-    assert image.stat().st_size <= 4 * MIB
+    assert image.stat().st_blocks * 512 <= 4 * MIB
+    run([bench.img, "check", "-q", image])
     bench.create(False, theirs, 0)
-    assert theirs.stat().st_size > 64 * MIB
+    assert theirs.stat().st_blocks * 512 > 60 * MIB
     for path in (image, theirs):
         assert json.loads(run([*OURS, "info", "--output=json", path]))["virtual-size"] == 0
         run([*OURS, "check", "-q", image])

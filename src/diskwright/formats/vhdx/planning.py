@@ -181,7 +181,11 @@ class Planner(Allocator):
 
     def _bitmaps(self, sparse: list[int], entries: dict[int, int]) -> dict[int, int] | NeedMeta:
         """By chunk the place of the sector bitmap block for these payload blocks, 0 where one is
-        still to be made.  The parts that matter are in memory."""
+        still to be made.
+
+        The parts that matter are in memory.  Those that have the bits of one block alone do not
+        before it is partially present, since they are all set then.
+        """
         chunks = dict.fromkeys([block >> self.ratio_bits for block in sparse])
         tables = self.slices([self.bitmap_index(chunk) for chunk in chunks])
         if isinstance(tables, NeedMeta):
@@ -195,9 +199,10 @@ class Planner(Allocator):
         for block in sparse:
             start, chunk = self.bitmap_part(block)
             place = found[chunk]
-            if place:
+            present = entries[block] & STATE == PARTIAL
+            if place and (present or self.bitmap_bytes < PART):
                 missing.update(self.missing_parts(place, start, self.bitmap_bytes))
-            elif entries[block] & STATE == PARTIAL:
+            elif present:
                 raise self.no_bitmap(block)
         return NeedMeta(SLOT, list(missing.items()), BAT_LOAD) if missing else found
 
@@ -219,7 +224,7 @@ class Planner(Allocator):
         self.installed = max(self.installed, place + BITMAP_BLOCK)
 
     def _part(self, place: int) -> Table:
-        """A part of a bitmap block, which is in memory or has never been written."""
+        """A part of a bitmap block, which is in memory or does not matter as it is on disk."""
         table = self.tables.get(SLOT, place)
         return table or self.tables.put(SLOT, place, bytearray(PART), PART)
 
