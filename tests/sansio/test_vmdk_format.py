@@ -569,3 +569,16 @@ def test_what_cannot_be_resized_keeps_every_byte() -> None:
     with pytest.raises(NotSupported, match="room for"):
         machine.run(format.resize(1 << 50))
     assert machine.content() == files
+
+
+@pytest.mark.parametrize(
+    "name", ['q"q.vmdk', "a\nb", "\xfc \u65e5.vmdk", ".vmdk", "x" * 240, "it's =#"]
+)
+def test_an_image_in_one_file_may_have_any_name(name: str) -> None:
+    made = Files({}, name)
+    made.run(creation.create_image({"size": MIB, "file-name": f"dir/{name}"}))
+    assert Files(made.content(), name).open(vmdk.DRIVER, writable=True).size == MIB
+    if set(name) & set('"\n'):
+        with pytest.raises(UsageError, match="descriptor"):
+            options = {"size": MIB, "file-name": name, "subformat": "monolithicFlat"}
+            made.run(creation.create_image(options))

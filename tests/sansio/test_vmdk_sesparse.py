@@ -527,3 +527,21 @@ def test_tables_that_were_dropped_are_used_again() -> None:
     again = over(again.close())
     assert again.read(300 * MIB, 2) == b"x\0"
     assert checked(again).findings == []
+
+
+@pytest.mark.parametrize("region", ["bitmap", "backmap"])
+@pytest.mark.parametrize("data", [True, False])
+def test_maps_of_another_meaning_are_left_alone(region: str, data: bool) -> None:
+    machine = fresh()
+    if data:
+        machine.write(0, b"x" * 8 * GRAIN)
+    file = bytearray(machine.close())
+    place = getattr(new_header(DISK // 512), region)
+    length = 8192 if region == "bitmap" else 64 * GRAIN
+    put(file, place.start, bytes(b ^ 0xFF for b in file[place.start : place.start + length]))
+    again = over(bytes(file))
+    result = checked(again, "all")
+    assert again.slots[SLOT] == file
+    assert not result.leaks_fixed and not result.corruptions_fixed
+    if data or region == "bitmap":
+        assert any("another meaning" in text for text in result.findings)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -120,7 +121,10 @@ def split(sectors: int, kind: Kind, file_name: str) -> Iterator[ExtentLine]:
         )
     offset = 0 if kind.type == "FLAT" else None
     for index in range(count):
-        name = bare if kind.suffix is None else extent_name(bare, kind.suffix, index + 1)
+        if kind.suffix is None:  # nobody looks for this file, which is the image itself
+            name = re.sub('["\\r\\n\\0]', "_", bare)
+        else:
+            name = extent_name(bare, kind.suffix, index + 1)
         length = min(most, sectors - index * most)
         yield ExtentLine(RW, length, kind.type, name, offset)
 

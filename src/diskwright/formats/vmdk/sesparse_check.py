@@ -41,7 +41,17 @@ class SesparseCheck:
         self.places: dict[int, int] = {}
         self.writes: list[MetaWrite] = []
         self.changed = False
+        self.grains = self.wrong = 0
+        """Grains in use, and how many of them the reverse map or the bitmap does not confirm."""
         self.limit = part.header.grain_count
+
+    @property
+    def understood(self) -> bool:
+        """Most grains are in both maps what we take these to say; without any in use, most are free
+        in the bitmap."""
+        if not self.grains:
+            return 4 * self.result.leaks < self.limit
+        return 4 * self.wrong < self.grains
 
     def run(self) -> Procedure:
         """The whole check."""
@@ -141,6 +151,8 @@ class SesparseCheck:
         raws = yield Read(part.slot, [(start + g * SLICE, SLICE) for g in groups], LOAD)
         maps = {g: little_endian_array(64, r) for g, r in zip(groups, raws, strict=True)}
         wrong = [g for g, guest in found.items() if maps[g // PLACES][g % PLACES] != guest]
+        self.grains += len(found)
+        self.wrong += len(wrong)
         if not wrong:
             return
         self.result.corruptions += len(wrong)
@@ -200,6 +212,7 @@ class SesparseCheck:
         had, wanted = int.from_bytes(bits, "little"), int.from_bytes(used, "little")
         mask = (1 << last) - 1
         lacking, leaked = wanted & ~had & mask, had & ~wanted & mask
+        self.wrong += lacking.bit_count()
         if lacking:
             result.corruptions += lacking.bit_count()
             result.say(
@@ -238,6 +251,17 @@ def check_sesparse(part: SesparsePart, result: CheckResult, fix: str) -> Procedu
     """Check (and repair) one extent on disk, with nothing dirty; see `Part.check`.
 
     Repaired are bits, the reverse map and the number of the next free table; entries that name
-    nothing, and grains that two entries name, stay findings.
+    nothing, and grains that two entries name, stay findings.  Free bitmap and reverse map are left
+    alone unless most of the grains in use are in both what we take them to be: whoever wrote the
+    extent may have meant something else by them.
     """
+    if fix:
+        found = SesparseCheck(part, CheckResult(), "")
+        yield from found.run()
+        if not found.understood:
+            result.say(
+                "Nothing is repaired: free bitmap and reverse map do not follow the grain tables, "
+                "and may have another meaning here"
+            )
+            fix = ""
     yield from SesparseCheck(part, result, fix).run()
