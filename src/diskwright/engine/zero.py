@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from ..contract import (
@@ -16,7 +16,7 @@ from ..contract import (
     ZERO_UNMAP,
     Range,
 )
-from ..extents import HOLE, ZERO, Data
+from ..extents import HOLE, ZERO, Data, Extent
 from ..units import align_down, align_up
 from .leases import Span
 from .spans import Overlay, merge_spans
@@ -136,7 +136,7 @@ class Zeroer:
         # Also behind the end of a backing file, which may grow: what was written stays hidden.
         below = engine.slots.get("backing") is not None
         unmap = MAY_UNMAP if kind == ZERO_UNMAP else 0
-        for extent in await engine.map_range(start, stop - start):
+        async for extent in self._extents(start, stop):
             end = start + extent.length
             if extent.kind == ZERO or (extent.kind == HOLE and not below):
                 pass
@@ -158,12 +158,19 @@ class Zeroer:
                     await engine.allocator.plan_and_move(overlay.ranges(), WRITE, overlay, epoch)
             start = end
 
+    async def _extents(self, start: int, stop: int) -> AsyncIterator[Extent]:
+        """The map of a range, which may be as long as the disk, some of it at a time."""
+        while start < stop:
+            for extent in await self.engine.map_range(start, min(stop - start, _PIECE)):
+                yield extent
+                start += extent.length
+
     async def reads_zero(self, start: int, stop: int) -> bool:
         """True when the maps alone, here and below, say that the range reads as zeroes."""
         if start >= stop:
             return True
         backing = self.engine.slots.get("backing")
-        for extent in await self.engine.map_range(start, stop - start):
+        async for extent in self._extents(start, stop):
             if extent.kind == HOLE:
                 if backing is not None and start < backing.size:
                     end = min(start + extent.length, backing.size)
