@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import random
 import sys
 import time
 from collections import Counter
 from typing import Any, NamedTuple
 
-from diskwright.contract import FUA, MAY_UNMAP
+from diskwright.contract import COMPRESSED, FUA, MAY_UNMAP
 from diskwright.engine.kernel import Driver
 from diskwright.engine.tables import Tables
 from diskwright.graph.mapped import MappedNode
@@ -82,6 +83,20 @@ class Workload:
         for request in requests:
             request.finish(self.driver.tick(), True, fua)
 
+    async def _write_packed(self) -> None:
+        """Whole units; where one of them is there already nothing is written."""
+        unit = self.kit.unit
+        offset = self._range()[0] // unit * unit
+        length = min(self.rng.choice([1, 1, 2, 5, 20]) * unit, self.size - offset)
+        request, data = self.model.write(offset, length)
+        try:
+            await self.node.write([offset], [data], COMPRESSED)
+        except OSError as error:
+            assert error.errno == errno.EIO
+            request.finish(self.driver.tick(), False)
+        else:
+            request.finish(self.driver.tick(), True)
+
     async def _zero(self) -> None:
         offset, length = self._range()
         request = self.model.zero(offset, length)
@@ -118,6 +133,7 @@ class Workload:
         menu = [self._write] * 7 + [self._zero, self._discard, self._discard]
         menu += [self._flush, self._flush]
         menu += [self._resize] * self.kit.may_resize()
+        menu += [self._write_packed] * (6 * self.kit.packs)
         beside = None
         for _ in range(self.steps):
             action = self.rng.choice(menu)

@@ -8,9 +8,10 @@ from typing import Any
 from diskwright.graph import registry
 from races import sesparse
 from races.cases import new_image, random_base
+from races.packed import Recall
 
 KIB, MIB = 1 << 10, 1 << 20
-QCOW2 = ("plain", "backing", "lazy", "v2", "narrow", "wide", "zeroing")
+QCOW2 = ("plain", "backing", "lazy", "v2", "narrow", "wide", "zeroing", "packed")
 VHDX = ("vhdx", "vhdx-4096", "vhdx-differencing")
 VMDK = ("vmdk", "vmdk-zeroed", "vmdk-backing", "sesparse", "sesparse-backing")
 KINDS = QCOW2 + VHDX + VMDK
@@ -30,6 +31,8 @@ class Kit:
         """What was discarded reads as zeroes."""
         self.others = True
         """Other programs can open it by itself."""
+        self.packs = kind == "packed"
+        """Some writes are compressed, by a codec of our own."""
         if kind in VHDX:
             self._vhdx(rng)
         elif kind.startswith("sesparse"):
@@ -60,6 +63,9 @@ class Kit:
             self.create["compat"] = "0.10"
         if self.kind in ("narrow", "wide"):
             self.create["refcount_bits"] = 1 if self.kind == "narrow" else 64
+        if self.packs:
+            self.create["refcount_bits"] = rng.choice([1, 2, 16])
+            self.others = False
 
     def _vhdx(self, rng: random.Random) -> None:
         self.format, self.unit, self.steps = "vhdx", MIB, 14
@@ -116,6 +122,8 @@ class Kit:
         open_format = registry.driver(self.format).open
         assert open_format is not None
         found: tuple[Any, Any] = open_format({"file-name": f"disk.{self.format}", **self.opened})
+        if self.packs:
+            found[0]._codec = Recall()
         return found
 
     def may_resize(self) -> bool:

@@ -19,7 +19,7 @@ from diskwright.testing.composed import Cipher, Concat, Crypt, Part
 from diskwright.testing.memory import NEVER, RecordingNode
 from diskwright.testing.toy import Toy, create_toy
 
-from . import sesparse
+from . import packed, sesparse
 
 MIB = 1 << 20
 
@@ -231,7 +231,7 @@ def qcow2_image(*options: tuple[str, Any]) -> bytes:
 class Qcow2Case(Case):
     """qcow2 with clusters of 512 bytes; by kind over a backing disk (b), with lazy refcounts (l),
     version 2 (2), narrow refcounts (r), at an offset in a raw disk (o), below it an alignment of
-    4 KiB (a), or on a chain of two overlays (h)."""
+    4 KiB (a), on a chain of two overlays (h), or full of compressed clusters (p)."""
 
     unit = 512
     resizes = True
@@ -258,7 +258,11 @@ class Qcow2Case(Case):
             options["backing_fmt"] = "raw"
         if "a" in kind:
             self.alignment = 4096
-        image = qcow2_image(*sorted(options.items()))
+        if "p" in kind:
+            self.base = packed.dull(rng, self.size)
+            image = packed.packed_image(self.base, **options)
+        else:
+            image = qcow2_image(*sorted(options.items()))
         self.images = [image]
         self.offset = 0
         if "o" in kind:
@@ -455,6 +459,7 @@ CASES: dict[str, Callable[[random.Random], Case]] = {
     "qcow2-refcounts": lambda rng: Qcow2Case(rng, "rb"),
     "qcow2-aligned": lambda rng: Qcow2Case(rng, "ab"),
     "qcow2-in-raw": lambda rng: Qcow2Case(rng, "ob"),
+    "qcow2-packed": lambda rng: Qcow2Case(rng, "rp"),
     "qcow2-chain": lambda rng: Qcow2Case(rng, "h"),
     "vhdx": VhdxCase,
     "vhdx-4096": lambda rng: VhdxCase(rng, "4"),

@@ -9,9 +9,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ..contract import COMPRESSED
 from ..engine.futures import BaseDriver
 from ..engine.node import Node
-from ..errors import NotSupported
+from ..errors import NotSupported, UnsupportedFeature
 from ..graph.gate import Gate
 from ..graph.opener import close_disk, create_image, open_disk
 from ..protocols.memory import MemoryNode
@@ -46,13 +47,17 @@ class _Opened:
         self.size = create.pop("size", SIZE)
         # These have no parents of another format.
         self.below = format if format in ("vmdk", "vhdx") else "raw"
+        self.packed: dict[str, Any] = create.pop("packed_base", {})
+        """Options of a compressed base."""
+        if self.packed:
+            self.below = format
 
     async def __call__(self, driver: BaseDriver, folder: Path, fresh: bool) -> Node:
         path = folder / "disk"
         base = folder / "base"
         if fresh and self.backing:
             if self.below != "raw":
-                await _made(driver, base, self.below)
+                await _made(driver, base, self.below, self.packed)
             else:
                 base.write_bytes(pattern(900, 0, _BASE_SIZE))
         if fresh and self.extents:
@@ -98,12 +103,20 @@ class _Opened:
         return out
 
 
-async def _made(driver: BaseDriver, path: Path, format: str) -> None:
-    """An image that holds the bytes of a base."""
-    await create_image(driver, str(path), format, _BASE_SIZE)
+async def _made(driver: BaseDriver, path: Path, format: str, packed: dict[str, Any]) -> None:
+    """An image that holds the bytes of a base, compressed where there are options for that."""
+    await create_image(driver, str(path), format, _BASE_SIZE, packed)
     disk = await open_disk(driver, {"driver": format, "file.filename": str(path)}, writable=True)
-    await disk.write([0], [pattern(900, 0, _BASE_SIZE)])
-    await close_disk(disk)
+    try:
+        if packed:
+            whole = pattern(900, 0, _BASE_SIZE).ljust(disk.size, b"\0")
+            await disk.write([0], [whole], COMPRESSED)
+        else:
+            await disk.write([0], [pattern(900, 0, _BASE_SIZE)])
+    except UnsupportedFeature as error:
+        raise Unavailable(str(error)) from error
+    finally:
+        await close_disk(disk)
 
 
 async def _composed(driver: BaseDriver, path: Path, extents: list[tuple[str, int]]) -> None:
@@ -179,6 +192,15 @@ def subjects() -> list[Subject]:
         _filed("qcow2, refcounts of 64 bits", "qcow2", refcount_bits=64, unit=65536),
         _filed(
             "qcow2 over a backing file", "qcow2", backing_file="", backing_fmt="raw", unit=65536
+        ),
+        _filed(
+            # The bytes repeat themselves at a distance that needs such clusters.
+            "qcow2 over a compressed one",
+            "qcow2",
+            backing_file="",
+            backing_fmt="qcow2",
+            unit=65536,
+            packed_base={"cluster_size": 2 << 20, "compression_type": "zstd"},
         ),
         _filed("qcow2, metadata preallocated", "qcow2", preallocation="metadata", unit=65536),
         _filed("qcow2, cache=none", "qcow2", cache="none", cluster_size=4096, unit=4096),
