@@ -199,3 +199,21 @@ def test_several_damages(seed: int, tmp_path: Path) -> None:
         assert (result.corruptions, result.leaks) == (0, 0), what
         assert lost(before, content(after)) == [], what
         clean(after, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "names",
+    [("l2-shared", "data-shared-often"), ("l1-at-data", "data-shared"), ("l2-shared", "l2-at-l1")],
+)
+def test_a_table_that_two_entries_share_with_damages_in_it(
+    names: tuple[str, str], tmp_path: Path
+) -> None:
+    by_name = {damage.name: damage for damage in DAMAGES}
+    image = Image(base())
+    for name in reversed(names):
+        by_name[name].make(image)
+    file = bytes(image.file)
+    result, after, _ = repaired(file, "all")
+    assert (result.corruptions, result.leaks) == (0, 0)
+    assert lost(content(file), content(after)) == []
+    clean(after, tmp_path)

@@ -36,6 +36,8 @@ class Mender(Checker):
         self.crossed = False
         """A cluster has several references and fewer counts."""
         self._changes: list[tuple[int, int]] = []
+        self._alone = True
+        """Nothing else lies over the table whose flags are looked at."""
         self._second = CheckResult()
         """What is said once all counts were compared, for that is when others mend them."""
 
@@ -112,6 +114,11 @@ class Mender(Checker):
         offsets: dict[int, None] = {}
         l1 = self.image.l1
         changed = []
+        first, last = self.header.l1_offset, self.header.l1_offset + 8 * len(l1)
+        self._alone = all(
+            self.counts.get(cluster) == 1
+            for cluster in range(first >> self.bits, -(-last >> self.bits))
+        )
         for start in range(0, len(l1), _SLICE):
             part = l1[start : start + _SLICE]
             for index, entry in enumerate(part, start):
@@ -130,6 +137,7 @@ class Mender(Checker):
         if self.external:
             return
         for done, offset in enumerate(offsets):
+            self._alone = self.counts.get(offset >> self.bits) == 1
             (raw,) = yield Read(SLOT, [(offset, self.size)], "l2_load")
             table = big_endian_array(64, raw)
             changed = []
@@ -156,7 +164,7 @@ class Mender(Checker):
         """Say that a flag is wrong; True when it is to be mended."""
         if (count == 1) == bool(entry & COPIED):
             return False
-        only = count == 1 and self.counts.get((entry & OFFSET) >> self.bits) == 1
+        only = self._alone and count == 1 and self.counts.get((entry & OFFSET) >> self.bits) == 1
         if self.result.uncovered or not (self.all_flags or only):
             self.result.corruption(f"{what} refcount={count}")
             return False

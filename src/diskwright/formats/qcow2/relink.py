@@ -49,6 +49,10 @@ class Relinker:
         """New places of guest clusters by (place of the L2 entry), not yet in the table."""
         self.taken: set[int] = set()
         """Those of ``moved`` that a table has already."""
+        self.kept: dict[int, array[int]] = {}
+        """L2 tables that are the L1 table, as they were before that was changed."""
+        self.common: set[int] = set()
+        """Places of tables that several L1 entries name."""
         self.copies = 0
         self.mended = 0
 
@@ -155,10 +159,14 @@ class Relinker:
                     claims.add(place >> self.bits)
         if self.found.counts.shared:
             yield from self._over_structures(dict(places[::-1]).values())
-        # Only now is the L1 table changed: guest clusters may have lain over it.
+        # Only now is the L1 table changed: guest clusters and tables may have lain over it.
+        first = self.header.l1_offset
+        for place in {place for _, place in places if 0 <= place - first < 8 * len(l1)}:
+            self.kept[place] = yield from self._read_table(place)
         yield from write_entries(self.header.l1_offset, l1, changed, "l1_update")
         if self.found.result.compressed_clusters:
             yield from self._claim_packed({place: None for _, place in places})
+        self.common = {place for index, place in places if index in shared}
         for done, (index, place) in enumerate(places):
             yield from self._mend_table(index, place, index in shared)
             yield Progress(done, len(places))
@@ -198,6 +206,8 @@ class Relinker:
         )
 
     def _read_table(self, place: int) -> Procedure:
+        if place in self.kept:
+            return self.kept[place][:]
         (raw,) = yield Read(SLOT, [(place, self.size)], "l2_load")
         return big_endian_array(64, raw)
 
@@ -303,6 +313,10 @@ class Relinker:
         if shared:
             yield from self._move_table(l1_index, table)
         else:
+            if place in self.common:  # it is read again for the next L1 entry
+                for index, _ in sources:
+                    self.moved[place + 8 * index] = table[index]
+                    self.taken.add(place + 8 * index)
             yield from write_entries(place, table, changed, "l2_update")
 
     def _look(
