@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
 from ...contract import (
@@ -23,11 +24,13 @@ BEFORE = "before"
 class State:
     """What commit and abort need of a plan."""
 
-    __slots__ = ("entries", "reserved", "spans")
+    __slots__ = ("entries", "reserved", "runs", "spans")
 
     def __init__(self) -> None:
         self.entries: list[tuple[Table, int, int]] = []
         """(L2 table, index, new entry)"""
+        self.runs: list[tuple[Table, int, array[int]]] = []
+        """(L2 table, first index, new entries), where the old ones are empty"""
         self.spans: list[tuple[Table, int, int, int]] = []
         """(L2 table, first index, end, what to do)"""
         self.reserved: list[Choice] = []
