@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from ..contract import COMPRESSED
 from ..engine.align import whole_units
-from ..engine.copy import CopyFailed, CopyOptions, Segment, copy
+from ..engine.copy import CopyFailed, CopyOptions, copy
 from ..engine.kernel import BaseDriver
 from ..errors import DiskError, ImageInUse, UsageError
 from ..graph import registry
@@ -18,18 +18,16 @@ from ..graph.names import parse
 from ..graph.node import Node
 from ..graph.opener import close_disk, discard_disk
 from ..graph.perms import CONSISTENT_READ, WRITE_UNCHANGED
-from ..graph.status import Status, all_status, block_status
+from ..graph.status import all_status
 from ..units import SECTOR, align_up
 from .create import create
 from .images import ImageSpec, OpenFailed, close_all
+from .sources import SPARSE, Sources
 from .streaming import Pass, limited, one_pass, salvaged, write_pass
 
 BUFFER = 2 << 20
-SPARSE = 4096
 _PACKED = 1 << 20
 """Bytes that are compressed in one go."""
-_LEAST_HOLE = 64 << 10
-"""Shorter holes of a file are read like data, where their zeroes are found then as well."""
 ONE_SOURCE = (
     "Having a backing file for the target makes no sense when concatenating multiple input images"
 )
@@ -232,7 +230,7 @@ async def _copy(
         below = out.child("backing")
         base, covered = _base_of(nodes, below), below.size if below is not None else 0
     unknown = tell.on_unknown if settings.salvage else None
-    source = _Sources(nodes, settings.sparse, base, covered, target is not out, unknown)
+    source = Sources(nodes, settings.sparse, base, covered, target is not out, unknown)
     count = await _Count.of(source, tell)
     segments = source.segments()
     options = CopyOptions(
@@ -271,7 +269,7 @@ async def _one_pass(
     durable: bool,
 ) -> int:
     unknown = tell.on_unknown if settings.salvage else None
-    source = _Sources(nodes, settings.sparse, None, 0, False, unknown)
+    source = Sources(nodes, settings.sparse, None, 0, False, unknown)
     count = await _Count.of(source, tell)
     segments = limited(driver, source.segments(), settings.rate)
     if settings.salvage:
@@ -288,7 +286,7 @@ class _Count:
         self.done = 0
 
     @classmethod
-    async def of(cls, source: _Sources, tell: _Told) -> _Count:
+    async def of(cls, source: Sources, tell: _Told) -> _Count:
         """Look through the source first, where somebody is to be told how far it is."""
         told = tell.on_progress
         return cls(await source.data() if told is not None else 0, told)
@@ -299,70 +297,6 @@ class _Count:
             self.done += length
             if self.on_progress is not None:
                 self.on_progress(min(self.done, self.total), self.total)
-
-
-class _Sources:
-    """The sources as one range of bytes, cut into what is data and what is zero."""
-
-    def __init__(
-        self,
-        nodes: list[Node],
-        sparse: int,
-        base: Node | None,
-        covered: int,
-        deep: bool,
-        on_unknown: Callable[[int, OSError], None] | None,
-    ) -> None:
-        self.nodes = nodes
-        self.sparse = sparse > 0
-        self.least_hole = 0 if deep or sparse > SPARSE else _LEAST_HOLE
-        self.base = base
-        self.covered = covered
-        """Bytes for which the target's backing file stands for ``base``."""
-        self.deep = deep
-        """Name the files that hold the data, so that the host can copy between them."""
-        self.on_unknown = on_unknown
-        """Told where nobody can say what a sector is, which is then read; None: that is an
-        error."""
-
-    async def data(self) -> int:
-        """Bytes that will be read."""
-        return sum([part.length async for part in self.segments() if not part.zero])
-
-    async def segments(self) -> AsyncIterator[Segment]:
-        """What to copy, in order."""
-        start = 0
-        for node in self.nodes:
-            offset = 0
-            most = node.size
-            while offset < node.size:
-                inside = self.base is not None and offset < self.covered
-                end = min(self.covered, node.size) if inside else node.size
-                length = min(most, end - offset)
-                try:
-                    below = self.base if inside else None
-                    found = await block_status(
-                        node, offset, length, base=below, least_hole=self.least_hole
-                    )
-                except OSError as error:
-                    if self.on_unknown is None:
-                        raise
-                    if length > SECTOR:  # half of it may be known
-                        most = align_up(length // 2, SECTOR)
-                        continue
-                    self.on_unknown(start + offset, error)
-                    found = [Status(offset, length, 0, True, False, True)]
-                most = node.size
-                for part in found:
-                    offset += part.length
-                    if inside and not (part.present or part.zero or part.data):
-                        continue
-                    source, at = node, part.start
-                    if self.deep and part.data and not part.zero and part.offset >= 0:
-                        source, at = part.node or node, part.offset
-                    zero = part.zero and self.sparse
-                    yield Segment(source, at, start + part.start, part.length, zero)
-            start += align_up(node.size, SECTOR)
 
 
 async def _new_is_zero(out: Node, settings: Settings) -> bool:

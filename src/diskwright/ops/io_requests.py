@@ -16,12 +16,11 @@ from .io_text import (
     MAX_REQUEST,
     Complaint,
     Flags,
-    clock_text,
+    Transfer,
     cvtnum,
     dump,
     getopt,
     pattern_byte,
-    size_text,
 )
 
 if TYPE_CHECKING:
@@ -32,27 +31,6 @@ FILL = 0xCD
 
 PIECE = 64 << 20
 """Most bytes that are held in memory for one request; longer ones are moved in pieces."""
-
-
-class Transfer(NamedTuple):
-    """What a request moved: ``total`` bytes from ``offset`` in ``seconds``."""
-
-    verb: str
-    offset: int
-    total: int
-    seconds: float
-
-    def lines(self, csv: bool) -> str:
-        """The report: two lines, or one of comma-separated values."""
-        seconds = max(self.seconds, 1e-9)
-        rate, ops = self.total / seconds, 1 / seconds
-        if csv:
-            return f"{self.total},1,{clock_text(seconds, True)},{rate:.3f},{ops:.3f}"
-        return (
-            f"{self.verb} {self.total}/{self.total} bytes at offset {self.offset}\n"
-            f"{size_text(self.total)}, 1 ops; {clock_text(seconds)} "
-            f"({size_text(rate)}/sec and {ops:.4f} ops/sec)"
-        )
 
 
 class Outcome(NamedTuple):

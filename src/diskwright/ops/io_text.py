@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 MAX_REQUEST = 2147483136
 """Most bytes that one request moves: what fits into a signed 32-bit number, in sectors."""
@@ -162,3 +163,24 @@ def dump(data: bytes | bytearray | memoryview, offset: int) -> list[str]:
         shown = "".join(chr(b) if b < 128 and chr(b).isalnum() else "." for b in row)
         lines.append(f"{offset + at:08x}:  {row.hex(' ')}  {shown}")
     return lines
+
+
+class Transfer(NamedTuple):
+    """What a request moved: ``total`` bytes from ``offset`` in ``seconds``."""
+
+    verb: str
+    offset: int
+    total: int
+    seconds: float
+
+    def lines(self, csv: bool) -> str:
+        """The report: two lines, or one of comma-separated values."""
+        seconds = max(self.seconds, 1e-9)
+        rate, ops = self.total / seconds, 1 / seconds
+        if csv:
+            return f"{self.total},1,{clock_text(seconds, True)},{rate:.3f},{ops:.3f}"
+        return (
+            f"{self.verb} {self.total}/{self.total} bytes at offset {self.offset}\n"
+            f"{size_text(self.total)}, 1 ops; {clock_text(seconds)} "
+            f"({size_text(rate)}/sec and {ops:.4f} ops/sec)"
+        )
