@@ -377,3 +377,23 @@ def test_an_extent_that_is_only_read_is_opened_so(here: Path) -> None:
     Path("three.vmdk").write_text(text)
     with pytest.raises(ImageError, match="read-only"):
         diskwright.open("three.vmdk", writable=True, policy="trusted")
+
+
+def test_zeroes_over_extents_beside_the_grid(here: Path) -> None:
+    """Grains that begin on no grid make one unit of the disk; zeroes reach all of it."""
+    diskwright.create("b", "vmdk", 8 << 30, {})
+    Path("a").write_bytes(b"a" * 512_000)
+    Path("x.vmdk").write_text(
+        'version=1\nCID=fffffffe\nparentCID=ffffffff\ncreateType="custom"\n'
+        'RW 1000 FLAT "a" 0\nRW 16777216 SPARSE "b"\n'
+    )
+    with diskwright.open("x.vmdk", writable=True, policy="trusted") as disk:
+        for at in (M, (5 << 30) - 7, (8 << 30) - M):
+            disk.write(at, b"z" * 200_000)
+        disk.zero(5000, 7 << 30)
+        for at in (M, (5 << 30) - 7):
+            assert disk.read(at, 200_000) == bytes(200_000)
+        assert disk.read(4999, 2) == b"a\0"
+        assert disk.read((8 << 30) - M, 200_000) == b"z" * 200_000
+        disk.zero(0, disk.size)
+        assert disk.read((8 << 30) - M, M) == bytes(M)
