@@ -240,8 +240,20 @@ def main() -> None:
                 gc.collect()  # the nodes of a graph know each other
             if len(wrong) > 20:
                 break
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
-    print(json.dumps({"count": count, "slowest": slowest, "peak_mib": peak, "wrong": wrong}))
+    found = {"count": count, "slowest": slowest, "peak_mib": peak_mib(), "wrong": wrong}
+    print(json.dumps(found))
+
+
+def peak_mib() -> int:
+    """The peak of this program's memory.  (Linux: ``ru_maxrss`` begins with that of whoever
+    started it.)"""
+    try:
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) >> 10
+    except OSError:
+        pass
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ def test_a_journal_that_must_be_replayed(peer: Peer, tmp_path: Path) -> None:
 def test_repair(peer: Peer, tmp_path: Path) -> None:
     path = tmp_path / "x.vmdk"
     create(path, 40 << 20)
-    change(path, ["-c", "write -q -P 7 0 100k", "-c", "write -q -P 8 30M 5k"])
+    change(path, ["-c", "write -q -P 7 0 400k", "-c", "write -q -P 8 30M 5k"])
     with (tmp_path / "x-sesparse.vmdk").open("r+b") as file:
         file.seek(8192 * 512)
         file.write(b"\x0f\xff\xff\xff\xff")
@@ -141,7 +141,7 @@ def test_repair(peer: Peer, tmp_path: Path) -> None:
     run([*OURS, "check", "-q", "-f", "vmdk", "-r", "all", path])
     change(path, ["-c", "write -q -P 9 1M 1k"])
     model = bytearray(40 << 20)
-    model[: 100 << 10] = b"\7" * (100 << 10)
+    model[: 400 << 10] = b"\7" * (400 << 10)
     model[30 << 20 : (30 << 20) + 5120] = b"\x08" * 5120
     model[1 << 20 : (1 << 20) + 1024] = b"\t" * 1024
     agree(peer, path, model)

@@ -88,6 +88,8 @@ class Bounce:
                 self.leases.drop(lease)
             return
         requests = [(o, b) for o, b in zip(offsets, buffers, strict=True) if len(b)]
+        if not requests:
+            return
         spans = _merged([self.widen(o, len(b)) for o, b in requests])
         lease = await self.leases.take(spans, True)
         try:
