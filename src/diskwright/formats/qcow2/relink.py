@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 from ...contract import Barrier, MetaWrite, Procedure, Progress, Read, Table, Write
 from ...errors import CorruptImage
 from ...ondisk import big_endian_array, big_endian_bytes
+from ..editing import ask, flush, unpin
 from . import header as hd
 from .checking import Checker
 from .core import COPIED, OFFSET, PACKED, REFTABLE_OFFSET_MASK, SLOT, ZERO_FLAG
-from .edit import ask, flush, unpin
 from .mending import write_entries
 from .references import Counts
 

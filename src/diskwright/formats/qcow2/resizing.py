@@ -26,10 +26,11 @@ from ...errors import NotSupported, UsageError
 from ...extents import DATA, PACKED
 from ...ondisk import big_endian_bytes, zeros
 from ...units import align_down, align_up
+from ..editing import ask, flush, unpin
 from . import header as hd
 from .core import SLOT
 from .creation import PREALLOCATIONS
-from .edit import announce, ask, flush, unpin
+from .edit import announce
 from .rewrite import drop_clusters
 
 if TYPE_CHECKING:

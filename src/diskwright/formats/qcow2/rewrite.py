@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING
 from ...contract import Barrier, MetaWrite, NeedMeta, Procedure, Progress, Table, Write
 from ...errors import CorruptImage, NoSpace, UsageError
 from ...units import align_up
+from ..editing import ask, flush, unpin
 from . import header as hd
 from .core import OFFSET, PACKED, SLOT, ZERO_FLAG
 from .creation import set_backing
-from .edit import announce, ask, flush, unpin
+from .edit import announce
 from .runs import Run
 
 if TYPE_CHECKING:

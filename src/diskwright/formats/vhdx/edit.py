@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ...contract import (
     Barrier,
@@ -15,16 +15,15 @@ from ...contract import (
     NeedMeta,
     Procedure,
     Progress,
-    Punch,
     Quiesce,
     Read,
     Table,
     Truncate,
-    Write,
 )
 from ...errors import UsageError
 from ...ondisk import little_endian_array
 from ...units import align_up
+from .. import editing
 from . import log
 from .core import BAT_LOAD, ENTRIES, PART
 from .log import SECTOR, Change
@@ -38,23 +37,6 @@ _READ = 1 << 20
 _TURN = 64
 
 
-def ask(image: Vhdx, question: Callable[[], Any], pins: list[Table]) -> Procedure:
-    """Repeat ``question`` until no table is missing; tables that were read stay pinned."""
-    while True:
-        answer = question()
-        if not isinstance(answer, NeedMeta):
-            return answer
-        raws = yield Read(answer.slot, answer.ranges, answer.tag)
-        for (offset, _), raw in zip(answer.ranges, raws, strict=True):
-            table = image.tables.get(answer.slot, offset)
-            if table is None:
-                image.load(answer.slot, offset, raw)
-                table = image.tables.get(answer.slot, offset)
-            assert table is not None
-            table.pins += 1
-            pins.append(table)
-
-
 def slice_of(image: Vhdx, index: int, pins: list[Table]) -> Procedure:
     """The slice of the BAT that holds entry ``index``, pinned."""
     number = index // ENTRIES
@@ -63,7 +45,7 @@ def slice_of(image: Vhdx, index: int, pins: list[Table]) -> Procedure:
         missing = NeedMeta(SLOT, [(image.slice_offset(number), PART)], BAT_LOAD)
         return image.slice_table(number) or missing
 
-    table: Table = yield from ask(image, load, pins)
+    table: Table = yield from editing.ask(image, load, pins)
     table.pins += 1
     pins.append(table)
     return table
@@ -94,29 +76,11 @@ def walk(
     yield from flush(image)
 
 
-def unpin(pins: list[Table]) -> None:
-    """Let the tables of `ask` go."""
-    for table in pins:
-        table.pins -= 1
-    pins.clear()
-
-
 def flush(image: Vhdx) -> Procedure:
-    """Write back until nothing is dirty and all that was freed is punched."""
+    """Write back, under the GUIDs of this session, until nothing is dirty."""
     if image.tables.dirty():
         yield from image.announce()
-    while True:
-        groups = image.freeze()
-        yield Barrier()
-        for group in groups.groups:
-            yield Write(group)
-            yield Barrier()
-        freed = image.settle(groups.token)
-        if freed:
-            zeroed = yield Punch(freed)
-            image.release(freed, zeroed)
-        if not image.tables.dirty() and not freed:
-            return
+    yield from editing.flush(image)
 
 
 def log_writes(image: Vhdx, writes: Sequence[tuple[int, bytes]]) -> Procedure:

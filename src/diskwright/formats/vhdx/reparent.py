@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from ...contract import MetaWrite, Procedure, Progress, Read, Write
 from ...errors import CorruptImage, NoSpace, NotSupported, UsageError
 from ...units import align_up
+from ..editing import unpin
 from .core import ENTRIES, FULL, NOT_PRESENT, OFFSET, PARTIAL, SB_PRESENT, STATE
-from .edit import flush, log_writes, slice_of, unpin, walk
+from .edit import flush, log_writes, slice_of, walk
 from .locator import Locator, encode, locate
 from .metadata import (
     FILE_PARAMETERS,

@@ -23,9 +23,10 @@ from ...contract import (
 )
 from ...errors import CorruptImage, NotSupported, UsageError
 from ...units import align_up
+from ..editing import unpin
 from .checking import Checker
 from .core import ENTRIES, FULL, NOT_PRESENT, OFFSET, PARTIAL, SB_PRESENT, STATE, ZERO
-from .edit import flush, log_writes, shorten, slice_of, unpin, walk
+from .edit import flush, log_writes, shorten, slice_of, walk
 from .metadata import DISK_SIZE, MAX_SIZE, find
 from .structures import MIB, REGION_TABLES, SLOT, Region, encode_regions
 
