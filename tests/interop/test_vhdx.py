@@ -168,37 +168,32 @@ def test_borders(size: int, block: int, peer: Peer, tmp_path: Path) -> None:
 
 
 # -- logs
-def test_a_log_that_qemu_left(peer: Peer, tmp_path: Path) -> None:
-    """A qemu-io that writes is killed at each of its syncs; some leave a log to be replayed."""
+@pytest.mark.parametrize("size", [256 * MIB, 64 * GIB], ids=["one sector", "many sectors"])
+def test_a_log_that_qemu_left(size: int, peer: Peer, tmp_path: Path) -> None:
+    """qemu-io cannot write its block table behind the log that says so, and leaves that log."""
     bench = Bench(peer, tmp_path)
-    traced = [peer("strace"), "-f", "-qq", "-o", "/dev/null", "-e", "trace=fdatasync"]
-    found = 0
-    for number in range(4, 9):
-        image = tmp_path / f"image{number}.vhdx"
-        bench.create(False, image, 256 * MIB, "-o", "block_size=1M")
-        inject = f"inject=fdatasync:signal=SIGKILL:when={number}"
-        words = ["-c", "write -P 1 0 1M", "-c", "write -P 2 2M 1M"]
-        subprocess.run(
-            [*traced, "-e", inject, bench.io, "-f", "vhdx", *words, str(image)],
-            capture_output=True,
-            timeout=60,
-        )
-        theirs = tmp_path / "theirs.vhdx"
-        shutil.copy(image, theirs)
-        asked = subprocess.run([bench.img, "info", str(image)], capture_output=True, text=True)
-        if asked.returncode == 0 or "replayed" not in asked.stderr:
-            continue  # QEMU reads no image with a log
-        found += 1
-        before = image.read_bytes()
-        run([bench.img, "check", "-q", "-r", "all", theirs])
-        run([*OURS, "compare", "-q", image, theirs])
-        run([*OURS, "check", "-q", image])
-        assert image.read_bytes() == before  # reading replays in memory
-        run([*OURS, "io", "-f", "vhdx", "-c", "write -P 3 100M 4k", image])
-        run([bench.img, "check", "-q", image])
-        run([bench.io, "-f", "vhdx", "-c", "write -P 3 100M 4k", theirs])
-        run([bench.img, "compare", "-q", image, theirs])
-    assert found
+    image, theirs = tmp_path / "image.vhdx", tmp_path / "theirs.vhdx"
+    bench.create(False, image, size, "-o", "block_size=1M")
+    fault = {"event": "none", "iotype": "write", "sector": 2 * MIB // 512, "errno": 5, "once": False}
+    file = {"driver": "file", "filename": str(image)}
+    broken = {"driver": "blkdebug", "image": file, "inject-error": [fault]}
+    disk = "json:" + json.dumps({"driver": "vhdx", "file": broken})
+    words = [f"write -P {1 + n} {n * size // 4} 1M" for n in (2, 1, 3, 0)]
+    commands = [part for word in words for part in ("-c", word)]
+    subprocess.run([bench.io, *commands, disk], capture_output=True, timeout=60)
+    shutil.copy(image, theirs)
+    asked = subprocess.run([bench.img, "info", str(image)], capture_output=True, text=True)
+    assert "replayed" in asked.stderr  # QEMU reads no image with a log
+    before = image.read_bytes()
+    run([bench.img, "check", "-q", "-r", "all", theirs])
+    run([*OURS, "compare", "-q", image, theirs])
+    # QEMU had grown the file for the writes that failed: space that nothing uses is no damage.
+    run([*OURS, "check", "-q", image], status=(0, 3))
+    assert image.read_bytes() == before  # reading replays in memory
+    run([*OURS, "io", "-f", "vhdx", "-c", "write -P 3 100M 4k", image])
+    run([bench.img, "check", "-q", image])
+    run([bench.io, "-f", "vhdx", "-c", "write -P 3 100M 4k", theirs])
+    run([bench.img, "compare", "-q", image, theirs])
 
 
 @pytest.mark.parametrize("name", ["iotest-dirtylog-10G-4M", "iotest-dynamic-1G"])
