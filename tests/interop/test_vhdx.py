@@ -174,7 +174,13 @@ def test_a_log_that_qemu_left(size: int, peer: Peer, tmp_path: Path) -> None:
     bench = Bench(peer, tmp_path)
     image, theirs = tmp_path / "image.vhdx", tmp_path / "theirs.vhdx"
     bench.create(False, image, size, "-o", "block_size=1M")
-    fault = {"event": "none", "iotype": "write", "sector": 2 * MIB // 512, "errno": 5, "once": False}
+    fault = {
+        "event": "none",
+        "iotype": "write",
+        "sector": 2 * MIB // 512,
+        "errno": 5,
+        "once": False,
+    }
     file = {"driver": "file", "filename": str(image)}
     broken = {"driver": "blkdebug", "image": file, "inject-error": [fault]}
     disk = "json:" + json.dumps({"driver": "vhdx", "file": broken})

@@ -83,9 +83,7 @@ def test_the_same_descriptor_and_layout(seed: int, peer: Peer, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("subformat", [*SUBFORMATS[:4], *OURS_ONLY])
-def test_written_by_one_and_read_by_the_other(
-    subformat: str, peer: Peer, tmp_path: Path
-) -> None:
+def test_written_by_one_and_read_by_the_other(subformat: str, peer: Peer, tmp_path: Path) -> None:
     rng = random.Random(subformat)
     size = (2 << 30) + 3 * MIB + 512
     image = tmp_path / "disk.vmdk"
@@ -131,9 +129,7 @@ def test_libvmdk_reads_ours(subformat: str, tmp_path: Path, libvmdk: Any) -> Non
     handle.open_extent_data_files()
     assert handle.get_media_size() == 5 * MIB
     data = handle.read_buffer_at_offset(5 * MIB, 0)
-    assert data == (
-        bytes(MIB) + b"\7" * 102400 + bytes(4 * MIB - 102400 - 512) + b"\10" * 512
-    )
+    assert data == (bytes(MIB) + b"\7" * 102400 + bytes(4 * MIB - 102400 - 512) + b"\10" * 512)
     handle.close()
 
 
@@ -181,12 +177,10 @@ def parts(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "middle", ["RW 2048 ZERO", 'RDONLY 2048 FLAT "two" 0', 'RW  2048  ZERO ', "rw 2048 zero"]
+    "middle", ["RW 2048 ZERO", 'RDONLY 2048 FLAT "two" 0', "RW  2048  ZERO ", "rw 2048 zero"]
 )
 def test_no_extent_is_dropped(middle: str, parts: Path, peer: Peer) -> None:
-    image = described(
-        parts / "x.vmdk", f'RW 2048 FLAT "one" 0\n{middle}\nRW 2048 FLAT "two" 0\n'
-    )
+    image = described(parts / "x.vmdk", f'RW 2048 FLAT "one" 0\n{middle}\nRW 2048 FLAT "two" 0\n')
     want = 2 if "two" in middle else 0
     said = run([*OURS, "io", "-r", "-c", "read -P 1 0 1M", "-c", f"read -P {want} 1M 1M",
                 "-c", "read -P 2 2M 1M", image])  # fmt: skip
@@ -235,9 +229,7 @@ def test_a_short_extent_is_an_error_and_no_zeroes(parts: Path, peer: Peer) -> No
 
 
 @pytest.mark.parametrize("subformat", ["monolithicSparse", "twoGbMaxExtentSparse"])
-def test_qemu_goes_on_writing_where_we_resized(
-    subformat: str, peer: Peer, tmp_path: Path
-) -> None:
+def test_qemu_goes_on_writing_where_we_resized(subformat: str, peer: Peer, tmp_path: Path) -> None:
     image = tmp_path / "x.vmdk"
     run([peer("qemu-img"), "create", "-q", "-f", "vmdk", "-o", f"subformat={subformat}", image,
          "100M"])  # fmt: skip
