@@ -92,8 +92,6 @@ def uncovered(h: hd.Header) -> list[str]:
         out.append("external data file")
     if h.nb_snapshots:
         out.append("internal snapshots")
-    if h.extension(hd.EXT_BITMAPS) is not None:
-        out.append("persistent dirty bitmaps")
     return out
 
 
@@ -138,6 +136,10 @@ class Walker:
             self.unsound |= not whole
         if h.nb_snapshots:
             yield from self._snapshot_table()
+        if h.extension(hd.EXT_BITMAPS) is not None:
+            from .bitmapwalk import count_bitmaps
+
+            yield from count_bitmaps(self)
         offsets: dict[int, None] = {}  # a table that two entries share is walked once
         for start in range(0, len(self.image.l1), _SLICE):
             self._count_l1(self.image.l1[start : start + _SLICE], offsets)
