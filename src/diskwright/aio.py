@@ -29,6 +29,7 @@ from .graph.node import Buffer, Node
 from .graph.opener import close_disk, create_image, discard_disk, open_disk
 from .graph.status import Status, all_status
 from .ops.gates import gate_of
+from .ops.secrets import kept
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -41,6 +42,7 @@ def open(
     policy: str | None = None,
     *,
     map_paths: Mapping[str, str] | None = None,
+    secrets: Mapping[str, bytes | str] | None = None,
     **named: Any,
 ) -> _Opening:
     """Open a disk: ``disk = await open(...)``, or ``async with open(...) as disk``.
@@ -48,7 +50,8 @@ def open(
     Takes what :func:`diskwright.api.open` takes, and raises the same.
     """
     gate = gate_of(policy, map_paths=map_paths)
-    return _Opening(source, {"format": format, "writable": writable, **named}, gate)
+    named = {"format": format, "writable": writable, "secrets": kept(secrets), **named}
+    return _Opening(source, named, gate)
 
 
 async def create(
@@ -59,11 +62,15 @@ async def create(
     policy: str | None = None,
     *,
     map_paths: Mapping[str, str] | None = None,
+    secrets: Mapping[str, bytes | str] | None = None,
 ) -> int:
     """Make an image; see :func:`diskwright.api.create`."""
     gate = gate_of(policy, map_paths=map_paths)
     name = os.fsdecode(path)
-    return await run(lambda driver: create_image(driver, name, format, size, options, gate=gate))
+    keys = kept(secrets)
+    return await run(
+        lambda driver: create_image(driver, name, format, size, options, gate=gate, secrets=keys)
+    )
 
 
 def awaitable(

@@ -31,6 +31,7 @@ from .graph.node import Buffer, Node
 from .graph.opener import close_disk, create_image, open_disk
 from .graph.status import Status, all_status
 from .ops.gates import gate_of
+from .ops.secrets import kept
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -60,12 +61,14 @@ def open(
     discard: str = "unmap",
     detect_zeroes: str = "off",
     map_paths: Mapping[str, str] | None = None,
+    secrets: Mapping[str, bytes | str] | None = None,
 ) -> Disk:
     """Open a disk: a path, a ``json:`` or ``proto:`` name, or a dict of options.
 
     Without ``format`` the image is probed.  What the image itself names (a backing file) is opened
     only with ``policy="trusted"``; ``backing=False`` leaves it out.  ``map_paths`` says what
-    prefixes of the paths that images name mean here (``{"D:/VMs": "/srv/vms"}``).  The other
+    prefixes of the paths that images name mean here (``{"D:/VMs": "/srv/vms"}``); ``secrets`` are
+    the passphrases that options such as ``key-secret`` name (``{"sec0": b"..."}``).  The other
     arguments are those of :func:`diskwright.graph.opener.open_disk`.
 
     Raises OSError, and the kinds of DiskError; Refused when a policy forbids a reference.
@@ -85,6 +88,7 @@ def open(
                 backing=backing,
                 discard=discard,
                 detect_zeroes=detect_zeroes,
+                secrets=kept(secrets),
             )
         )
     except BaseException:
@@ -101,16 +105,20 @@ def create(
     policy: str | None = None,
     *,
     map_paths: Mapping[str, str] | None = None,
+    secrets: Mapping[str, bytes | str] | None = None,
 ) -> int:
     """Make an image of ``size`` bytes (rounded up to 512) and return its virtual size.
 
     ``options`` are the format's creation options.  With ``backing_file`` and ``backing_fmt``
     among them ``size`` may be left out; what that file names in turn passes the gate, as in
-    :func:`open`.  An existing file is overwritten.
+    :func:`open`.  ``secrets`` are those that the options name.  An existing file is overwritten.
     """
     gate = gate_of(policy, map_paths=map_paths)
     name = os.fsdecode(path)
-    return run(lambda driver: create_image(driver, name, format, size, options, gate=gate))
+    keys = kept(secrets)
+    return run(
+        lambda driver: create_image(driver, name, format, size, options, gate=gate, secrets=keys)
+    )
 
 
 def blocking(

@@ -30,8 +30,9 @@ class Driver(NamedTuple):
     image they describe is not written in one pass.
 
     Beside their own options both get what the graph knows: ``file-name`` (the image's path as it
-    was given), and to create over a backing file ``backing_identity`` (see ``abilities.Backed``)
-    and ``backing_sector_size`` (in bytes; both None where its format has no such thing).
+    was given), ``secrets`` (id -> bytes), and to create over a backing file ``backing_identity``
+    (see ``abilities.Backed``) and ``backing_sector_size`` (in bytes; both None where its format has
+    no such thing).
     """
 
     name: str

@@ -9,7 +9,10 @@ from typing import NamedTuple
 
 PACKAGE = Path(__file__).resolve().parents[2] / "src" / "diskwright"
 
-BASE = {"errors", "units", "extents", "ondisk", "contract", "abilities", "declare", "findings"}
+BASE = {
+    "errors", "units", "extents", "ondisk", "contract", "abilities", "declare", "findings",
+    "secrets",
+}  # fmt: skip
 
 # Room -> prefixes (below the package) that its modules may import, besides themselves and base.
 _ENGINE = ("engine", "codecs")

@@ -86,13 +86,15 @@ async def create_image(
     *,
     gate: Gate | None = None,
     check_backing: bool = True,
+    secrets: Mapping[str, bytes] | None = None,
 ) -> int:
     """Make an image at ``filename``; returns its virtual size in bytes.
 
     ``size`` (bytes, rounded up to 512) may be None where a backing file gives it.  ``options`` are
     the format's creation options, ``backing_file`` and ``backing_fmt`` among them; a backing file
     was typed by the caller, so only what *it* names needs the gate's leave, and nothing of that is
-    opened.  ``check_backing=False`` does not look at the backing file at all.
+    opened.  ``check_backing=False`` does not look at the backing file at all.  ``secrets`` are what
+    options such as ``key-secret`` name (id -> bytes).
 
     An existing file is overwritten.  A creation that fails leaves no file where none was.  When it
     returns, file and directory are durable.
@@ -101,7 +103,7 @@ async def create_image(
         driver, filename, fmt, size, options, gate=gate, check_backing=check_backing
     )
     given["size"] = size = align_up(given["size"], SECTOR)
-    await write_image(driver, filename, found, given, beside)
+    await write_image(driver, filename, found, given, beside, secrets=secrets)
     return size
 
 
@@ -157,6 +159,8 @@ async def write_image(
     options: Mapping[str, Any],
     beside: Mapping[str, Any] | None = None,
     on_new: Callable[[str], None] | None = None,
+    *,
+    secrets: Mapping[str, bytes] | None = None,
 ) -> tuple[str, ...]:
     """Make the file and run the format's creation (``options`` complete, ``size`` among them;
     ``beside`` are creation options of the protocol).
@@ -170,7 +174,8 @@ async def write_image(
     if not plain:
         raise UsageError("An image is created by its file name")
     # Whatever can be found wrong with the options is, before the file is touched.
-    procedure = primed(found.create({**options, "file-name": where.get("filename")}))
+    told = {"file-name": where.get("filename"), "secrets": secrets or {}}
+    procedure = primed(found.create({**options, **told}))
     graph = Graph(driver)
     file, made = await create_file(graph, where, beside)
     node = MappedNode(driver, found.name, _Nothing(), {"file": file}, graph.tables)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from ..engine.kernel import BaseDriver
 from ..engine.tables import Tables
@@ -24,6 +24,8 @@ class Graph:
     def __init__(self, driver: BaseDriver, budget: int = TABLE_BUDGET) -> None:
         self.driver = driver
         self.tables = Tables(budget)
+        self.secrets: Mapping[str, bytes] = {}
+        """What options such as ``key-secret`` name."""
         self.nodes: dict[str, Node] = {}
         self.roots: dict[Node, Use] = {}
         """The nodes that somebody outside uses, and how."""

@@ -34,6 +34,7 @@ async def open_disk(
     shared: frozenset[str] = ALL,
     resize: bool = False,
     graph: Graph | None = None,
+    secrets: Mapping[str, bytes] | None = None,
 ) -> Node:
     """Open a disk and everything below it; returns its top node.
 
@@ -45,11 +46,14 @@ async def open_disk(
 
     ``backing=False`` leaves backing files out; ``check`` also opens images that are marked corrupt
     or dirty, as they are.  ``shared`` is what others may do to the disk meanwhile (permissions),
-    ``resize`` asks for the right to change its size.  Use :func:`close_disk` on the result.
+    ``resize`` asks for the right to change its size.  ``secrets`` are what options such as
+    ``key-secret`` name (id -> bytes).  Use :func:`close_disk` on the result.
 
     Raises OSError (with the file's name), DiskError and its kinds; :func:`explain` words them.
     """
     graph = graph or Graph(driver)
+    if secrets is not None:
+        graph.secrets = secrets
     mode = mode_of(
         cache,
         writable=writable,
@@ -88,11 +92,21 @@ async def create_image(
     *,
     gate: Gate | None = None,
     check_backing: bool = True,
+    secrets: Mapping[str, bytes] | None = None,
 ) -> int:
     """Make an image; see :func:`diskwright.graph.create.create_image` (imported when needed)."""
     from .create import create_image as make
 
-    return await make(driver, filename, fmt, size, options, gate=gate, check_backing=check_backing)
+    return await make(
+        driver,
+        filename,
+        fmt,
+        size,
+        options,
+        gate=gate,
+        check_backing=check_backing,
+        secrets=secrets,
+    )
 
 
 __all__ = ["close_disk", "create_image", "discard_disk", "explain", "open_disk"]

@@ -251,6 +251,7 @@ class Opening:
             "writable": mode.writable,
             "check": self.check,
             "file-name": leaf.options.get("filename"),
+            "secrets": self.graph.secrets,
         }
         if leaf.driver_name == "host_device":
             told["zero_beyond_end"] = False  # a device holds whatever it held before

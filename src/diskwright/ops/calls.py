@@ -2,8 +2,9 @@
 
 A disk is given as the graph takes it: a file name, a ``json:`` or ``proto:`` name, or a dict of
 options.  ``policy`` is that of :meth:`diskwright.graph.gate.Gate.from_environment`; ``map_paths``
-says what prefixes of paths mean here that images name, above all of Windows paths.  What cannot be
-opened raises its own error (OSError, ImageError, Refused, ...).
+says what prefixes of paths mean here that images name, above all of Windows paths; ``secrets`` are
+what options such as ``key-secret`` name (id -> bytes or text).  What cannot be opened raises its
+own error (OSError, ImageError, Refused, ...).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from ..engine.kernel import BaseDriver
 from ..errors import UsageError
 from .gates import gate_of
 from .images import ImageSpec, OpenFailed, close_all
+from .secrets import kept
 
 if TYPE_CHECKING:
     from ..findings import CheckResult
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
 
 Source = str | bytes | os.PathLike[str] | os.PathLike[bytes] | Mapping[str, Any]
 MapPaths = Mapping[str, str] | None
+Keys = Mapping[str, bytes | str] | None
 OnProgress = Callable[[int, int], None]
 
 
@@ -35,12 +38,13 @@ def spec_of(
     cache: str = "writeback",
     force_share: bool = False,
     map_paths: MapPaths = None,
+    secrets: Keys = None,
 ) -> ImageSpec:
     """The description of a disk that the operations take."""
     reference = source if isinstance(source, Mapping) else os.fsdecode(source)
     name = reference if isinstance(reference, str) else str(dict(reference))
     gate = gate_of(policy, map_paths=map_paths)
-    return ImageSpec(name, reference, format, cache, force_share, gate)
+    return ImageSpec(name, reference, format, cache, force_share, gate, kept(secrets))
 
 
 @contextmanager
@@ -58,6 +62,7 @@ async def info(
     format: str | None = None,
     policy: str | None = None,
     map_paths: MapPaths = None,
+    secrets: Keys = None,
     force_share: bool = False,
 ) -> NodeInfo:
     """What an image is: format, sizes, backing file, and what its format tells of itself.
@@ -68,7 +73,7 @@ async def info(
 
     with _plain_errors():
         return await info(
-            driver, spec_of(source, format, policy, force_share=force_share, map_paths=map_paths)
+            driver, spec_of(source, format, policy, "writeback", force_share, map_paths, secrets)
         )
 
 
@@ -79,6 +84,7 @@ async def info_chain(
     format: str | None = None,
     policy: str | None = None,
     map_paths: MapPaths = None,
+    secrets: Keys = None,
     force_share: bool = False,
 ) -> list[NodeInfo]:
     """:func:`info` of an image and of everything below it, which passes the gate."""
@@ -86,7 +92,7 @@ async def info_chain(
 
     with _plain_errors():
         return await info_chain(
-            driver, spec_of(source, format, policy, force_share=force_share, map_paths=map_paths)
+            driver, spec_of(source, format, policy, "writeback", force_share, map_paths, secrets)
         )
 
 
@@ -97,6 +103,7 @@ async def check(
     format: str | None = None,
     policy: str | None = None,
     map_paths: MapPaths = None,
+    secrets: Keys = None,
     force_share: bool = False,
     repair: str | None = None,
     on_progress: OnProgress | None = None,
@@ -112,7 +119,7 @@ async def check(
     if repair not in (None, *REPAIRS):
         raise UsageError(f"repair is one of {', '.join(REPAIRS)}, not '{repair}'")
     with _plain_errors():
-        spec = spec_of(source, format, policy, force_share=force_share, map_paths=map_paths)
+        spec = spec_of(source, format, policy, "writeback", force_share, map_paths, secrets)
         done = await check(driver, spec, on_progress, repair=repair)
     if done.repaired is not None:
         done.found.leaks_fixed = done.repaired.leaks_fixed
@@ -129,6 +136,7 @@ async def convert(
     format: str | None = None,
     policy: str | None = None,
     map_paths: MapPaths = None,
+    secrets: Keys = None,
     options: Mapping[str, Any] | None = None,
     create: bool = True,
     cache: str = "writeback",
@@ -154,8 +162,8 @@ async def convert(
     with _plain_errors():
         return await convert(
             driver,
-            [spec_of(source, format, policy, force_share=force_share, map_paths=map_paths)],
-            spec_of(target, target_format, policy, cache, map_paths=map_paths),
+            [spec_of(source, format, policy, "writeback", force_share, map_paths, secrets)],
+            spec_of(target, target_format, policy, cache, map_paths=map_paths, secrets=secrets),
             settings,
             on_progress=on_progress,
         )
@@ -170,6 +178,7 @@ async def compare(
     other_format: str | None = None,
     policy: str | None = None,
     map_paths: MapPaths = None,
+    secrets: Keys = None,
     strict: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Comparison:
@@ -182,10 +191,9 @@ async def compare(
     nodes = []
     try:
         with _plain_errors():
-            nodes.append(await spec_of(one, format, policy, map_paths=map_paths).open(driver))
-            nodes.append(
-                await spec_of(other, other_format, policy, map_paths=map_paths).open(driver)
-            )
+            for source, kind in ((one, format), (other, other_format)):
+                spec = spec_of(source, kind, policy, map_paths=map_paths, secrets=secrets)
+                nodes.append(await spec.open(driver))
         return await compare(*nodes, strict=strict, on_progress=on_progress)
     finally:
         await close_all(nodes)
@@ -200,6 +208,7 @@ async def commit(
     format: str | None = None,
     policy: str | None = None,
     map_paths: MapPaths = None,
+    secrets: Keys = None,
     on_progress: OnProgress | None = None,
 ) -> None:
     """Write what an overlay holds into its backing file (or into ``base`` further down), and
@@ -207,7 +216,7 @@ async def commit(
     from .commit import commit
 
     with _plain_errors():
-        spec = spec_of(source, format, policy, map_paths=map_paths)
+        spec = spec_of(source, format, policy, map_paths=map_paths, secrets=secrets)
         await commit(driver, spec, base=base, keep=keep, on_progress=on_progress)
 
 
@@ -221,6 +230,7 @@ async def rebase(
     format: str | None = None,
     policy: str | None = None,
     map_paths: MapPaths = None,
+    secrets: Keys = None,
     on_progress: OnProgress | None = None,
 ) -> None:
     """Give an image another backing file (None: none) without changing what the disk reads.
@@ -230,5 +240,5 @@ async def rebase(
     from .rebase import rebase
 
     with _plain_errors():
-        spec = spec_of(source, format, policy, map_paths=map_paths)
+        spec = spec_of(source, format, policy, map_paths=map_paths, secrets=secrets)
         await rebase(driver, spec, backing, backing_format, unsafe=unsafe, on_progress=on_progress)

@@ -117,7 +117,10 @@ async def convert(
                 _refuse_itself(nodes, target.reference, target.name)
             except ImageInUse as error:
                 raise OpenFailed(target.name, error) from error
-        out = await target.open(driver, writable=True)
+        # A target that was just made encrypted is opened by the secret that it was made with.
+        keys = {k: v for k, v in settings.options.items() if k.endswith("key-secret")}
+        given = keys if settings.create else None
+        out = await target.open(driver, writable=True, options=given or None)
         try:
             if not settings.create and out.size < total:
                 raise UsageError("output file is smaller than input file")
@@ -175,7 +178,15 @@ async def _make(
             return plan, ()
         gate = target.gate
         return None, await create(
-            driver, name, fmt, total, options, gate=gate, look_at_backing=False, on_new=on_new
+            driver,
+            name,
+            fmt,
+            total,
+            options,
+            gate=gate,
+            look_at_backing=False,
+            on_new=on_new,
+            secrets=target.secrets,
         )
     except (OSError, DiskError) as error:
         raise TargetFailed(target.name, fmt, error) from error

@@ -113,6 +113,7 @@ async def create(
     look_at_backing: bool = True,
     on_ready: Callable[[dict[str, Any]], None] | None = None,
     on_new: Callable[[str], None] | None = None,
+    secrets: Mapping[str, bytes] | None = None,
 ) -> tuple[str, ...]:
     """Make an image; returns the names of the other files that were made for it.
 
@@ -125,4 +126,6 @@ async def create(
     if on_ready is not None:
         on_ready({**given, **beside})
     given["size"] = align_up(given["size"], SECTOR)
-    return await write_image(driver, filename, found, given, beside, on_new)
+    return await write_image(
+        driver, filename, found, given, beside, on_new, secrets=secrets
+    )

@@ -31,7 +31,8 @@ class ImageSpec(NamedTuple):
     """A disk as a caller describes it.
 
     ``name`` is what messages call it; ``reference`` the file name, ``json:`` name or options;
-    ``cache`` one of the cache modes; ``gate`` decides about what the image names.
+    ``cache`` one of the cache modes; ``gate`` decides about what the image names; ``secrets`` are
+    what options such as ``key-secret`` name.
     """
 
     name: str
@@ -40,6 +41,7 @@ class ImageSpec(NamedTuple):
     cache: str = "writeback"
     force_share: bool = False
     gate: Gate = Gate()
+    secrets: Mapping[str, bytes] | None = None
 
     async def open(
         self,
@@ -69,6 +71,7 @@ class ImageSpec(NamedTuple):
                 shared=shared,
                 options=options,
                 graph=graph,
+                secrets=self.secrets,
             )
         except (OSError, DiskError) as error:
             raise OpenFailed(self.name, error) from error

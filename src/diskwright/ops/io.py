@@ -6,7 +6,7 @@ monitors feed it.  The language is that of qemu-io (measured with 10.0).
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from importlib import import_module
 from typing import NamedTuple
 
@@ -108,11 +108,13 @@ class Session:
         emit: Emit,
         gate: Gate | None = None,
         on_open: Callable[[Opened], None] | None = None,
+        secrets: Mapping[str, bytes] | None = None,
     ) -> None:
         self.driver = driver
         self.emit = emit
         self.gate = gate or Gate()
         self.on_open = on_open
+        self.secrets = secrets
         self.opened: Opened | None = None
         self.finished = False
         self.failed = False
@@ -170,7 +172,7 @@ class Session:
 
     async def open(self, opened: Opened) -> None:
         """Open a disk as described (its node is still to be filled in); raises OpenFailed."""
-        await open_disk_as(self.driver, opened, self.gate)
+        await open_disk_as(self.driver, opened, self.gate, self.secrets)
         self.opened = opened
         filter = breakpoints(opened.node)
         if filter is not None:

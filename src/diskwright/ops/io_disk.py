@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..engine.kernel import BaseDriver
@@ -84,7 +84,9 @@ class Opened:
         await close_disk(self.node)
 
 
-async def open_disk_as(driver: BaseDriver, opened: Opened, gate: Gate) -> None:
+async def open_disk_as(
+    driver: BaseDriver, opened: Opened, gate: Gate, secrets: Mapping[str, bytes] | None = None
+) -> None:
     """Open a disk as ``opened`` says and put its node there; raises :class:`OpenFailed`."""
     try:
         if opened.force_share and opened.writable:
@@ -97,7 +99,7 @@ async def open_disk_as(driver: BaseDriver, opened: Opened, gate: Gate) -> None:
         if opened.snapshot:
             from .io_snapshot import open_snapshot
 
-            opened.node = await open_snapshot(driver, opened, gate)
+            opened.node = await open_snapshot(driver, opened, gate, secrets)
             return
         opened.node = await open_disk(
             driver,
@@ -110,6 +112,7 @@ async def open_disk_as(driver: BaseDriver, opened: Opened, gate: Gate) -> None:
             gate=gate,
             discard=opened.discard,
             resize=opened.writable,
+            secrets=secrets,
         )
     except (OSError, DiskError) as error:
         raise OpenFailed(opened.name, error) from error

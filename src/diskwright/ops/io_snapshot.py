@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..engine.kernel import BaseDriver
@@ -17,7 +18,9 @@ if TYPE_CHECKING:
     from .io_disk import Opened
 
 
-async def open_snapshot(driver: BaseDriver, opened: Opened, gate: Gate) -> Node:
+async def open_snapshot(
+    driver: BaseDriver, opened: Opened, gate: Gate, secrets: Mapping[str, bytes] | None = None
+) -> Node:
     """Open the disk for reading under a new qcow2 overlay in a file that has no name any more."""
     base, plain = names.parse(opened.reference)
     described: dict[str, Any] = {"file": base} if plain else dict(base)
@@ -25,7 +28,12 @@ async def open_snapshot(driver: BaseDriver, opened: Opened, gate: Gate) -> Node:
         described["driver"] = opened.format
     described = names.merged(described, opened.options)
     below = await open_disk(
-        driver, described, force_share=opened.force_share, gate=gate, cache="writeback"
+        driver,
+        described,
+        force_share=opened.force_share,
+        gate=gate,
+        cache="writeback",
+        secrets=secrets,
     )
     size = below.size
     await close_disk(below)
@@ -44,6 +52,7 @@ async def open_snapshot(driver: BaseDriver, opened: Opened, gate: Gate) -> Node:
             cache="unsafe",
             gate=gate,
             discard=opened.discard,
+            secrets=secrets,
         )
     finally:
         os.unlink(path)

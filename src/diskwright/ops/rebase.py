@@ -140,7 +140,15 @@ async def _open_new(
     if name is None:
         name = meaning(top, backing)
     try:
-        return await open_disk(driver, name, format=fmt, cache=cache, gate=spec.gate, backing=chain)
+        return await open_disk(
+            driver,
+            name,
+            format=fmt,
+            cache=cache,
+            gate=spec.gate,
+            backing=chain,
+            secrets=spec.secrets,
+        )
     except (OSError, DiskError) as error:
         raise UsageError(
             f"Could not open new backing file '{backing}': {explain(error)}"

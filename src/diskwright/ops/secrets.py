@@ -1,0 +1,33 @@
+"""The secrets of a call: objects as they are typed, with the files that they name."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..secrets import Secrets
+
+
+def secrets_of(definitions: Iterable[str | Mapping[str, Any]]) -> Secrets:
+    """The secrets that object definitions (``secret,id=...``) make, in their order.
+
+    Raises UsageError.  See :meth:`diskwright.secrets.Secrets.define`.
+    """
+    from pathlib import Path
+
+    from ..secrets import Secrets
+
+    found = Secrets()
+    for definition in definitions:
+        found.define(definition, lambda path: Path(path).read_bytes())
+    return found
+
+
+def kept(given: Mapping[str, bytes | str] | None) -> Secrets | None:
+    """What a program gave as ``secrets``; text is taken as UTF-8.  Raises UsageError."""
+    if given is None:
+        return None
+    from ..secrets import Secrets
+
+    return given if isinstance(given, Secrets) else Secrets(given)
