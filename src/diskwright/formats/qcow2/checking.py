@@ -5,18 +5,50 @@ from __future__ import annotations
 from array import array
 from typing import TYPE_CHECKING
 
-from ...contract import Procedure, Progress, Read
-from ...ondisk import big_endian_array
-from .core import COPIED, OFFSET, PACKED, SLOT
-from .refblock import RefBlock, WideBlock, decode
-from .references import CHUNK, CHUNK_BITS, Walker, uncovered
+from ...contract import Compute, Procedure, Progress
+from .core import COPIED, OFFSET, PACKED
+from .counts import CHUNK, MOST_CHUNKS, narrow
+from .refblock import RefBlock, decode
+from .references import Walker, uncovered
+from .scan import Loose, Piece, Run, pieces_of
 
 if TYPE_CHECKING:
     from .format import Qcow2
 
 # Entries between two yields where each one is looked at: a few milliseconds.
 _SLICE = 8192
+# Counts that are compared at once where some of them differ.
+_PART = 512
 _MOST_BLOCKS = 16
+
+
+class Block:
+    """A refcount block that is compared; ``raw`` None for one that there is not."""
+
+    __slots__ = ("_decoded", "bits", "narrow", "raw")
+
+    def __init__(self, bits: int, raw: bytes | None) -> None:
+        self.bits = bits
+        self.raw = raw
+        self.narrow = narrow(bits, raw) if raw is not None else None
+        """The counts as bytes, where none is larger."""
+        self._decoded: RefBlock | None = None
+
+    def get(self, index: int) -> int:
+        """One count."""
+        if self.raw is None:
+            return 0
+        if self.narrow is not None:
+            return self.narrow[index]
+        if self._decoded is None:
+            self._decoded = decode(self.bits, self.raw)
+        return self._decoded.get(index)
+
+    def part(self, start: int, stop: int) -> bytes | None:
+        """Some counts as bytes; None where one may be larger."""
+        if self.raw is None:
+            return bytes(stop - start)
+        return None if self.narrow is None else self.narrow[start:stop]
 
 
 class Checker(Walker):
@@ -32,60 +64,82 @@ class Checker(Walker):
             yield from self.check_copied()
         return result
 
-    def _block_indexes(self) -> list[int]:
-        """The refcount blocks that exist or ought to, ascending."""
-        shift = self.image.block_shift
-        found = set(self.blocks)
-        for number, chunk in self.counts.chunks.items():
-            first = number << CHUNK_BITS
-            if shift >= CHUNK_BITS:
-                found.add(first >> shift)
-                continue
-            for start in range(0, CHUNK, 1 << shift):
-                if any(chunk[start : start + (1 << shift)]):
-                    found.add((first + start) >> shift)
-        return sorted(found)
-
+    # -- counts
     def compare(self) -> Procedure:
         """Compare every count with the references."""
-        image = self.image
-        indexes = self._block_indexes()
-        end = 0
-        for done, index in enumerate(indexes):
-            first = index << image.block_shift
-            stop = min(first + image.per_block, self.file_clusters)
-            block = yield from self._read_block(index)
-            for start in range(first, stop, CHUNK):
-                end = max(end, self._compare_part(block, first, start, min(stop, start + CHUNK)))
-                yield Progress(done, len(indexes))
+        end = yield from self._compare_counted()
+        while self.counts.limit is not None:
+            yield from self.walk_on()
+            end = max(end, (yield from self._compare_counted()))
         self.result.image_end_offset = end << self.bits
 
-    def _read_block(self, index: int) -> Procedure:
-        offset = self.blocks.get(index)
-        if offset is None:
-            return None
-        (raw,) = yield Read(SLOT, [(offset, self.size)], "refblock_load")
-        return decode(self.image.refcount_bits, raw)
+    def block_indexes(self) -> list[int]:
+        """The refcount blocks that exist or ought to and count some of the clusters whose
+        references were counted, ascending."""
+        shift = self.image.block_shift
+        start, stop = self.counts.start, self.counts.stop
+        found = self.counts.blocks(shift)
+        for index in self.blocks:
+            if (index + 1) << shift > start and (stop is None or index << shift < stop):
+                found.add(index)
+        return sorted(found)
 
-    def _compare_part(self, block: RefBlock | None, first: int, start: int, stop: int) -> int:
-        """Compare the counts of clusters [start, stop), at most a chunk; returns one more than
-        the last of them that is in use."""
-        chunk = self.counts.chunks.get(start >> CHUNK_BITS)
-        inside = start & CHUNK - 1
-        expected = chunk[inside : inside + stop - start] if chunk is not None else None
-        if isinstance(block, WideBlock):
-            actual = block.values[start - first : stop - first]
-            if expected is None:
-                if not any(actual.tobytes()):
-                    return 0
-            elif 255 not in expected and actual == array(actual.typecode, list(expected)):
-                used = len(expected.rstrip(b"\0"))
-                return start + used if used else 0
-        elif block is None and expected is None:
-            return 0
+    def _compare_counted(self) -> Procedure:
+        """Compare what was counted; returns one more than the last cluster that is in use."""
+        indexes = self.block_indexes()
+        end = 0
+        for start in range(0, len(indexes), self.batch):
+            part = indexes[start : start + self.batch]
+            there = [index for index in part if index in self.blocks]
+            raws = yield from self.read(
+                [(self.blocks[index], self.size) for index in there], "refblock_load"
+            )
+            by_index = dict(zip(there, raws, strict=True))
+            for index in part:
+                block = Block(self.image.refcount_bits, by_index.pop(index, None))
+                end = max(end, (yield from self._compare_block(index, block)))
+                yield from self.block_done()
+            yield Progress(start, len(indexes))
+        return end
+
+    def block_done(self) -> Procedure:
+        """A block was compared."""
+        yield from ()
+
+    def _compare_block(self, index: int, block: Block) -> Procedure:
+        """Compare the counts of one block; returns one more than the last cluster in use."""
+        first = index << self.image.block_shift
+        start, stop = max(first, self.counts.start), first + self.image.per_block
+        stop = min(stop, self.file_clusters, self.counts.stop or stop)
+        end = looked = 0
+        while start < stop:
+            part = min(stop, (start | CHUNK - 1) + 1)
+            wanted = self.counts.part(start, part)
+            actual = block.part(start - first, part - first)
+            if wanted is None or actual is None or wanted != actual:
+                for at in range(start, part, _PART):
+                    to = min(part, at + _PART)
+                    if wanted is not None and actual is not None:
+                        i, j = at - start, to - start
+                        if wanted[i:j] == actual[i:j]:
+                            used = len(wanted[i:j].rstrip(b"\0"))
+                            end = at + used if used else end
+                            continue
+                    end = max(end, self._compare_each(block, first, at, to))
+                    looked += to - at
+                    if looked >= _SLICE:
+                        looked = 0
+                        yield Progress(at, stop)
+            else:
+                used = len(wanted.rstrip(b"\0"))
+                end = start + used if used else end
+            start = part
+        return end
+
+    def _compare_each(self, block: Block, first: int, start: int, stop: int) -> int:
         end = 0
         for cluster in range(start, stop):
-            count = block.get(cluster - first) if block is not None else 0
+            count = block.get(cluster - first)
             wanted = self.counts.get(cluster)
             if count or wanted:
                 end = cluster + 1
@@ -104,7 +158,7 @@ class Checker(Walker):
     # -- flags
     def check_copied(self) -> Procedure:
         """COPIED must say exactly that the count is one."""
-        cache: dict[int, RefBlock | None] = {}
+        cache: dict[int, Block] = {}
         offsets: dict[int, None] = {}
         for l1_index, entry in enumerate(self.image.l1):
             if l1_index % _SLICE == 0:
@@ -112,7 +166,7 @@ class Checker(Walker):
             offset = entry & OFFSET
             if not offset or offset & (self.size - 1):
                 continue
-            count = yield from self._count_of(offset >> self.bits, cache)
+            count = yield from self.count_of(offset >> self.bits, cache)
             if (count == 1) != bool(entry & COPIED):
                 self.result.corruption(
                     f"OFLAG_COPIED L2 cluster: l1_index={l1_index} l1_entry={entry:x} "
@@ -122,38 +176,75 @@ class Checker(Walker):
                 offsets[offset] = None
         if self.external:
             return
-        for done, offset in enumerate(offsets):
-            (raw,) = yield Read(SLOT, [(offset, self.size)], "l2_load")
-            table = big_endian_array(64, raw)
-            for start in range(0, len(table), _SLICE):
-                yield from self._check_entries(table[start : start + _SLICE : self.stride], cache)
-                yield Progress(done, len(offsets))
+        tables = list(offsets)
+        for start in range(0, len(tables), self.batch):
+            part = tables[start : start + self.batch]
+            raws = yield from self.read([(offset, self.size) for offset in part], "l2_load")
+            found: list[list[Piece]] = yield Compute(
+                pieces_of, (raws, self.size, self.stride == 2)
+            )
+            for table in found:
+                for piece in table:
+                    if isinstance(piece, Loose):
+                        yield from self._check_entries(piece.entries, cache)
+                        yield Progress(start, len(tables))
+                    elif (yield from self.wrong_run(piece, cache)):
+                        yield from self._check_entries(self.entries_of(piece), cache)
+            yield Progress(start, len(tables))
 
-    def _check_entries(
-        self, entries: array[int], cache: dict[int, RefBlock | None]
-    ) -> Procedure:
+    def entries_of(self, run: Run) -> array[int]:
+        """The entries of a run one by one."""
+        return array("Q", [run.entry + i * self.size for i in range(run.length)])
+
+    def wrong_run(self, run: Run, cache: dict[int, Block]) -> Procedure:
+        """Whether some flag of a run may be wrong."""
+        cluster = (run.entry & OFFSET) >> self.bits
+        stop = cluster + run.length
+        shift = self.image.block_shift
+        while cluster < stop:
+            block = yield from self.block_of(cluster, cache)
+            first = cluster >> shift << shift
+            end = min(stop, first + self.image.per_block)
+            part = block.part(cluster - first, end - first)
+            if part is None:
+                return True
+            ones = part.count(1)
+            if ones != (len(part) if run.entry & COPIED else 0):
+                return True
+            cluster = end
+        return False
+
+    def _check_entries(self, entries: array[int], cache: dict[int, Block]) -> Procedure:
         mask = self.size - 1
         for entry in entries:
             host = entry & OFFSET
             if not host or entry & PACKED or host & mask:
                 continue
-            count = yield from self._count_of(host >> self.bits, cache)
+            count = yield from self.count_of(host >> self.bits, cache)
             if (count == 1) != bool(entry & COPIED):
                 self.result.corruption(
                     f"OFLAG_COPIED data cluster: l2_entry={entry:x} refcount={count}"
                 )
 
-    def _count_of(self, cluster: int, cache: dict[int, RefBlock | None]) -> Procedure:
-        """The count on disk of one cluster."""
+    def block_of(self, cluster: int, cache: dict[int, Block]) -> Procedure:
+        """The refcount block on disk that counts a cluster."""
         index = cluster >> self.image.block_shift
-        if index not in cache:
+        block = cache.get(index)
+        if block is None:
             if len(cache) >= _MOST_BLOCKS:
                 cache.pop(next(iter(cache)))
-            cache[index] = yield from self._read_block(index)
-        block = cache[index]
-        return block.get(cluster - (index << self.image.block_shift)) if block is not None else 0
+            raw = None
+            if index in self.blocks:
+                (raw,) = yield from self.read([(self.blocks[index], self.size)], "refblock_load")
+            block = cache[index] = Block(self.image.refcount_bits, raw)
+        return block
+
+    def count_of(self, cluster: int, cache: dict[int, Block]) -> Procedure:
+        """The count on disk of one cluster."""
+        block = yield from self.block_of(cluster, cache)
+        return block.get(cluster & self.image.per_block - 1)
 
 
 def check(image: Qcow2) -> Procedure:
     """Check the image on disk (with nothing dirty); returns a CheckResult."""
-    return (yield from Checker(image).run())
+    return (yield from Checker(image, MOST_CHUNKS).run())

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING
 from ...contract import Barrier, MetaWrite, Procedure, Progress, Read, Write
 from ...findings import CheckResult
 from ...ondisk import big_endian_array, big_endian_bytes
-from .checking import Checker
+from .checking import Block, Checker
 from .core import COPIED, OFFSET, PACKED, SLOT
-from .refblock import RefBlock
+from .refblock import decode
 
 if TYPE_CHECKING:
     from .format import Qcow2
@@ -43,21 +43,20 @@ class Mender(Checker):
 
     def countless(self) -> bool:
         """A cluster that is in use has no refcount block to count it."""
-        return any(index not in self.blocks for index in self._block_indexes())
+        return any(index not in self.blocks for index in self.block_indexes())
 
     # -- counts
     def compare(self) -> Procedure:
         """As the check does it; block after block is mended."""
         yield from super().compare()
-        yield from self._store()
         if self.result.corruptions_fixed or self.result.leaks_fixed:
             yield Barrier()
             for text in self._second.findings:
                 self.result.say(text)
 
-    def _read_block(self, index: int) -> Procedure:
+    def block_done(self) -> Procedure:
+        """Write what was noted of the block."""
         yield from self._store()
-        return (yield from super()._read_block(index))
 
     def _mismatch(self, cluster: int, count: int, wanted: int) -> None:
         super()._mismatch(cluster, count, wanted)
@@ -90,14 +89,15 @@ class Mender(Checker):
         return self.lift and count < (1 << self.image.refcount_bits) - 1
 
     def _store(self) -> Procedure:
-        """Write the changes that were noted since the last block was read: all are in that one."""
+        """Write the changes that were noted: all are in one block."""
         if not self._changes:
             return
         changes, self._changes = self._changes, []
         yield from self.begin()
         index = changes[0][0] >> self.image.block_shift
         first = index << self.image.block_shift
-        block: RefBlock = yield from super()._read_block(index)
+        (raw,) = yield from self.read([(self.blocks[index], self.size)], "refblock_load")
+        block = decode(self.image.refcount_bits, raw)
         for cluster, count in changes:
             block.set(cluster - first, count)
         bits = self.image.refcount_bits
@@ -110,7 +110,7 @@ class Mender(Checker):
     # -- flags
     def check_copied(self) -> Procedure:
         """Mend the flags; those that stay wrong are corruptions."""
-        cache: dict[int, RefBlock | None] = {}
+        cache: dict[int, Block] = {}
         offsets: dict[int, None] = {}
         l1 = self.image.l1
         changed = []
@@ -127,7 +127,7 @@ class Mender(Checker):
                     continue
                 if offset >> self.bits < self.file_clusters:
                     offsets[offset] = None
-                count = yield from self._count_of(offset >> self.bits, cache)
+                count = yield from self.count_of(offset >> self.bits, cache)
                 text = f"OFLAG_COPIED L2 cluster: l1_index={index} l1_entry={entry:x}"
                 if self._wrong(entry, count, text):
                     l1[index] ^= COPIED
@@ -147,7 +147,7 @@ class Mender(Checker):
             yield from self._write_entries(offset, table, changed, "l2_update")
 
     def _table_flags(
-        self, table: array[int], start: int, cache: dict[int, RefBlock | None], changed: list[int]
+        self, table: array[int], start: int, cache: dict[int, Block], changed: list[int]
     ) -> Procedure:
         mask = self.size - 1
         for index in range(start, min(start + _SLICE, len(table)), self.stride):
@@ -155,7 +155,7 @@ class Mender(Checker):
             host = entry & OFFSET
             if not host or entry & PACKED or host & mask:
                 continue
-            count = yield from self._count_of(host >> self.bits, cache)
+            count = yield from self.count_of(host >> self.bits, cache)
             if self._wrong(entry, count, f"OFLAG_COPIED data cluster: l2_entry={entry:x}"):
                 table[index] ^= COPIED
                 changed.append(index)

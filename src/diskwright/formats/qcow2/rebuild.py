@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ...contract import Barrier, MetaWrite, Procedure, Progress, Write
@@ -10,8 +9,9 @@ from ...errors import CorruptImage
 from ...ondisk import big_endian_bytes, zeros
 from . import header as hd
 from .core import SLOT
+from .counts import Counts
 from .refblock import empty
-from .references import CHUNK, CHUNK_BITS, Counts, Walker
+from .references import Walker
 
 if TYPE_CHECKING:
     from .format import Qcow2
@@ -64,8 +64,9 @@ def renew(image: Qcow2, counts: Counts, file_clusters: int, start: int = 0) -> P
         reftable[index] = (start + table_clusters + i) << bits
         block = empty(image.refcount_bits, image.cluster_size)
         first = index << shift
-        for cluster in _used(counts, first, first + per_block):
-            block.set(cluster - first, min(counts.get(cluster), most))
+        for cluster, end in counts.used(first, first + per_block):
+            for each in range(cluster, end):
+                block.set(each - first, min(counts.get(each), most))
         data = block.encode(0, image.cluster_size)
         yield Write([MetaWrite(SLOT, reftable[index], data, "refblock_alloc_write_blocks")])
         yield Progress(i, len(indexes))
@@ -79,19 +80,6 @@ def renew(image: Qcow2, counts: Counts, file_clusters: int, start: int = 0) -> P
     image.reftable = reftable
     image.reserve_structures()
     image.fresh = max(image.fresh, start + total)
-
-
-def _used(counts: Counts, start: int, end: int) -> Iterator[int]:
-    """Clusters of [start, end) with references."""
-    while start < end:
-        stop = min(end, (start | CHUNK - 1) + 1)
-        chunk = counts.chunks.get(start >> CHUNK_BITS)
-        if chunk is not None:
-            base = start & ~(CHUNK - 1)
-            for at in range(start - base, stop - base):
-                if chunk[at]:
-                    yield base + at
-        start = stop
 
 
 def _layout(
@@ -108,7 +96,7 @@ def _layout(
         # What a broken entry names is nothing to be kept.
         if entry and not entry & (image.cluster_size - 1) and entry >> bits < file_clusters:
             start = max(start, (entry >> bits) + 1)
-    needed = set(_block_indexes(counts, shift))
+    needed = counts.blocks(shift)
     table_clusters = extra = 1
     while True:
         end = start + table_clusters + extra
@@ -121,10 +109,3 @@ def _layout(
         raise CorruptImage("Could not repair dirty image: its refcount table would be too large")
     return table_clusters, indexes, start
 
-
-def _block_indexes(counts: Counts, shift: int) -> Iterator[int]:
-    last = -1
-    for cluster in counts.used():
-        if cluster >> shift != last:
-            last = cluster >> shift
-            yield last

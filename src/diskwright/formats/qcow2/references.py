@@ -1,108 +1,57 @@
-"""What the tables of a qcow2 image refer to, counted per host cluster."""
+"""What the tables of a qcow2 image refer to, counted per host cluster.
+
+One walk finds everything that refers to host clusters, in this order:
+
+1. `Walker._structures`: the header, the active L1 table, the refcount table, an encryption header;
+2. `snapwalk.count_snapshots`: the snapshot table and the snapshots' L1 tables;
+3. `bitmapwalk.count_bitmaps`: directory, tables and clusters of persistent bitmaps;
+4. the L2 tables of the active L1 table, then those that only snapshots have (`tablewalk`);
+5. the refcount blocks.
+
+A feature adds its references by `Walker.add_region`, or where it has L1 tables by
+`Walker.inactive_l1`.
+"""
 
 from __future__ import annotations
 
 import struct
 from array import array
-from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from ...contract import Length, Procedure, Progress, Read
 from ...findings import CheckResult
 from ...ondisk import big_endian_array
 from . import header as hd
-from .core import COPIED, OFFSET, PACKED, REFTABLE_OFFSET_MASK, SLOT, ZERO_FLAG
+from .core import COPIED, OFFSET, REFTABLE_OFFSET_MASK, SLOT
+from .counts import Counts
+from .tablewalk import TableWalk
 
 if TYPE_CHECKING:
     from .format import Qcow2
 
 _L1_RESERVED = ~(OFFSET | COPIED) & (1 << 64) - 1
-_L2_RESERVED = ~(OFFSET | COPIED | PACKED | ZERO_FLAG) & (1 << 64) - 1
-CHUNK_BITS = 12
-CHUNK = 1 << CHUNK_BITS
 _READ_BYTES = 1 << 20
-# L2 entries between two yields: about two milliseconds.
+# Entries of L1 and refcount tables between two yields.
 _SLICE = 8192
-
-
-class Counts:
-    """References per host cluster: a byte each, in chunks made when first needed, so that a long
-    sparse file costs no more than what its tables name."""
-
-    def __init__(self) -> None:
-        self.chunks: dict[int, bytearray] = {}
-        self.more: dict[int, int] = {}
-        """Clusters with 255 references or more."""
-        self.shared = False
-        """Some cluster has more than one reference."""
-
-    def add(self, cluster: int) -> None:
-        """One more reference."""
-        chunk = self.chunks.get(cluster >> CHUNK_BITS)
-        if chunk is None:
-            chunk = self.chunks[cluster >> CHUNK_BITS] = bytearray(CHUNK)
-        at = cluster & CHUNK - 1
-        value = chunk[at]
-        if value:
-            self.shared = True
-            if value == 255:
-                self.more[cluster] = self.more.get(cluster, 255) + 1
-                return
-        chunk[at] = value + 1
-
-    def get(self, cluster: int) -> int:
-        """The references of one cluster."""
-        chunk = self.chunks.get(cluster >> CHUNK_BITS)
-        value = chunk[cluster & CHUNK - 1] if chunk is not None else 0
-        return self.more.get(cluster, value) if value == 255 else value
-
-    def used(self) -> Iterator[int]:
-        """All clusters with references, ascending."""
-        for index in sorted(self.chunks):
-            for at, value in enumerate(self.chunks[index]):
-                if value:
-                    yield (index << CHUNK_BITS) + at
-
-    def several(self) -> Iterator[int]:
-        """All clusters with more than one reference."""
-        for index, chunk in self.chunks.items():
-            if max(chunk) > 1:
-                for at, value in enumerate(chunk):
-                    if value > 1:
-                        yield (index << CHUNK_BITS) + at
-
-    @property
-    def end(self) -> int:
-        """One more than the highest cluster with references."""
-        for index in sorted(self.chunks, reverse=True):
-            used = len(self.chunks[index].rstrip(b"\0"))
-            if used:
-                return (index << CHUNK_BITS) + used
-        return 0
 
 
 def uncovered(h: hd.Header) -> list[str]:
     """What a check of an image with this header does not look at."""
     out = []
-    if h.crypt_method == 2:
-        out.append("encryption header")
-    if h.incompatible & hd.EXTENDED_L2:
-        out.append("extended L2 entries: subcluster bitmaps")
-    if h.incompatible & hd.DATA_FILE:
-        out.append("external data file")
     if h.nb_snapshots:
         out.append("internal snapshots")
     return out
 
 
-class Walker:
+class Walker(TableWalk):
     """Counts references into ``counts``; what breaks the specification goes into ``result``."""
 
-    def __init__(self, image: Qcow2) -> None:
+    def __init__(self, image: Qcow2, most: int | None = None) -> None:
+        """``most``: see `Counts`."""
         self.image = image
         self.header = image.header
         self.result = CheckResult()
-        self.counts = Counts()
+        self.counts = Counts(most)
         self.bits = image.cluster_bits
         self.size = image.cluster_size
         self.stride = 2 if self.header.incompatible & hd.EXTENDED_L2 else 1
@@ -113,44 +62,100 @@ class Walker:
         """An allocated entry without COPIED was met, so counts must be compared with flags."""
         self.packed: Counts | None = None
         """What compressed clusters alone refer to, for who sets it before the walk."""
+        self.active: dict[int, None] = {}
+        """Offsets of the L2 tables of the active L1 table, in its order; one that two entries share
+        is walked once."""
+        self.inactive: dict[int, int] = {}
+        """How many snapshots refer to an L2 table, by its offset."""
+        self.spans: tuple[array[int], array[int]] | None = None
+        """The first cluster that each L2 table names and the end of them, in the order of the walk,
+        where there may have to be another."""
         self.blocks: dict[int, int] = {}
         """Offsets of the usable refcount blocks by their index."""
         self.unsound = False
         """The refcount table or a block of it cannot be relied on, or lies over something."""
+        self.passes = 0
+        self.bytes_read = 0
+        """Of L2 tables and refcount blocks, in all passes."""
 
-    # -- references
+    def read(self, ranges: list[tuple[int, int]], tag: str) -> Procedure:
+        """Read ranges of the image file."""
+        self.bytes_read += sum(length for _, length in ranges)
+        return (yield Read(SLOT, ranges, tag))
+
+    # -- the walk
     def walk(self, refcounts: bool = True) -> Procedure:
         """Count all references; entries that break the specification are corruptions.
 
-        ``refcounts`` False leaves out the refcount table and its blocks.
+        ``refcounts`` False leaves out the refcount table and its blocks.  When the counts did not
+        fit (see `Counts`), `walk_on` goes on behind them.
         """
         h, result = self.header, self.result
         length = yield Length(SLOT)
+        self.passes += 1
         self.file_clusters = -(-length >> self.bits)
         result.total_clusters = -(-h.size >> self.bits)
+        self._structures(refcounts)
+        self.active, self.inactive = {}, {}
+        if h.nb_snapshots:
+            from .snapwalk import count_snapshots
+
+            yield from count_snapshots(self)
+        if h.extension(hd.EXT_BITMAPS) is not None:
+            from .bitmapwalk import count_bitmaps
+
+            yield from count_bitmaps(self)
+        for start in range(0, len(self.image.l1), _SLICE):
+            self._count_l1(self.image.l1[start : start + _SLICE], self.active, True)
+            yield Progress(start, len(self.image.l1))
+        yield from self.walk_tables()
+        if refcounts:
+            yield from self._refcount_blocks()
+
+    def walk_on(self, refcounts: bool = True) -> Procedure:
+        """Count the references to clusters behind those that were counted; says nothing that the
+        first walk has said."""
+        assert self.counts.limit is not None
+        first, kept = self.counts, self.result
+        shared = first.shared
+        self.counts = Counts(first.most, self.counts.limit)
+        self.result = CheckResult()
+        yield from self.walk(refcounts)
+        self.counts.shared |= shared
+        self.result = kept
+
+    def _structures(self, refcounts: bool) -> None:
+        h = self.header
         self.add_region(0, self.size)
         if h.l1_size:
             self.add_region(h.l1_offset, h.l1_size * 8)
         if refcounts:
             whole = self.add_region(h.reftable_offset, h.reftable_clusters << self.bits)
             self.unsound |= not whole
-        if h.nb_snapshots:
-            yield from self._snapshot_table()
-        if h.extension(hd.EXT_BITMAPS) is not None:
-            from .bitmapwalk import count_bitmaps
+        encryption = h.extension(hd.EXT_ENCRYPTION)
+        if encryption is not None and len(encryption) == 16:
+            offset, length = struct.unpack(">QQ", encryption)
+            if length:
+                self.add_region(offset, length)
 
-            yield from count_bitmaps(self)
-        offsets: dict[int, None] = {}  # a table that two entries share is walked once
-        for start in range(0, len(self.image.l1), _SLICE):
-            self._count_l1(self.image.l1[start : start + _SLICE], offsets)
-            yield Progress(start, len(self.image.l1))
-        tables = list(offsets)
-        for start in range(0, len(tables), self.batch):
-            yield from self._l2_batch(tables[start : start + self.batch], start, len(tables))
-        if refcounts:
-            yield from self._refcount_blocks()
+    def inactive_l1(self, offset: int, size: int) -> Procedure:
+        """Count the L1 table of a snapshot, of ``size`` entries, and the L2 tables in it; what they
+        refer to is counted with the active tables.  Returns False for one outside the file."""
+        length = 8 * size
+        if not length or not self.add_region(offset, length):
+            return not length
+        found: dict[int, None] = {}
+        for at in range(0, length, _READ_BYTES):
+            (raw,) = yield Read(SLOT, [(offset + at, min(_READ_BYTES, length - at))])
+            entries = big_endian_array(64, raw)
+            for start in range(0, len(entries), _SLICE):
+                self._count_l1(entries[start : start + _SLICE], found, False)
+                yield Progress(start, len(entries))
+        for table in found:
+            self.inactive[table] = self.inactive.get(table, 0) + 1
+        return True
 
-    def _count_l1(self, entries: array[int], offsets: dict[int, None]) -> None:
+    def _count_l1(self, entries: array[int], offsets: dict[int, None], active: bool) -> None:
         """Count what these L1 entries refer to; usable L2 tables go into ``offsets``."""
         if entries.count(0) == len(entries):
             return
@@ -168,11 +173,12 @@ class Walker:
                     f"l2_offset={offset:x}: Table is not cluster aligned; L1 entry corrupted"
                 )
             elif self.add_region(offset, self.size):
-                self.uncopied |= not entry & COPIED
+                self.uncopied |= active and not entry & COPIED
                 offsets[offset] = None
 
-    def add_region(self, offset: int, length: int) -> bool:
-        """Count a reference to every cluster of the region, unless it is outside the file."""
+    def add_region(self, offset: int, length: int, times: int = 1) -> bool:
+        """Count ``times`` references to every cluster of the region, unless it is outside the
+        file."""
         first, last = offset >> self.bits, (offset + length - 1) >> self.bits
         if last >= self.file_clusters:
             self.result.corruptions += 1
@@ -181,90 +187,13 @@ class Walker:
                 f"cluster or more: offset {offset:#x} size {length:#x}"
             )
             return False
-        for cluster in range(first, last + 1):
-            self.counts.add(cluster)
+        if first == last:
+            self.counts.add(first, times)
+        else:
+            self.counts.add_run(first, last + 1, times)
         return True
 
-    def _l2_batch(self, offsets: list[int], done: int, total: int) -> Procedure:
-        raws = yield Read(SLOT, [(offset, self.size) for offset in offsets], "l2_load")
-        for raw in raws:
-            table = big_endian_array(64, raw)
-            contiguous = 0
-            for start in range(0, len(table), _SLICE):
-                part = table[start : start + _SLICE : self.stride]
-                contiguous = self._count_entries(part, contiguous)
-                yield Progress(done, total)
-            done += 1
-
-    def _count_entries(self, entries: array[int], contiguous: int) -> int:
-        """Count what these L2 entries refer to; returns where the next contiguous cluster is."""
-        result, size, bits = self.result, self.size, self.bits
-        mask = size - 1
-        add, end = self.counts.add, self.file_clusters
-        zero_ok = self.header.version > 2 and self.stride == 1
-        for entry in entries:
-            if not entry:
-                continue
-            if entry & PACKED:
-                result.allocated_clusters += 1
-                result.compressed_clusters += 1
-                result.fragmented_clusters += 1
-                if entry & COPIED:
-                    coffset = entry & (1 << self.image.packed_bits) - 1
-                    result.corruptions += 1
-                    result.say(
-                        f"ERROR: coffset={coffset:#x}: copied flag must never be set for "
-                        "compressed clusters"
-                    )
-                self._count_packed(entry)
-                continue
-            if entry & _L2_RESERVED or (entry & ZERO_FLAG and not zero_ok):
-                result.corruption(f"found l2 entry with reserved bits set: {entry:x}")
-            host = entry & OFFSET
-            if not host:
-                continue
-            if host & mask:
-                what = "Preallocated" if entry & ZERO_FLAG else "Data"
-                result.corruption(
-                    f"offset={host:x}: {what} cluster is not properly aligned; L2 entry corrupted."
-                )
-            result.allocated_clusters += 1
-            if contiguous and host != contiguous:
-                result.fragmented_clusters += 1
-            contiguous = host + size
-            if self.external:
-                continue
-            if not entry & COPIED:
-                self.uncopied = True
-            if host & mask or host >> bits >= end:
-                if not host & mask:
-                    self.add_region(host, size)
-                continue
-            add(host >> bits)
-        return contiguous
-
-    def _count_packed(self, entry: int) -> None:
-        """A compressed cluster refers to every host cluster that it touches."""
-        host, length = self.image.packed_range(entry)
-        if self.add_region(host, length) and self.packed is not None:
-            for cluster in range(host >> self.bits, ((host + length - 1) >> self.bits) + 1):
-                self.packed.add(cluster)
-
-    def _snapshot_table(self) -> Procedure:
-        """The snapshot table is counted; what the snapshots hold is not covered."""
-        h = self.header
-        at = h.snapshots_offset
-        for _ in range(h.nb_snapshots):
-            (raw,) = yield Read(SLOT, [(at, 40)])
-            id_length, name_length = struct.unpack_from(">HH", raw, 12)
-            (extra,) = struct.unpack_from(">I", raw, 36)
-            if extra > 1024:
-                self.result.corruption("snapshot table entry has too much extra data")
-                return
-            at += 40 + extra + id_length + name_length
-            at += -at % 8
-        self.add_region(h.snapshots_offset, at - h.snapshots_offset)
-
+    # -- refcount structure
     def _refcount_blocks(self) -> Procedure:
         """Count the refcount blocks; a reference to what is in use already is a corruption."""
         reftable = self.image.reftable

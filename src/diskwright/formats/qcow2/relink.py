@@ -20,8 +20,8 @@ from ..editing import ask, flush, unpin
 from . import header as hd
 from .checking import Checker
 from .core import COPIED, OFFSET, PACKED, REFTABLE_OFFSET_MASK, SLOT, ZERO_FLAG
+from .counts import Counts
 from .mending import write_entries
-from .references import Counts
 
 if TYPE_CHECKING:
     from .format import Qcow2

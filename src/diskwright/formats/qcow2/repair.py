@@ -37,9 +37,9 @@ class Surveyor(Mender):
 
     beyond = 0
 
-    def add_region(self, offset: int, length: int) -> bool:
+    def add_region(self, offset: int, length: int, times: int = 1) -> bool:
         """See `Walker`."""
-        inside = super().add_region(offset, length)
+        inside = super().add_region(offset, length, times)
         last = (offset + length - 1) >> self.bits
         if not inside and last < self.file_clusters + _NEAR:
             self.beyond = max(self.beyond, last + 1)
