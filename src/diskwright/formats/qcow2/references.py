@@ -38,6 +38,12 @@ _SLICE = 8192
 def uncovered(h: hd.Header) -> list[str]:
     """What a check of an image with this header does not look at."""
     out = []
+    if h.crypt_method == 2:
+        out.append("encryption header")
+    if h.incompatible & hd.EXTENDED_L2:
+        out.append("extended L2 entries: subcluster bitmaps")
+    if h.incompatible & hd.DATA_FILE:
+        out.append("external data file")
     if h.nb_snapshots:
         out.append("internal snapshots")
     return out
