@@ -53,6 +53,17 @@ class Allocator(Mapping):
         reftable = h.reftable_offset >> bits
         self.reserved.add(reftable, reftable + h.reftable_clusters)
 
+    def use_reftable(self, reftable: array[int], fresh: int) -> None:
+        """Take another refcount table, which the header names already; nothing is dirty.  From
+        cluster ``fresh`` on the file reads as zeroes and is free."""
+        self.reftable = reftable
+        self._reftable_parts = set()
+        self.free.remove(0, 1 << 62)
+        self.clean.remove(0, 1 << 62)
+        self.cursor = 0
+        self.fresh = max(self.fresh, fresh)
+        self.reserve_structures()
+
     # -- choosing and taking
     def choose(self, count: int) -> list[Choice] | NeedMeta:
         """Runs of ``count`` free clusters in all, with their refcount blocks in memory.

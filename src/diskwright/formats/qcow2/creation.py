@@ -14,9 +14,10 @@ from . import header as hd
 from .core import COPIED, SLOT
 from .refblock import empty
 
+VERSIONS = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
 PREALLOCATIONS = ("off", "metadata", "falloc", "full")
 # Below this cluster size the table of feature names would crowd the header cluster.
-_FEATURE_TABLE_CLUSTER = 8192
+FEATURE_TABLE_CLUSTER = 8192
 _CHUNK = 1 << 20
 # Options of later versions: the value that asks for nothing.
 _NOT_YET = {
@@ -40,10 +41,9 @@ def new_header(options: Mapping[str, Any]) -> hd.Header:
         raise UsageError("Image size must be specified")
     h.size = align_up(int(size), 512)
     compat = str(options.get("compat") or "1.1")
-    versions = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
-    if compat not in versions:
+    if compat not in VERSIONS:
         raise UsageError(f"Parameter 'version' does not accept value '{compat}'")
-    h.version = versions[compat]
+    h.version = VERSIONS[compat]
     cluster_size = int(options.get("cluster_size", 65536) or 0)
     if not is_power_of_two(cluster_size) or not 512 <= cluster_size <= 2 << 20:
         raise UsageError("Cluster size must be a power of two between 512 and 2048k")
@@ -109,7 +109,7 @@ def _add_extensions(h: hd.Header, options: Mapping[str, Any]) -> None:
             set_backing(h, name, fmt)
         except UsageError as error:
             raise UsageError(f"{what}: Invalid argument") from error
-    if h.version > 2 and h.cluster_bits >= _FEATURE_TABLE_CLUSTER.bit_length() - 1:
+    if h.version > 2 and h.cluster_bits >= FEATURE_TABLE_CLUSTER.bit_length() - 1:
         h.set_extension(hd.EXT_FEATURE_NAMES, hd.feature_table())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from ...contract import Procedure
@@ -110,6 +111,12 @@ class Qcow2(Writeback):
         from .rewrite import change_backing
 
         return change_backing(self, name, fmt)
+
+    def amend(self, options: Mapping[str, Any], force: bool = False) -> Procedure:
+        """Change creation options in place; see :mod:`.amend`."""
+        from .amend import amend
+
+        return amend(self, options, force)
 
     def referenced_clusters(self) -> Procedure:
         """How many clusters of the file are in use; see :mod:`.usage`."""

@@ -88,6 +88,13 @@ class Header:
         """0 for deflate, 1 for zstd."""
         return self.tail[0] if self.version > 2 and self.tail else 0
 
+    def copy(self) -> Header:
+        """The same fields, to be changed without changing these."""
+        out = Header()
+        out.__dict__.update(self.__dict__)
+        out.extensions = list(self.extensions)
+        return out
+
     def extension(self, kind: int) -> bytes | None:
         """The data of the last extension of this type, which is the one that counts: the
         specification allows one, and programs that meet more let the later replace the earlier."""

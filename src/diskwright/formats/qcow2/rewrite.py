@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import errno
-import struct
 from typing import TYPE_CHECKING
 
-from ...contract import Barrier, MetaWrite, NeedMeta, Procedure, Progress, Table, Write
+from ...contract import NeedMeta, Procedure, Progress, Table
 from ...errors import CorruptImage, NoSpace, UsageError
-from ...units import align_up
 from ..editing import ask, flush, unpin
-from . import header as hd
 from .core import OFFSET, PACKED, SLOT, ZERO_FLAG
 from .creation import set_backing
 from .edit import announce
+from .replacing import replace_header
 from .runs import Run
 
 if TYPE_CHECKING:
     from .format import Qcow2
 
-_SECTOR = 512
 # L2 tables between two flushes.
 _TABLES = 64
 # Empty L1 entries between two yields.
@@ -114,56 +111,17 @@ def change_backing(image: Qcow2, name: str | None, fmt: str | None) -> Procedure
     the header cluster.
     """
     image.check_write()
-    h = image.header
-    kept = h.backing_file, list(h.extensions), h.backing_offset, h.backing_length
-    old_end = max(h.backing_offset + h.backing_length, _extensions_end(h))
+    new = image.header.copy()
     try:
-        try:
-            set_backing(h, name, fmt)
-        except UsageError as error:
-            raise OSError(errno.EINVAL, "Invalid argument") from error
-        try:
-            data = h.encode()
-        except UsageError as error:
-            raise NoSpace from error
-    except OSError:
-        h.backing_file, h.extensions, h.backing_offset, h.backing_length = kept
-        raise
+        set_backing(new, name, fmt)
+    except UsageError as error:
+        raise OSError(errno.EINVAL, "Invalid argument") from error
+    try:
+        new.encode()
+    except UsageError as error:
+        raise NoSpace from error
     yield from announce(image)
-    yield from _write_header(image, data.ljust(old_end, b"\0"))
+    new = image.header.copy()
+    set_backing(new, name, fmt)
+    yield from replace_header(image, new)
     image.has_backing = name is not None
-
-
-def _extensions_end(h: hd.Header) -> int:
-    return h.length + 8 + sum(8 + align_up(len(data), 8) for _, data in h.extensions)
-
-
-def _write_header(image: Qcow2, data: bytes) -> Procedure:
-    """Replace the header cluster so that every torn state is one image or the other.
-
-    A header that is longer than a sector goes over a short one that hides all extensions but the
-    backing format, with the name at a place that neither header uses.
-    """
-    h = image.header
-    spare = align_up(len(data), _SECTOR)
-    name = h.backing_file or b""
-    if len(data) > _SECTOR and spare + len(name) <= image.cluster_size:
-        fmt = h.extension(hd.EXT_BACKING_FORMAT)
-        final = h.backing_offset
-        h.backing_offset = spare if name else 0
-        short = h.fields()
-        h.backing_offset = final
-        if fmt is not None and len(short) + 16 + align_up(len(fmt), 8) <= _SECTOR:
-            short += struct.pack(">II", hd.EXT_BACKING_FORMAT, len(fmt))
-            short += fmt.ljust(align_up(len(fmt), 8), b"\0")
-        if name:
-            yield Write([MetaWrite(SLOT, spare, name)])
-            yield Barrier()
-        yield Write([MetaWrite(SLOT, 0, short.ljust(_SECTOR, b"\0"))])
-        yield Barrier()
-        yield Write([MetaWrite(SLOT, _SECTOR, data[_SECTOR:])])
-        yield Barrier()
-        yield Write([MetaWrite(SLOT, 0, data[:_SECTOR])])
-    else:
-        yield Write([MetaWrite(SLOT, 0, data)])
-    yield Barrier()
