@@ -29,6 +29,9 @@ class Driver(NamedTuple):
     ``stream(options: dict)`` gives the StreamWriter for these creation options, or None where the
     image they describe is not written in one pass.
 
+    ``amend_options`` are those that images which are there can have changed, by
+    ``amend(options, force) -> Procedure`` of the format.
+
     Beside their own options both get what the graph knows: ``file-name`` (the image's path as it
     was given), ``secrets`` (id -> bytes), and to create over a backing file ``backing_identity``
     (see ``abilities.Backed``) and ``backing_sector_size`` (in bytes; both None where its format has
@@ -43,3 +46,4 @@ class Driver(NamedTuple):
     create: Callable[..., Any] | None = None
     stream: Callable[[Mapping[str, Any]], StreamWriter | None] | None = None
     capabilities: frozenset[str] = frozenset()
+    amend_options: tuple[Option, ...] = ()

@@ -157,6 +157,8 @@ def split(text: str) -> dict[str, Any]:
         if not equals:
             if i:
                 raise UsageError(f"Expected '=' after parameter '{name}'")
+            if not name:
+                continue
             name, value = "qom-type", name
         out[name] = value
     return out

@@ -6,13 +6,14 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DiskError, UsageError
-from .images import arguments, gate, run
+from .images import arguments, gate, run, secrets
 from .options import GATE, OBJECT, QUIET, Args, Opt
 from .output import Call, UsageProblem, reason
 from .sizes import bounded
 
 if TYPE_CHECKING:
     from ..declare import Option
+    from ..secrets import Secrets
 
 OPTIONS = (
     QUIET,
@@ -43,15 +44,22 @@ def main(call: Call, argv: list[str]) -> int:
         size = bounded("image size", args.operands[1])
     if len(args.operands) > 2:
         raise UsageProblem(f"Unexpected argument: {args.operands[2]}")
+    keys = secrets(args)
     try:
-        _create(call, args, filename, fmt, given, size)
+        _create(call, args, filename, fmt, given, size, keys)
     except (DiskError, OSError) as error:
         raise call.fail(f"{filename}: {creation_failed(error)}") from error
     return 0
 
 
 def _create(
-    call: Call, args: Args, filename: str, fmt: str, given: list[str], size: int | None
+    call: Call,
+    args: Args,
+    filename: str,
+    fmt: str,
+    given: list[str],
+    size: int | None,
+    keys: Secrets | None,
 ) -> None:
     from ..ops import create as ops
 
@@ -83,6 +91,7 @@ def _create(
             gate=gate(args),
             look_at_backing="backing-unsafe" not in args,
             on_ready=ready,
+            secrets=keys,
         )
     )
 
@@ -98,17 +107,18 @@ def list_options(call: Call, fmt: str, filename: str | None) -> int:
 
     if filename is None:
         call.out(f"Supported {fmt} options:")
-        call.out("".join(map(_option, _sorted(ops.create_options(fmt, None)))))
+        call.out(option_lines(ops.create_options(fmt, None)))
         call.out("The protocol level may support further options.")
         call.out("Specify the target filename to include those options.")
     else:
         call.out("Supported options:")
-        call.out("".join(map(_option, _sorted(ops.create_options(fmt, filename)))), "")
+        call.out(option_lines(ops.create_options(fmt, filename)), "")
     return 0
 
 
-def _sorted(options: tuple[Option, ...]) -> list[Option]:
-    return sorted(options, key=lambda option: option.name)
+def option_lines(options: tuple[Option, ...]) -> str:
+    """One line each, sorted, as qemu-img lists them."""
+    return "".join(map(_option, sorted(options, key=lambda option: option.name)))
 
 
 def _option(option: Option) -> str:

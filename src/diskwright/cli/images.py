@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ..engine.kernel import Driver
     from ..graph.gate import Gate
     from ..ops.images import ImageSpec
+    from ..secrets import Secrets
 
 T = TypeVar("T")
 
@@ -28,8 +29,6 @@ def arguments(
         call.out(help_text(f"{call.title} [OPTIONS] {operands}", summary, (HELP, *declared)), "")
         return None
     call.quiet = "quiet" in args
-    if "object" in args:
-        raise UsageError(f"Objects are not supported: '{args.get('object')}'")
     return args
 
 
@@ -48,6 +47,16 @@ def gate(args: Args, *typed: str) -> Gate:
     return gate_of(args.get("policy"), typed, paths)
 
 
+def secrets(args: Args) -> Secrets | None:
+    """The secrets that ``--object`` defines; None without.  Raises UsageError."""
+    given = args.all("object")
+    if not given:
+        return None
+    from ..ops.secrets import secrets_of
+
+    return secrets_of(given)
+
+
 def spec(
     args: Args,
     name: str,
@@ -64,6 +73,7 @@ def spec(
     from ..graph.names import parse_image_opts
     from ..ops.images import ImageSpec, OpenFailed
 
+    keys = secrets(args)
     format = args.get(format_key)
     reference: Any = name
     if opts_key in args:
@@ -73,7 +83,8 @@ def spec(
             reference = parse_image_opts(name)
         except UsageError as error:
             raise OpenFailed(name, error) from error
-    return ImageSpec(name, reference, format, cache, "force-share" in args, gate(args, *typed))
+    shared = "force-share" in args
+    return ImageSpec(name, reference, format, cache, shared, gate(args, *typed), keys)
 
 
 def cache_mode(args: Args, key: str, default: str, message: str) -> str:

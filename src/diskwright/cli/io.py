@@ -11,7 +11,7 @@ from ..engine.kernel import Deadlock, Driver
 from ..errors import DiskError, UsageError
 from ..ops.io import Emit, Session
 from ..ops.io_disk import Opened, OpenFailed
-from .images import gate, warn_if_guessed
+from .images import gate, secrets, warn_if_guessed
 from .options import FORCE_SHARE, FORMAT, GATE, HELP, IMAGE_OPTS, OBJECT, Args, Opt, help_text
 from .options import parse as parse_options
 from .output import Call, hush, output_failed, reason, to_stderr
@@ -60,9 +60,12 @@ def main(call: Call, argv: list[str]) -> int:
         return 0
     if len(args.operands) > 1:
         raise UsageError("Expecting at most one image file name")
+    keys = secrets(args)
     opened = _described(args)
     driver = Driver()
-    session = Session(driver, _emitter(call), gate(args), lambda disk: _opened(call, disk))
+    session = Session(
+        driver, _emitter(call), gate(args), lambda disk: _opened(call, disk), secrets=keys
+    )
     try:
         try:
             return driver.run(_run(call, session, opened, args.all("cmd")))
@@ -76,10 +79,6 @@ def main(call: Call, argv: list[str]) -> int:
 
 def _described(args: Args) -> Opened | None:
     """The disk that the options describe; None without a file name."""
-    for definition in args.all("object"):
-        if definition.partition(",")[0] not in ("secret", "qom-type=secret"):
-            raise UsageError(f"Objects of this type are not supported: '{definition}'")
-        raise UsageError("Objects of type 'secret' are not supported by this version")
     if "image-opts" in args and "format" in args:
         raise UsageError("--image-opts and -f are mutually exclusive")
     if "copy-on-read" in args:

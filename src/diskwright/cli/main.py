@@ -31,6 +31,7 @@ from .output import (
 COMPATIBLE = "10.0.2"
 
 IMG_VERBS = {
+    "amend": "Change options of an image in place",
     "bench": "Measure how fast an image is",
     "check": "Check an image for damage",
     "commit": "Write an overlay's data into its backing file",

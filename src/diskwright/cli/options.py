@@ -31,7 +31,7 @@ HELP = Opt("h", "help", "", "show this help and exit")
 FORMAT = Opt("f", "format", "FMT", "format of the image (otherwise it is probed)")
 IMAGE_OPTS = Opt("", "image-opts", "", "FILENAME is a list of options, not a file name")
 FORCE_SHARE = Opt("U", "force-share", "", "open the image although others write to it")
-OBJECT = Opt("", "object", "DEF")
+OBJECT = Opt("", "object", "DEF", "define a secret: 'secret,id=ID,file=PATH'")
 QUIET = Opt("q", "quiet", "", "print nothing but errors")
 PROGRESS = Opt(
     "p", "progress", "WHEN", "show progress ('--progress json': as lines of JSON)", ("json",)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import UsageError
-from .images import READ_CACHES, arguments, gate, warn_if_guessed
+from .images import READ_CACHES, arguments, gate, secrets, warn_if_guessed
 from .options import FORCE_SHARE, FORMAT, GATE, IMAGE_OPTS, OBJECT, Args, Opt
 from .output import Call, UsageProblem, reason, to_stderr
 
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from ..engine.kernel import Driver
     from ..graph.gate import Gate
     from ..graph.names import Reference
+    from ..secrets import Secrets
 
 DEFAULT_PORT = 10809
 # How long to poll for the next request of a client that waits for each reply, before sleeping.
@@ -71,6 +72,7 @@ class Settings(NamedTuple):
     handshake_seconds: float = 10.0
     pid_file: str = ""
     verbose: bool = False
+    secrets: Secrets | None = None
 
 
 def main(call: Call, argv: list[str]) -> int:
@@ -93,6 +95,7 @@ def main(call: Call, argv: list[str]) -> int:
 def _settings(call: Call, args: Args) -> Settings:
     if len(args.operands) != 1:
         raise UsageProblem("Invalid number of arguments")
+    keys = secrets(args)
     image = args.operands[0]
     reference: Reference = image
     if "image-opts" in args:
@@ -132,6 +135,7 @@ def _settings(call: Call, args: Args) -> Settings:
         handshake_seconds=_count(args, "handshake-limit", 10, "Invalid handshake limit"),
         pid_file=args.get("pid-file") or "",
         verbose="verbose" in args,
+        secrets=keys,
     )
 
 
@@ -173,6 +177,7 @@ async def _serve(
         gate=settings.gate,
         discard=settings.discard,
         detect_zeroes=settings.detect_zeroes,
+        secrets=settings.secrets,
     )
     try:
         if not settings.read_only:

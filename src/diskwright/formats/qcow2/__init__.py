@@ -66,6 +66,27 @@ DRIVER = Driver(
         Option("refcount_bits", "int", "Width of a reference count entry in bits", 16),
         Option("size", "size", "Virtual disk size"),
     ),
+    amend_options=(
+        Option("backing_file", "str", "File name of a base image"),
+        Option("backing_fmt", "str", "Image format of the base image"),
+        Option("compat", "str", "Compatibility level (v2 [0.10] or v3 [1.1])"),
+        Option("data_file", "str", "File name of an external data file"),
+        Option("data_file_raw", "bool", "The external data file must stay valid as a raw image"),
+        Option("encrypt.iter-time", "int", "Time to spend in PBKDF in milliseconds"),
+        Option("encrypt.keyslot", "int", "Select a single keyslot to modify explicitly"),
+        Option(
+            "encrypt.new-secret",
+            "str",
+            "New secret to set in the matching keyslots. Empty string to erase",
+        ),
+        Option("encrypt.old-secret", "str", "Select all keyslots that match this password"),
+        Option(
+            "encrypt.state", "str", "Select new state of affected keyslots (active/inactive)"
+        ),
+        Option("lazy_refcounts", "bool", "Postpone refcount updates"),
+        Option("refcount_bits", "int", "Width of a reference count entry in bits"),
+        Option("size", "size", "Virtual disk size"),
+    ),
     open=open_format,
     create=create_new,
     capabilities=frozenset(

@@ -57,12 +57,12 @@ def _wanted(image: Qcow2, options: Mapping[str, Any]) -> tuple[int, int]:
         raise UsageError("Refcount width must be a power of two and may not exceed 64 bits")
     bits = image.refcount_bits if bits is None else int(bits)
     if version == 2 and bits != 16:
-        if h.version > 2 and compat is not None:
+        if "refcount_bits" not in options:
             raise UsageError(f"compat={compat} requires refcount_bits=16")
         raise UsageError(
             "Refcount widths other than 16 bits require compatibility level 1.1 or above" + _LATER
         )
-    if options.get("lazy_refcounts") and version == 2 and h.version == 2:
+    if options.get("lazy_refcounts") and version == 2 and not h.compatible & hd.LAZY_REFCOUNTS:
         raise UsageError(
             "Lazy refcounts only supported with compatibility level 1.1 and above" + _LATER
         )
@@ -73,7 +73,7 @@ def _check_names(image: Qcow2, options: Mapping[str, Any]) -> None:
     """Files that the image names, of which only the data file's name can be changed."""
     h = image.header
     for key, now in (("backing_file", image.backing_file), ("backing_fmt", image.backing_format)):
-        if key in options and (options[key] or None) != now:
+        if key in options and options[key] != now:
             raise UsageError(
                 "Cannot amend the backing file\nYou can use 'qemu-img rebase' instead."
             )
