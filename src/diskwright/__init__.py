@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .api import (
         Disk,
+        amend,
         check,
         commit,
         compare,
@@ -35,6 +36,7 @@ __all__ = [
     "compare",
     "commit",
     "rebase",
+    "amend",
 ]
 
 

@@ -95,6 +95,7 @@ if TYPE_CHECKING:
     compare = awaitable(calls.compare)
     commit = awaitable(calls.commit)
     rebase = awaitable(calls.rebase)
+    amend = awaitable(calls.amend)
 
 
 def __getattr__(name: str) -> Any:

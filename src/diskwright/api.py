@@ -36,7 +36,7 @@ from .ops.secrets import kept
 P = ParamSpec("P")
 T = TypeVar("T")
 
-OPERATIONS = ("info", "info_chain", "check", "convert", "compare", "commit", "rebase")
+OPERATIONS = ("info", "info_chain", "check", "convert", "compare", "commit", "rebase", "amend")
 """Functions of :mod:`diskwright.ops.calls`, which is imported with the first of them."""
 
 Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
@@ -143,6 +143,7 @@ if TYPE_CHECKING:
     compare = blocking(calls.compare)
     commit = blocking(calls.commit)
     rebase = blocking(calls.rebase)
+    amend = blocking(calls.amend)
 
 
 def __getattr__(name: str) -> Any:

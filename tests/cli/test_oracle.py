@@ -250,6 +250,34 @@ rebase -u -b base.qcow2 -F foo top.qcow2
 rebase -f raw -b base.qcow2 -F qcow2 a.raw
 rebase -T foo -b base.qcow2 -F qcow2 top.qcow2
 rebase
+amend
+amend base.qcow2
+amend -o size=1M
+amend -o size=1M base.qcow2 top.qcow2
+amend -o size=1M nonexistent
+amend -f raw -o size=1M a.raw
+amend -f foo -o size=1M a.raw
+amend -f raw -o help
+amend -t foo -o size=1M base.qcow2
+amend -o foo=1 base.qcow2
+amend -o cluster_size=64k base.qcow2
+amend -o size=foo base.qcow2
+amend -o size=5M, base.qcow2
+amend -o compat=42 base.qcow2
+amend -o compat=0.10,refcount_bits=8 base.qcow2
+amend -o compat=0.10,lazy_refcounts=on base.qcow2
+amend -o refcount_bits=3 base.qcow2
+amend -o refcount_bits=0 base.qcow2
+amend -o lazy_refcounts=maybe base.qcow2
+amend -o backing_file=a.raw top.qcow2
+amend -o backing_fmt=raw top.qcow2
+amend -o data_file=x base.qcow2
+amend -o data_file_raw=on base.qcow2
+amend -o encrypt.state=active base.qcow2
+info --object foo,id=x base.qcow2
+info --object secret,id=a base.qcow2
+create --object secret -f qcow2 new 1M
+check --object secret,id=1,data=b base.qcow2
 """.strip().splitlines()
 
 
@@ -258,6 +286,44 @@ def test_refused_in_the_same_words(pair: Pair, line: str) -> None:
     assert pair.same(*line.split()).status == 1
     for name in ("a.raw", "base.qcow2", "mid.qcow2", "top.qcow2", "target.qcow2"):
         assert (pair.mine / name).read_bytes() == (pair.theirs / name).read_bytes(), name
+
+
+AMENDMENTS = """
+help base.qcow2
+-f qcow2 -o help
+-o compat=0.10 base.qcow2
+-o compat=0.10 top.qcow2
+-o compat=v3,refcount_bits=1 base.qcow2
+-o refcount_bits=64,size=8M top.qcow2
+-p -o lazy_refcounts=on base.qcow2
+-q -p -o compat=0.10 base.qcow2
+-o size=2M,size=3M base.qcow2
+-t none -o backing_file=mid.qcow2,backing_fmt=qcow2 top.qcow2
+--force -o data_file_raw=off base.qcow2
+--image-opts -o size=6M driver=qcow2,file.filename=base.qcow2
+--object secret,id=a,data=b -o refcount_bits=32 base.qcow2
+""".strip().splitlines()
+
+
+@pytest.mark.parametrize("line", AMENDMENTS)
+def test_amend(pair: Pair, line: str) -> None:
+    words = line.replace("help base", "-o help base").split()
+    pair.same("amend", *words)
+    name = words[-1].rpartition("=")[2]
+    if not name.endswith("qcow2") or "help" in words:
+        return
+    drop = (b"disk size", b"    file length", b"    disk size")
+    told, expected = (
+        [
+            line
+            for line in real(pair.tool, "info", name, cwd=where).out.splitlines()
+            if not line.startswith(drop)
+        ]
+        for where in (pair.mine, pair.theirs)
+    )
+    assert told == expected
+    assert real(pair.tool, "check", name, cwd=pair.mine).status == 0
+    assert real(pair.tool, "compare", name, str(pair.theirs / name), cwd=pair.mine).status == 0
 
 
 CONVERSIONS = """

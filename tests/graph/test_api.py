@@ -289,6 +289,10 @@ def test_operations_on_whole_images(here: Path, peer: Any) -> None:
     with diskwright.open("a") as disk:
         assert disk.read(0, 5) == b"above"
     diskwright.rebase("top", None, policy="trusted")
+    diskwright.amend("top", {"compat": "0.10", "size": "2M"})
+    assert diskwright.info("top").virtual_size == 2 << 20
+    with pytest.raises(UsageError):
+        diskwright.amend("top", {"cluster_size": 4096})
     with diskwright.open("top") as disk:
         assert disk.read(0, 5) == b"above"
 

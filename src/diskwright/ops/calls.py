@@ -220,6 +220,30 @@ async def commit(
         await commit(driver, spec, base=base, keep=keep, on_progress=on_progress)
 
 
+async def amend(
+    driver: BaseDriver,
+    source: Source,
+    options: Mapping[str, Any],
+    *,
+    force: bool = False,
+    format: str | None = None,
+    policy: str | None = None,
+    map_paths: MapPaths = None,
+    secrets: Keys = None,
+    on_progress: OnProgress | None = None,
+) -> None:
+    """Change creation options of an image in place (``{"compat": "1.1"}``).
+
+    What cannot be done is refused before anything is written; ``force`` allows what may make data
+    unreadable for good.
+    """
+    from .amend import amend
+
+    with _plain_errors():
+        spec = spec_of(source, format, policy, map_paths=map_paths, secrets=secrets)
+        await amend(driver, spec, options, force=force, on_progress=on_progress)
+
+
 async def rebase(
     driver: BaseDriver,
     source: Source,
