@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from .contract import Procedure
 
@@ -64,6 +64,52 @@ class Packs(Protocol):
     @property
     def pack_codec(self) -> Codec:
         """What packs them."""
+
+
+class SnapshotInfo(NamedTuple):
+    """An internal snapshot.  Sizes are bytes; ``date`` is seconds and nanoseconds of the day it was
+    taken, since 1970; ``vm_clock_nsec`` how long the guest had run; ``icount`` None: not known."""
+
+    id: str
+    name: str
+    vm_state_size: int = 0
+    date_sec: int = 0
+    date_nsec: int = 0
+    vm_clock_nsec: int = 0
+    icount: int | None = None
+    disk_size: int | None = None
+
+
+class Snapshots(Protocol):
+    """A format whose images hold snapshots of themselves, and VM state with them.
+
+    Ids and names are those of the image; the first snapshot that fits is taken, None fits all.
+    Procedures raise ``errors.NoSuchSnapshot``; all but ``show_snapshot`` and ``read_vm_state`` need
+    an image that can be written.
+    """
+
+    @property
+    def snapshots(self) -> Sequence[SnapshotInfo]:
+        """All of them, in the order of the image."""
+
+    def create_snapshot(self, info: SnapshotInfo) -> Procedure:
+        """Take one with the name, date and VM state size of ``info``; returns it with the id that
+        it got.  VM state that it says to have goes with it, and from the disk."""
+
+    def apply_snapshot(self, snapshot_id: str | None, name: str | None) -> Procedure:
+        """Make the disk what it was then, its size included."""
+
+    def delete_snapshot(self, snapshot_id: str | None, name: str | None) -> Procedure:
+        """Give it up, with what nothing else refers to."""
+
+    def show_snapshot(self, snapshot_id: str | None, name: str | None) -> Procedure:
+        """Be the disk of that snapshot from now on, for reading alone: in a node of its own."""
+
+    def write_vm_state(self, offset: int, data: bytes) -> Procedure:
+        """Write to the VM state, which lies behind the disk until a snapshot takes it."""
+
+    def read_vm_state(self, offset: int, length: int) -> Procedure:
+        """Returns bytes; what was not written reads as zeroes."""
 
 
 class StreamWriter(Protocol):

@@ -81,6 +81,13 @@ class NotSupported(DiskError):
         super().__init__(detail)
 
 
+class NoSuchSnapshot(DiskError):
+    """No internal snapshot of the image has the id and name that were asked for."""
+
+    def __init__(self) -> None:
+        super().__init__("Can't find snapshot")
+
+
 class Refused(DiskError):
     """The open gate refused a reference that an image names.
 

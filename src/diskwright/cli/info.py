@@ -56,7 +56,9 @@ def as_dict(info: NodeInfo) -> dict[str, Any]:
     if info.backing_name is not None and info.backing_format:
         out["backing-filename-format"] = info.backing_format
     if info.snapshots:
-        out["snapshots"] = list(info.snapshots)
+        from .snapshot_list import snapshot_dict
+
+        out["snapshots"] = [snapshot_dict(found) for found in info.snapshots]
     out["virtual-size"] = info.virtual_size
     out["filename"] = info.filename
     if info.cluster_size:
@@ -103,7 +105,9 @@ def text(info: NodeInfo, path: str = "", indent: str = "") -> str:
         lines.append("cleanly shut down: no")
     lines += _backing(info)
     if info.snapshots:
-        lines += _snapshots(info)
+        from .snapshot_list import snapshot_lines
+
+        lines += snapshot_lines(info.snapshots)
     if info.specific:
         lines.append("Format specific information:")
         lines += _specific(info.specific, "    ")
@@ -125,26 +129,6 @@ def _backing(info: NodeInfo) -> list[str]:
     lines = [line]
     if info.backing_format:
         lines.append(f"backing file format: {info.backing_format}")
-    return lines
-
-
-def _snapshots(info: NodeInfo) -> list[str]:
-    import time
-
-    lines = [
-        "Snapshot list:",
-        f"{'ID':<7} {'TAG':<16} {'VM_SIZE':>8} {'DATE':>19} {'VM_CLOCK':>15} {'ICOUNT':>10}",
-    ]
-    for found in info.snapshots:
-        date = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(found["date-sec"]))
-        clock = found["vm-clock-sec"]
-        shown = f"{clock // 3600:04}:{clock // 60 % 60:02}:{clock % 60:02}"
-        shown += f".{found['vm-clock-nsec'] // 1000000:03}"
-        count = found.get("icount")
-        lines.append(
-            f"{found['id']:<7} {found['name']:<16} {human(found['vm-state-size']):>8} {date:>19} "
-            f"{shown:>15} {'--' if count is None else count:>10}"
-        )
     return lines
 
 

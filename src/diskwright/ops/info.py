@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from ..abilities import SnapshotInfo
 from ..engine.kernel import BaseDriver
 from ..errors import DiskError, ImageError
 from ..graph.display import display_name
@@ -35,7 +36,7 @@ class NodeInfo(NamedTuple):
     backing_format: str | None = None
     full_backing_name: str | None = None
     specific: dict[str, Any] | None = None
-    snapshots: tuple[dict[str, Any], ...] = ()
+    snapshots: tuple[SnapshotInfo, ...] = ()
     children: tuple[tuple[str, NodeInfo], ...] = ()
 
 

@@ -52,6 +52,12 @@ class Allocator(Mapping):
         self.reserved.add(h.l1_offset >> bits, -(-l1_end >> bits))
         reftable = h.reftable_offset >> bits
         self.reserved.add(reftable, reftable + h.reftable_clusters)
+        if self.snapshot_bytes:
+            first = h.snapshots_offset >> bits
+            self.reserved.add(first, first + -(-self.snapshot_bytes >> bits))
+        for snapshot in self.snapshot_table:
+            first = snapshot.l1_offset >> bits
+            self.reserved.add(first, first + -(-8 * snapshot.l1_size >> bits))
 
     def use_reftable(self, reftable: array[int], fresh: int) -> None:
         """Take another refcount table, which the header names already; nothing is dirty.  From

@@ -63,7 +63,7 @@ class Bulk(Planner):
         state = plan.state = State()
         plan.pins = self.take(chosen)
         hosts, state.reserved = _split(chosen, len(fresh))
-        self._install_l2(tables, fresh, hosts)
+        self.install_l2(tables, fresh, hosts)
         supply = iter(state.reserved)
         at = free_end = 0
         for start, end in spans:

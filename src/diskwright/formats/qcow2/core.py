@@ -6,16 +6,19 @@ from __future__ import annotations
 import errno
 from array import array
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...abilities import Codec
 from ...contract import Range, Table, TableStore
-from ...errors import CorruptImage, UnsupportedFeature
+from ...errors import CorruptImage, MalformedImage, UnsupportedFeature
 from ...ondisk import zeros
 from . import header as hd
 from .header import Header
 from .refblock import RefBlock
 from .runs import Run, RunSet
+
+if TYPE_CHECKING:
+    from .snaptable import Snapshot
 
 COPIED = 1 << 63
 PACKED = 1 << 62
@@ -58,6 +61,14 @@ class Core:
         self.use_header(Header())
         self.l1: array[int] = zeros(64, 0)
         self.reftable: array[int] = zeros(64, 0)
+        self.snapshot_table: list[Snapshot] = []
+        """The internal snapshots."""
+        self.snapshot_bytes = 0
+        """Length of their table in the file."""
+        self.snapshot_damage: MalformedImage | None = None
+        """Why their table could not be read, in an image that is opened to be checked."""
+        self.sharing_dirty = False
+        """The dirty bit stands for flags and counts that a procedure is changing."""
         self.ready = False
         """No autoclear bit is left to be dropped, so data may be written in place."""
         self.announced = False
@@ -230,6 +241,13 @@ class Core:
         self._l1_parts.add(l1_index >> (self.part_bits - 3))
         self._short.pop(l1_index, None)
         self._short_write.pop(l1_index, None)
+
+    def replace_l1(self, entries: array[int]) -> None:
+        """Take another L1 table, which is on the disk as it is."""
+        self.l1 = entries
+        self._l1_parts = set()
+        self._short.clear()
+        self._short_write.clear()
 
     def set_reftable(self, index: int, offset: int) -> None:
         """Change an entry of the refcount table."""

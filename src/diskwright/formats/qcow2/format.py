@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ...abilities import SnapshotInfo
 from ...contract import Procedure
 from . import header as hd
 from .writeback import Writeback
@@ -79,6 +80,13 @@ class Qcow2(Writeback):
             out["encrypt"] = {"format": "aes" if h.crypt_method == 1 else "luks"}
         return out
 
+    @property
+    def snapshots(self) -> Sequence[SnapshotInfo]:
+        """The internal snapshots, in the order of the table."""
+        from .snapview import described
+
+        return [described(snapshot) for snapshot in self.snapshot_table]
+
     # -- whole-image procedures, each imported when it is asked for
     def check(self, fix: str = "") -> Procedure:
         """Compare the reference counts with the references; returns a CheckResult.
@@ -99,6 +107,49 @@ class Qcow2(Writeback):
         from .resizing import resize
 
         return resize(self, size, preallocation, shrink)
+
+    def create_snapshot(self, info: SnapshotInfo) -> Procedure:
+        """Take a snapshot of this name, date and VM state; returns its SnapshotInfo."""
+        from .snapview import create
+
+        return create(self, info)
+
+    def apply_snapshot(self, snapshot_id: str | None, name: str | None) -> Procedure:
+        """Make the disk what it was when the first snapshot of this id and name was taken."""
+        from .snapview import apply
+
+        return apply(self, snapshot_id, name)
+
+    def delete_snapshot(self, snapshot_id: str | None, name: str | None) -> Procedure:
+        """Forget the first snapshot of this id and name."""
+        from .snapview import delete
+
+        return delete(self, snapshot_id, name)
+
+    def show_snapshot(self, snapshot_id: str | None, name: str | None) -> Procedure:
+        """From now on be the disk of that snapshot, for reading alone."""
+        from .snapview import show
+
+        return show(self, snapshot_id, name)
+
+    @property
+    def vm_state_offset(self) -> int:
+        """Guest offset behind the disk at which VM state is kept."""
+        from .snapshots import vm_state_offset
+
+        return vm_state_offset(self)
+
+    def write_vm_state(self, offset: int, data: bytes) -> Procedure:
+        """Write into the VM state region."""
+        from .vmstate import write
+
+        return write(self, offset, data)
+
+    def read_vm_state(self, offset: int, length: int) -> Procedure:
+        """Read from the VM state region; returns bytes."""
+        from .vmstate import read
+
+        return read(self, offset, length)
 
     def make_empty(self) -> Procedure:
         """Drop all guest data, so that the backing file shows through everywhere."""

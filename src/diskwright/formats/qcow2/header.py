@@ -341,6 +341,11 @@ def l1_entries(size: int, cluster_bits: int, extended: bool = False) -> int:
     return -(-size >> bits)
 
 
+def l1_bytes(h: Header, size: int) -> int:
+    """Bytes of the L1 table that a virtual size of ``size`` bytes needs in this image."""
+    return 8 * l1_entries(size, h.cluster_bits, bool(h.incompatible & EXTENDED_L2))
+
+
 def check_corrupt(h: Header, writable: bool) -> None:
     """Raise CorruptImage for an image that is marked corrupt and is to be written."""
     if writable and h.incompatible & CORRUPT:

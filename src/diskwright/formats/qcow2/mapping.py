@@ -35,6 +35,18 @@ class Mapping(Core):
             self._checked.discard(offset)
             self.tables.put(slot, offset, big_endian_array(64, data), self.cluster_size)
 
+    def owned(self, guest: int) -> bool:
+        """True when the cluster at ``guest`` has data that no snapshot shares.  Its L2 table is in
+        memory, where there is one."""
+        l1_index = guest >> self.l1_shift
+        entry = self.l1[l1_index] if l1_index < len(self.l1) else 0
+        if not entry & COPIED:
+            return False
+        table = self.l2_table(entry & OFFSET)
+        assert table is not None
+        found: int = table.data[guest >> self.cluster_bits & self.l2_mask]
+        return bool(found & COPIED)
+
     # -- overlaps
     def check_table(self, table: Table) -> None:
         """Raise CorruptImage when an L2 table has an entry that points at metadata: a write
@@ -82,7 +94,10 @@ class Mapping(Core):
         images whose tables are few enough to list, at an L2 table or a refcount block.  The header
         cannot be pointed at: a place of 0 is none."""
         bits = self.cluster_bits
-        hosts = {cluster << bits for start, end in self.reserved for cluster in range(start, end)}
+        hosts: set[int] = set()
+        if self.reserved.total <= _MOST_LISTED:  # the L1 tables of hostile snapshots are long
+            for start, end in self.reserved:
+                hosts.update(range(start << bits, end << bits, self.cluster_size))
         if len(self.l1) + len(self.reftable) <= _MOST_LISTED:
             hosts.update(entry & OFFSET for entry in self.l1)
             hosts.update(self.reftable)
@@ -97,6 +112,10 @@ class Mapping(Core):
             return "active L1 table"
         if h.reftable_offset <= host < h.reftable_offset + 8 * len(self.reftable):
             return "refcount table"
+        if h.snapshots_offset <= host < h.snapshots_offset + self.snapshot_bytes:
+            return "snapshot table"
+        if any(s.l1_offset <= host < s.l1_offset + 8 * s.l1_size for s in self.snapshot_table):
+            return "inactive L1 table"
         if host in self.reftable:
             return "refcount block"
         if host in self.l1 or host | COPIED in self.l1:

@@ -42,6 +42,8 @@ def open_image(image: Qcow2) -> Procedure:
     image.fresh = -(-length >> bits) if zero_beyond_end else _NO_END
     if image.refuse_io is None or checking:
         yield from _read_tables(image)
+    if h.nb_snapshots:
+        yield from _read_snapshots(image, checking)
     yield from _open_backing(image)
     if image.writable and not (image.refuse_io or image.refuse_write or checking):
         if h.incompatible & hd.DIRTY:
@@ -104,9 +106,7 @@ def refusals(h: hd.Header) -> tuple[str | None, str | None]:
         read = "extended L2 entries"
     elif h.incompatible & hd.DATA_FILE:
         read = "external data file"
-    if h.nb_snapshots:
-        write = "internal snapshots"
-    elif h.autoclear & hd.BITMAPS:
+    if h.autoclear & hd.BITMAPS:
         write = "persistent dirty bitmaps"
     return read, write
 
@@ -126,6 +126,19 @@ def _read_tables(image: Qcow2) -> Procedure:
         SLOT, [(h.reftable_offset, h.reftable_clusters << h.cluster_bits)], "reftable_load"
     )
     image.reftable = big_endian_array(64, raw)
+    image.reserve_structures()
+
+
+def _read_snapshots(image: Qcow2, checking: bool) -> Procedure:
+    """A table that breaks the specification keeps an image from being opened but for a check."""
+    from .snaptable import read_table
+
+    try:
+        image.snapshot_table, image.snapshot_bytes = yield from read_table(image)
+    except MalformedImage as error:
+        if not checking:
+            raise
+        image.snapshot_damage = error
     image.reserve_structures()
 
 

@@ -70,7 +70,7 @@ class Packing(Zeroing):
         plan = Plan()
         state = plan.state = PackedState()
         plan.pins = self.take([(c, c + 1, zero) for c, zero in for_tables + used])
-        self._install_l2(tables, fresh, for_tables)
+        self.install_l2(tables, fresh, for_tables)
         taken = {c for c, _ in used}
         for (guest, length), host in zip(ranges, hosts, strict=True):
             first, last = host >> bits, (host + length - 1) >> bits

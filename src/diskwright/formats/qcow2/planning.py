@@ -101,7 +101,7 @@ class Planner(Packing):
         plan.pins = self.take(chosen)
         supply = [(c, zero) for start, end, zero in chosen for c in range(start, end)]
         if fresh:
-            self._install_l2(tables, fresh, supply[: len(fresh)])
+            self.install_l2(tables, fresh, supply[: len(fresh)])
             del supply[: len(fresh)]
         state.reserved = _as_runs(supply)
         bits, l2_bits, l2_mask = self.cluster_bits, self.l2_bits, self.l2_mask

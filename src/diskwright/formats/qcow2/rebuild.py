@@ -12,6 +12,7 @@ from .core import SLOT
 from .counts import Counts
 from .refblock import empty
 from .references import Walker
+from .sharing import set_copied
 
 if TYPE_CHECKING:
     from .format import Qcow2
@@ -29,10 +30,13 @@ def rebuild(image: Qcow2) -> Procedure:
     packed = walker.packed = Counts()
     yield from walker.walk(refcounts=False)
     result, counts = walker.result, walker.counts
-    # Only compressed clusters may share a host cluster, as far as a count can say so.
+    # Only compressed clusters, and those of snapshots, may be shared, as far as a count can say so.
     most = (1 << image.refcount_bits) - 1
+    snapshots = bool(image.snapshot_table)
     if result.corruptions or any(
-        counts.get(cluster) != packed.get(cluster) or counts.get(cluster) > most
+        counts.get(cluster) > most
+        or (counts.get(cluster) != packed.get(cluster) and not snapshots)
+        or cluster in image.reserved
         for cluster in counts.several()
     ):
         raise CorruptImage(
@@ -40,6 +44,9 @@ def rebuild(image: Qcow2) -> Procedure:
             + (f" ({result.findings[0]})" if result.findings else "")
         )
     yield from renew(image, counts, image.fresh)
+    if snapshots or walker.uncopied:
+        # Whoever takes or deletes a snapshot clears COPIED first and sets it last.
+        yield from set_copied(image)
     image.header.incompatible &= ~hd.DIRTY
     yield Write([MetaWrite(SLOT, hd.FEATURES_OFFSET, image.header.features())])
     yield Barrier()

@@ -44,8 +44,6 @@ def uncovered(h: hd.Header) -> list[str]:
         out.append("extended L2 entries: subcluster bitmaps")
     if h.incompatible & hd.DATA_FILE:
         out.append("external data file")
-    if h.nb_snapshots:
-        out.append("internal snapshots")
     return out
 
 

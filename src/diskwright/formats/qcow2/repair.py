@@ -66,7 +66,8 @@ class Repairer:
         self.image = image
         self.header = image.header
         self.everything = everything
-        self.covered = not uncovered(image.header)
+        # Entries of snapshots' tables are not mended, so nothing may be that they share.
+        self.covered = not uncovered(image.header) and not image.header.nb_snapshots
         self.begun = False
 
     def run(self) -> Procedure:

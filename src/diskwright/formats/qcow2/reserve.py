@@ -65,7 +65,7 @@ class Reserver(Allocator):
                     fresh.append(l1_index)
         return tables, fresh, NeedMeta(SLOT, missing, L2_LOAD) if missing else None
 
-    def _install_l2(
+    def install_l2(
         self, tables: dict[int, Table], fresh: Sequence[int], hosts: Sequence[tuple[int, bool]]
     ) -> None:
         """Give each of ``fresh`` an L2 table of its own, empty or a copy of the shared one."""

@@ -49,6 +49,8 @@ def resize(image: Qcow2, size: int, preallocation: str, shrink: bool) -> Procedu
     Raises UsageError for sizes and modes that do not go.
     """
     image.check_write()
+    if image.snapshot_table and image.header.version < 3:
+        raise NotSupported("Can't resize a v2 image which has snapshots")
     if size % 512:
         raise UsageError("The new size must be a multiple of 512")
     if preallocation not in PREALLOCATIONS:
@@ -87,10 +89,18 @@ def _grow(image: Qcow2, size: int, entries: int, preallocation: str) -> Procedur
     old = image.size
     cluster = image.cluster_size
     backing_size = (yield Length("backing")) if image.has_backing else 0
+    if len(image.l1) > hd.l1_bytes(image.header, old) // 8:
+        # VM state is kept there, which must not show.
+        yield from drop_clusters(
+            image,
+            hd.l1_bytes(image.header, old) // 8 << image.l1_shift,
+            len(image.l1) << image.l1_shift,
+            unmap=True,
+        )
     if old % cluster:
         yield from _zero_tail(image, old, backing_size)
     if entries > len(image.l1):
-        yield from _grow_l1(image, entries)
+        yield from grow_l1(image, entries)
     covered = min(size, backing_size)
     first = align_up(old, cluster)
     if first < covered and image.header.version > 2:
@@ -109,11 +119,12 @@ def _write_size(image: Qcow2, size: int) -> Procedure:
     """Switch to the new size, with everything before it on disk."""
     yield from flush(image)
     image.header.size = image.size = size
-    yield Write([_size_fields(image)])
+    yield Write([size_fields(image)])
     yield Barrier()
 
 
-def _size_fields(image: Qcow2) -> MetaWrite:
+def size_fields(image: Qcow2) -> MetaWrite:
+    """Virtual size and place of the L1 table, which a write of one sector changes at once."""
     h = image.header
     data = struct.pack(">QIIQ", h.size, h.crypt_method, h.l1_size, h.l1_offset)
     return MetaWrite(SLOT, _SIZE_OFFSET, data, "l1_grow_activate_table")
@@ -141,23 +152,24 @@ def _zero_tail(image: Qcow2, old: int, backing_size: int) -> Procedure:
     base = align_down(old, cluster)
     pins: list[Table] = []
     extents, _ = yield from ask(image, lambda: _mapped(image, base, 1), pins)
+    owned = image.owned(base)
     unpin(pins)
     (extent,) = extents
-    if extent.kind == DATA:
+    if extent.kind == DATA and owned:
         # Another program may have left anything there.
         tail = bytes(cluster - (old - base))
         yield Write([MetaWrite(SLOT, extent.host + old - base, tail)])
         yield Barrier()
-    elif extent.kind == PACKED or (
+    elif extent.kind in (DATA, PACKED) or (
         backing_size > old and not getattr(extent, "explicit", False)
     ):
-        # Copying the cluster up, or unpacking it, puts zeroes behind the end.
+        # Copying the cluster (up, or from a snapshot), or unpacking it, puts zeroes behind the end.
         data = yield GuestRead(base, old - base)
         yield GuestWrite(base, data)
         yield from flush(image)
 
 
-def _grow_l1(image: Qcow2, entries: int) -> Procedure:
+def grow_l1(image: Qcow2, entries: int) -> Procedure:
     """A longer L1 table: in its place while its last cluster has room, else in a new one that the
     header switches to; then the old one is freed."""
     h, bits = image.header, image.cluster_bits
@@ -168,7 +180,7 @@ def _grow_l1(image: Qcow2, entries: int) -> Procedure:
         yield Barrier()
         image.l1.extend(added)
         h.l1_size = entries
-        yield Write([_size_fields(image)])
+        yield Write([size_fields(image)])
         yield Barrier()
         return
     pins: list[Table] = []
@@ -191,7 +203,7 @@ def _grow_l1(image: Qcow2, entries: int) -> Procedure:
         yield Barrier()
     image.l1 = table
     h.l1_size, h.l1_offset = entries, start << bits
-    yield Write([_size_fields(image)])
+    yield Write([size_fields(image)])
     yield Barrier()
     image.reserve_structures()
     freed = image.settle(groups.token)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
-from ...contract import NeedMeta, Procedure, Progress, Table
+from ...contract import NeedMeta, Procedure, Progress, Quiesce, Table
 from ...errors import CorruptImage, NoSpace, UsageError
 from ..editing import ask, flush, unpin
-from .core import OFFSET, PACKED, SLOT, ZERO_FLAG
+from .core import COPIED, OFFSET, PACKED, SLOT, ZERO_FLAG
 from .creation import set_backing
 from .edit import announce
 from .replacing import replace_header
@@ -52,6 +52,7 @@ def drop_clusters(image: Qcow2, start: int, end: int, unmap: bool) -> Procedure:
         if turn % _TABLES == 0:
             yield from flush(image)
             unpin(pins)
+            yield Quiesce()  # a large disk has more tables than memory should hold
         yield Progress(l1_index, last)
     yield from flush(image)
     unpin(pins)
@@ -83,7 +84,13 @@ def _drop_in_table(
             freed.append(run)
     if whole:
         freed.append((offset >> bits, (offset >> bits) + 1))
+    shared = not image.l1[l1_index] & COPIED and not whole
+    if shared:
+        freed.append((offset >> bits, (offset >> bits) + 1))
     yield from ask(image, lambda: image.missing_blocks(freed), pins)
+    if shared:
+        freed.pop()
+        table = yield from _own_table(image, l1_index, table, pins)
     for run in freed:
         image.free_later(*run)
     if whole:
@@ -93,6 +100,16 @@ def _drop_in_table(
     for index in range(*span):
         table.data[index] = new
     image.touch_l2(table, *span)
+
+
+def _own_table(image: Qcow2, l1_index: int, table: Table, pins: list[Table]) -> Procedure:
+    """A copy of an L2 table that a snapshot shares, for the disk alone."""
+    chosen = yield from ask(image, lambda: image.choose(1), pins)
+    image.take(chosen)
+    ((cluster, _, zero),) = chosen
+    tables = {l1_index: table}
+    image.install_l2(tables, [l1_index], [(cluster, zero)])
+    return tables[l1_index]
 
 
 def make_empty(image: Qcow2) -> Procedure:

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import struct
 from typing import TYPE_CHECKING
 
-from ...contract import Procedure, Read
-from .core import SLOT
+from ...contract import Procedure
 
 if TYPE_CHECKING:
     from .references import Walker
 
 
 def count_snapshots(walker: Walker) -> Procedure:
-    """Count the snapshot table; each L1 table in it is for `Walker.inactive_l1`."""
-    h = walker.header
-    at = h.snapshots_offset
-    for _ in range(h.nb_snapshots):
-        (raw,) = yield Read(SLOT, [(at, 40)])
-        id_length, name_length = struct.unpack_from(">HH", raw, 12)
-        (extra,) = struct.unpack_from(">I", raw, 36)
-        if extra > 1024:
-            walker.result.corruption("snapshot table entry has too much extra data")
-            return
-        at += 40 + extra + id_length + name_length
-        at += -at % 8
-    walker.add_region(h.snapshots_offset, at - h.snapshots_offset)
+    """Count the snapshot table, and what each L1 table in it refers to.
+
+    Of a table that breaks the specification nothing is known, so nothing counts as leaked.
+    """
+    image, result = walker.image, walker.result
+    if image.snapshot_damage is not None:
+        result.corruption(str(image.snapshot_damage))
+        result.uncovered.append("internal snapshots")
+        return
+    walker.add_region(walker.header.snapshots_offset, image.snapshot_bytes)
+    for snapshot in image.snapshot_table:
+        yield from walker.inactive_l1(snapshot.l1_offset, snapshot.l1_size)

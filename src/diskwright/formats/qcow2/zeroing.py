@@ -61,7 +61,7 @@ class Zeroing(Reserver):
         plan = Plan()
         state = plan.state = State()
         plan.pins = self.take(chosen)
-        self._install_l2(tables, fresh, [(c, z) for a, b, z in chosen for c in range(a, b)])
+        self.install_l2(tables, fresh, [(c, z) for a, b, z in chosen for c in range(a, b)])
         for l1_index, first, stop in spans:
             state.spans.append(
                 (tables[l1_index], first, stop, mode | _HOLES_STAY if holes_stay else mode)
