@@ -83,7 +83,9 @@ class Qcow2(Writeback):
     @property
     def snapshots(self) -> Sequence[SnapshotInfo]:
         """The internal snapshots, in the order of the table."""
-        from .snapview import described
+        if not self.snapshot_table:
+            return ()
+        from .snaptable import described
 
         return [described(snapshot) for snapshot in self.snapshot_table]
 

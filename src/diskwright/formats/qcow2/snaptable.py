@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 from typing import TYPE_CHECKING, NamedTuple
 
+from ...abilities import SnapshotInfo
 from ...contract import Procedure, Progress, Read
 from ...errors import MalformedImage, UsageError
 from ...units import align_up
@@ -66,6 +67,20 @@ class Snapshot(NamedTuple):
         )
         out += extra + self.id + self.name
         return out.ljust(align_up(len(out), 8), b"\0")
+
+
+def described(snapshot: Snapshot) -> SnapshotInfo:
+    """A table entry for callers; bytes that are not UTF-8 survive as surrogates."""
+    return SnapshotInfo(
+        snapshot.id.decode(errors="surrogateescape"),
+        snapshot.name.decode(errors="surrogateescape"),
+        snapshot.vm_state_size,
+        snapshot.date_sec,
+        snapshot.date_nsec,
+        snapshot.vm_clock_nsec,
+        snapshot.icount,
+        snapshot.disk_size,
+    )
 
 
 def encode_table(snapshots: list[Snapshot]) -> bytes:

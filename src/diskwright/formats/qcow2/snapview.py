@@ -11,24 +11,10 @@ from ...errors import NoSuchSnapshot
 from ...ondisk import zeros
 from . import header as hd
 from . import snapshots as work
-from .snaptable import Snapshot
+from .snaptable import Snapshot, described
 
 if TYPE_CHECKING:
     from .format import Qcow2
-
-
-def described(snapshot: Snapshot) -> SnapshotInfo:
-    """A table entry for callers; bytes that are not UTF-8 survive as surrogates."""
-    return SnapshotInfo(
-        snapshot.id.decode(errors="surrogateescape"),
-        snapshot.name.decode(errors="surrogateescape"),
-        snapshot.vm_state_size,
-        snapshot.date_sec,
-        snapshot.date_nsec,
-        snapshot.vm_clock_nsec,
-        snapshot.icount,
-        snapshot.disk_size,
-    )
 
 
 def _found(image: Qcow2, snapshot_id: str | None, name: str | None) -> Snapshot:
