@@ -20,7 +20,9 @@ if TYPE_CHECKING:
         info,
         info_chain,
         open,
+        plan_repair,
         rebase,
+        undo,
     )
 
 __version__ = "0.1.0"
@@ -32,6 +34,8 @@ __all__ = [
     "info",
     "info_chain",
     "check",
+    "plan_repair",
+    "undo",
     "convert",
     "compare",
     "commit",

@@ -91,6 +91,8 @@ if TYPE_CHECKING:
     info = awaitable(calls.info)
     info_chain = awaitable(calls.info_chain)
     check = awaitable(calls.check)
+    plan_repair = awaitable(calls.plan_repair)
+    undo = awaitable(calls.undo)
     convert = awaitable(calls.convert)
     compare = awaitable(calls.compare)
     commit = awaitable(calls.commit)

@@ -36,7 +36,10 @@ from .ops.secrets import kept
 P = ParamSpec("P")
 T = TypeVar("T")
 
-OPERATIONS = ("info", "info_chain", "check", "convert", "compare", "commit", "rebase", "amend")
+OPERATIONS = (
+    "info", "info_chain", "check", "plan_repair", "undo", "convert", "compare", "commit", "rebase",
+    "amend",
+)  # fmt: skip
 """Functions of :mod:`diskwright.ops.calls`, which is imported with the first of them."""
 
 Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
@@ -139,6 +142,8 @@ if TYPE_CHECKING:
     info = blocking(calls.info)
     info_chain = blocking(calls.info_chain)
     check = blocking(calls.check)
+    plan_repair = blocking(calls.plan_repair)
+    undo = blocking(calls.undo)
     convert = blocking(calls.convert)
     compare = blocking(calls.compare)
     commit = blocking(calls.commit)

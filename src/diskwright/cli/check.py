@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..errors import NotSupported
+from ..errors import NotSupported, UsageError
 from .images import arguments, cache_mode, one_image, output_format, run, spec, warn_if_guessed
 from .jsontext import dumps
 from .options import FORCE_SHARE, FORMAT, GATE, IMAGE_OPTS, OBJECT, OUTPUT, QUIET, Opt
@@ -20,6 +20,10 @@ OPTIONS = (
     IMAGE_OPTS,
     Opt("T", "cache", "MODE", "cache mode (writeback)"),
     Opt("r", "repair", "WHAT", "also repair: 'leaks' or 'all'"),
+    Opt("", "dry-run", "", "with -r: show what would be written, and write nothing"),
+    Opt("", "undo-file", "FILE", "with -r: keep in the new FILE what takes the repair back"),
+    Opt("", "force", "", "FILE may exist and is replaced"),
+    Opt("", "undo", "FILE", "take the repair back that wrote FILE, to the byte"),
     FORCE_SHARE,
     OUTPUT,
     *GATE,
@@ -45,26 +49,46 @@ def main(call: Call, argv: list[str]) -> int:
     name = one_image(args)
     cache = cache_mode(args, "cache", "writeback", "Invalid source cache option")
     image = spec(args, name, cache=cache)
+    undo_file, dry_run = args.get("undo-file"), "dry-run" in args
+    if "undo" in args:
+        if repair is not None or undo_file is not None or dry_run:
+            raise UsageError("--undo takes a repair back, and excludes the other options of one")
+        return _undo(call, image, args.get("undo") or "", wanted)
     from ..ops.check import check
 
-    if repair is not None:
+    if repair is not None and not dry_run:
         call.on_interrupt = f"interrupted: run the command again to finish repairing '{name}'"
 
     def opened(node: Any) -> None:
-        if repair is not None:
+        if repair is not None and not dry_run:
             warn_if_guessed(call, name, node)
 
     try:
-        done = run(lambda driver: check(driver, image, repair=repair, on_open=opened))
+        done = run(
+            lambda driver: check(
+                driver,
+                image,
+                repair=repair,
+                on_open=opened,
+                dry_run=dry_run,
+                undo_file=undo_file,
+                force="force" in args,
+            )
+        )
     except NotSupported as error:
         call.error(str(error))
         return error.exit_code
-    for result in filter(None, (done.repaired, done.found)):
+    said = (done.repaired, done.after if dry_run else done.found)
+    for result in dict.fromkeys(filter(None, said)):
         for finding in result.findings:
             to_stderr(f"{finding}\n")
     if wanted == "json":
         call.out(dumps(_as_dict(done)))
+    elif done.plan is not None:
+        call.out(_planned(done), "")
     else:
+        if done.undo_size is not None and not done.undo_size:
+            call.out(f"Nothing was changed, so '{undo_file}' was not written.")
         if done.repaired is not None:
             call.out(_repairs(done.repaired), "")
         call.out(_text(done.found), "")
@@ -76,9 +100,37 @@ def main(call: Call, argv: list[str]) -> int:
     return 3 if found.leaks else 0
 
 
+def _undo(call: Call, image: Any, undo_file: str, wanted: str) -> int:
+    """Take a repair back."""
+    from ..ops.undoing import undo
+
+    call.on_interrupt = f"interrupted: run the command again to finish undoing '{image.name}'"
+    done = run(lambda driver: undo(driver, image, undo_file))
+    if wanted == "json":
+        call.out(
+            dumps(
+                {
+                    "filename": image.name,
+                    "undone": bool(done.places or done.lengths),
+                    "places": done.places,
+                    "bytes": done.bytes,
+                    "lengths": done.lengths,
+                }
+            )
+        )
+    elif done.places or done.lengths:
+        call.out(
+            f"The repair was undone: {done.bytes} bytes in {done.places} places and the length of "
+            f"{done.lengths} files are what they were before."
+        )
+    else:
+        call.out("The image is what it was before the repair already.")
+    return 0
+
+
 def _as_dict(done: Checked) -> dict[str, Any]:
     known = done.found.as_dict()
-    if done.repaired is not None:
+    if done.repaired is not None and done.plan is None:
         counts = done.repaired.corruptions_fixed, done.repaired.leaks_fixed
         for key, count in zip(("corruptions-fixed", "leaks-fixed"), counts, strict=True):
             if count:
@@ -92,7 +144,59 @@ def _as_dict(done: Checked) -> dict[str, Any]:
     if fragmented is not None:
         out["fragmented-clusters"] = fragmented
     out.update(known)
+    if done.undo_size is not None:
+        out["undo-file-size"] = done.undo_size
+    if done.plan is not None:
+        assert done.repaired is not None and done.after is not None
+        out["dry-run"] = True
+        out["repairable"] = {
+            "corruptions": done.repaired.corruptions_fixed,
+            "leaks": done.repaired.leaks_fixed,
+        }
+        out["findings"] = list(done.repaired.findings)
+        out["planned"] = [change._asdict() for change in done.plan.changes]
+        out["planned-writes"], out["planned-bytes"] = done.plan.writes, done.plan.bytes
+        after = done.after.as_dict()
+        out["after"] = {key: after.get(key, 0) for key in ("corruptions", "leaks", "check-errors")}
     return out
+
+
+def _planned(done: Checked) -> str:
+    """What a repair would do, in words."""
+    plan, found, after = done.plan, done.repaired, done.after
+    assert plan is not None and found is not None and after is not None
+    lines = []
+    if found.leaks_fixed or found.corruptions_fixed:
+        lines += [
+            "The following inconsistencies would be repaired:",
+            "",
+            f"    {found.leaks_fixed} leaked clusters",
+            f"    {found.corruptions_fixed} corruptions",
+            "",
+        ]
+    if plan.writes:
+        lines += ["It would be written, in this order:", ""]
+    for change in plan.changes:
+        what = f": {change.what}" if change.what else ""
+        if change.action == "resize":
+            lines.append(
+                f"    {change.file}: the length becomes {change.offset} bytes "
+                f"(it is {change.length} then)"
+            )
+            continue
+        kind = "zeroes" if change.action == "zero" else "bytes"
+        lines.append(f"    {change.file}: {change.length} {kind} at {change.offset:#x}{what}")
+    if len(plan.changes) < plan.writes:
+        lines.append(f"    ... and {plan.writes - len(plan.changes)} more")
+    if plan.writes:
+        lines += ["", f"{plan.writes} changes, {plan.bytes} bytes."]
+    left = f"{after.corruptions} corruptions and {after.leaks} leaked clusters would be left."
+    if after.corruptions or after.leaks or after.check_errors:
+        lines.append(left)
+    else:
+        lines.append("The image would be sound then." if plan.writes else "Nothing is to be done.")
+    lines.append("Nothing was written: this is the image as it is.")
+    return "\n".join(lines) + "\n\n" + _text(done.found)
 
 
 def _repairs(found: CheckResult) -> str:

@@ -15,6 +15,7 @@ from .node import Node
 from .opening import Opening
 from .options import discard_mode, mode_of
 from .perms import ALL, root_use
+from .stage import Stage
 
 
 async def open_disk(
@@ -35,6 +36,7 @@ async def open_disk(
     resize: bool = False,
     graph: Graph | None = None,
     secrets: Mapping[str, bytes] | None = None,
+    stage: Stage | None = None,
 ) -> Node:
     """Open a disk and everything below it; returns its top node.
 
@@ -47,7 +49,8 @@ async def open_disk(
     ``backing=False`` leaves backing files out; ``check`` also opens images that are marked corrupt
     or dirty, as they are.  ``shared`` is what others may do to the disk meanwhile (permissions),
     ``resize`` asks for the right to change its size.  ``secrets`` are what options such as
-    ``key-secret`` name (id -> bytes).  Use :func:`close_disk` on the result.
+    ``key-secret`` name (id -> bytes).  With a ``stage`` nothing is written to the files themselves
+    (:mod:`diskwright.filters.rehearsal`).  Use :func:`close_disk` on the result.
 
     Raises OSError (with the file's name), DiskError and its kinds; :func:`explain` words them.
     """
@@ -61,7 +64,7 @@ async def open_disk(
         discard=discard_mode(discard),
         detect_zeroes=detect_zeroes,
     )
-    opening = Opening(graph, gate or Gate(), backing, check)
+    opening = Opening(graph, gate or Gate(), backing, check, stage)
     parsed, plain = names.parse(reference)
     if options:
         parsed, plain = _override(parsed, plain, options)

@@ -19,6 +19,7 @@ from .node import Node
 from .options import Mode, checked, child_option, take_children, take_common
 from .perms import ALL
 from .probe import PROBE_BYTES
+from .stage import Stage
 
 _Chain = tuple[str, ...]
 
@@ -39,11 +40,14 @@ class _Named(NamedTuple):
 class Opening:
     """One call of :func:`open_disk`: what all its nodes have in common."""
 
-    def __init__(self, graph: Graph, gate: Gate, backing: bool, check: bool) -> None:
+    def __init__(
+        self, graph: Graph, gate: Gate, backing: bool, check: bool, stage: Stage | None = None
+    ) -> None:
         self.graph = graph
         self.gate = gate
         self.backing = backing
         self.check = check
+        self.stage = stage
         self.pending: list[_Named] = []
         """What images named.  Opened one after the other, not each from within the one above: a
         chain may be longer than the interpreter's stack is deep."""
@@ -118,7 +122,7 @@ class Opening:
         if "filename" in given:
             names.check_path(given["filename"])
         inherited = {
-            "read-only": not mode.writable,
+            "read-only": not mode.writable or (self.stage is not None and not self.stage.writable),
             "force-share": mode.force_share,
             "cache.direct": mode.direct,
             "cache.no-flush": mode.no_flush,
@@ -150,6 +154,8 @@ class Opening:
             node.options["force-share"] = True
         if not mode.writable:
             node.read_only = True
+        elif self.stage is not None and found.kind == "protocol":
+            node = self.stage.over(node)
         self.graph.add(node, name)
         return node
 

@@ -22,10 +22,13 @@ from .secrets import kept
 
 if TYPE_CHECKING:
     from ..findings import CheckResult
+    from .check import Checked
     from .compare import Comparison
     from .info import NodeInfo
+    from .undo import Undone
 
-Source = str | bytes | os.PathLike[str] | os.PathLike[bytes] | Mapping[str, Any]
+Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+Source = Path | Mapping[str, Any]
 MapPaths = Mapping[str, str] | None
 Keys = Mapping[str, bytes | str] | None
 OnProgress = Callable[[int, int], None]
@@ -106,25 +109,85 @@ async def check(
     secrets: Keys = None,
     force_share: bool = False,
     repair: str | None = None,
+    dry_run: bool = False,
+    undo_file: Path | None = None,
     on_progress: OnProgress | None = None,
 ) -> CheckResult:
     """Check an image; returns what its format found (leaks, corruptions).
 
     ``repair`` (``leaks`` or ``all``) mends it: what is returned is found by a second check, with
-    the counts of what was repaired by the first.  Raises NotSupported for a format that has
-    nothing to check, or that cannot be repaired.
+    the counts of what was repaired by the first.  ``undo_file``, which must not exist, keeps what
+    :func:`undo` needs to take it back.  With ``dry_run`` nothing is written: what is returned is
+    wrong now, with the counts of what would be repaired; :func:`plan_repair` tells how.
+    Raises NotSupported for a format that has nothing to check, or that cannot be repaired.
     """
+    done = await _check(
+        driver,
+        spec_of(source, format, policy, "writeback", force_share, map_paths, secrets),
+        repair,
+        on_progress,
+        dry_run,
+        None if undo_file is None else os.fsdecode(undo_file),
+    )
+    if done.repaired is not None:
+        done.found.leaks_fixed = done.repaired.leaks_fixed
+        done.found.corruptions_fixed = done.repaired.corruptions_fixed
+    return done.found
+
+
+async def _check(
+    driver: BaseDriver,
+    spec: ImageSpec,
+    repair: str | None,
+    on_progress: OnProgress | None,
+    dry_run: bool,
+    undo_file: str | None = None,
+) -> Checked:
     from .check import REPAIRS, check
 
     if repair not in (None, *REPAIRS):
         raise UsageError(f"repair is one of {', '.join(REPAIRS)}, not '{repair}'")
     with _plain_errors():
-        spec = spec_of(source, format, policy, "writeback", force_share, map_paths, secrets)
-        done = await check(driver, spec, on_progress, repair=repair)
-    if done.repaired is not None:
-        done.found.leaks_fixed = done.repaired.leaks_fixed
-        done.found.corruptions_fixed = done.repaired.corruptions_fixed
-    return done.found
+        return await check(
+            driver, spec, on_progress, repair=repair, dry_run=dry_run, undo_file=undo_file
+        )
+
+
+async def plan_repair(
+    driver: BaseDriver,
+    source: Source,
+    repair: str = "all",
+    *,
+    format: str | None = None,
+    policy: str | None = None,
+    map_paths: MapPaths = None,
+    secrets: Keys = None,
+    on_progress: OnProgress | None = None,
+) -> Checked:
+    """What a repair would find and write, without writing anything: ``found`` is wrong now,
+    ``repaired`` what the repair would say, ``plan`` its writes, ``after`` what would be left."""
+    spec = spec_of(source, format, policy, map_paths=map_paths, secrets=secrets)
+    return await _check(driver, spec, repair, on_progress, True)
+
+
+async def undo(
+    driver: BaseDriver,
+    source: Source,
+    undo_file: Path,
+    *,
+    policy: str | None = None,
+    map_paths: MapPaths = None,
+) -> Undone:
+    """Take a repair back to the byte by the file that ``check(..., undo_file=...)`` wrote.
+
+    Also one that was interrupted, and again after it was interrupted itself.  Raises ImageError,
+    and nothing is written, when the image was changed in another way since.
+    """
+    from .undoing import undo
+
+    with _plain_errors():
+        spec = spec_of(source, None, policy, map_paths=map_paths)
+        return await undo(driver, spec, os.fsdecode(undo_file))
 
 
 async def convert(

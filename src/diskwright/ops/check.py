@@ -3,31 +3,43 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..engine.kernel import BaseDriver
-from ..errors import NotSupported
+from ..errors import NotSupported, UsageError
 from ..findings import CheckResult
 from ..graph.closing import discard_disk
 from ..graph.node import Node
 from ..graph.opener import close_disk
 from .images import ImageSpec
 
+if TYPE_CHECKING:
+    from .repairing import Plan
+
 UNSUPPORTED = 63
 """Exit status of a check of a format that has nothing to check."""
 REPAIRS = ("leaks", "all")
 
 OnProgress = Callable[[int, int], None]
+OnOpen = Callable[[Node], None] | None
 
 
 class Checked(NamedTuple):
     """A check of the file ``name``: what is wrong with it now (``found``), and, when something was
-    repaired, what the check that did so found (``repaired``)."""
+    repaired, what the check that did so found (``repaired``).
+
+    ``plan`` is what a repair that was only rehearsed would write; ``found`` then is what is wrong
+    without it, ``repaired`` what it would find, ``after`` what would be wrong with it.
+    ``undo_size``: bytes of the undo file, 0 when none was needed, None when none was asked for.
+    """
 
     name: str
     format: str
     found: CheckResult
     repaired: CheckResult | None = None
+    plan: Plan | None = None
+    after: CheckResult | None = None
+    undo_size: int | None = None
 
 
 async def check(
@@ -36,36 +48,100 @@ async def check(
     on_progress: OnProgress | None = None,
     *,
     repair: str | None = None,
-    on_open: Callable[[Node], None] | None = None,
+    on_open: OnOpen = None,
+    dry_run: bool = False,
+    undo_file: str | None = None,
+    force: bool = False,
 ) -> Checked:
     """Check an image; without ``repair`` it is not changed.
 
     ``repair`` is ``leaks`` (give back space that nothing refers to) or ``all``; an image that was
-    repaired is checked once more.  Raises NotSupported for a format that has nothing to check, and
+    repaired is checked once more.  ``dry_run`` tells what would be written and writes nothing.
+    ``undo_file`` is the path of a new file (``force``: it may exist) that keeps the old bytes, see
+    :func:`.undo.undo`.  Raises NotSupported for a format that has nothing to check, and
     for one whose check cannot repair, before anything is written.
     """
+    if repair is None and (dry_run or undo_file is not None):
+        raise UsageError("--dry-run and --undo-file need --repair (-r)")
+    if dry_run and undo_file is not None:
+        raise UsageError("--dry-run changes nothing, so there is nothing for --undo-file")
+    now: CheckResult | None = None
     if repair is not None:
+        if undo_file is not None:
+            from .repairing import check_undo_file
+
+            check_undo_file(undo_file, force)
         # An image that cannot be repaired is not even opened for writing.
         node = await spec.open(driver, backing=False, check=True)
         try:
             _repairable(node)
+            if dry_run:
+                now = await _run(node, on_progress, None)
         finally:
             await close_disk(node)
+    if dry_run or undo_file is not None:
+        assert repair is not None
+        return await _rehearsed(driver, spec, on_progress, repair, on_open, now, undo_file, force)
     writable = repair is not None
     node = await spec.open(driver, backing=False, check=True, writable=writable, resize=writable)
     try:
         if on_open is not None:
             on_open(node)
-        found = await _run(node, on_progress, repair)
-        repaired = None
-        if found.leaks_fixed or found.corruptions_fixed:
-            repaired, found = found, await _run(node, on_progress, None)
-        result = Checked(spec.name, node.driver_name, found, repaired)
+        result = await _checked(node, spec, on_progress, repair)
     except BaseException:
         await discard_disk(node)
         raise
     await close_disk(node)
     return result
+
+
+async def _rehearsed(
+    driver: BaseDriver,
+    spec: ImageSpec,
+    on_progress: OnProgress | None,
+    repair: str,
+    on_open: OnOpen,
+    now: CheckResult | None,
+    undo_file: str | None,
+    force: bool,
+) -> Checked:
+    """A repair of which all is known before anything is written: only shown without
+    ``undo_file``."""
+    from ..filters.rehearsal import Rehearsal
+    from .repairing import carry_out, plan_of, rehearse
+
+    async def work(node: Node) -> Checked:
+        if on_open is not None:
+            on_open(node)
+        return await _checked(node, spec, on_progress, repair)
+
+    rehearsal = Rehearsal(writable=undo_file is not None)
+    try:
+        done = await rehearse(driver, spec, rehearsal, work)
+        if undo_file is not None:
+            size = await carry_out(rehearsal, undo_file, force)
+            done = done._replace(undo_size=size)
+        else:
+            assert now is not None
+            repaired = done.repaired or done.found
+            done = done._replace(
+                found=now, repaired=repaired, plan=plan_of(rehearsal), after=done.found
+            )
+    except BaseException:
+        await rehearsal.give_up()
+        raise
+    await rehearsal.close()
+    return done
+
+
+async def _checked(
+    node: Node, spec: ImageSpec, on_progress: OnProgress | None, repair: str | None
+) -> Checked:
+    found = await _run(node, on_progress, repair)
+    repaired = None
+    if found.leaks_fixed or found.corruptions_fixed:
+        repaired, found = found, await _run(node, on_progress, None)
+    return Checked(spec.name, node.driver_name, found, repaired)
 
 
 async def _run(node: Any, on_progress: OnProgress | None, repair: str | None) -> CheckResult:

@@ -54,6 +54,7 @@ class ImageSpec(NamedTuple):
         shared: frozenset[str] = ALL,
         options: Mapping[str, Any] | None = None,
         graph: Any = None,
+        stage: Any = None,
     ) -> Node:
         """Open it; see :func:`diskwright.graph.opener.open_disk`.  Raises :class:`OpenFailed`."""
         try:
@@ -72,6 +73,7 @@ class ImageSpec(NamedTuple):
                 options=options,
                 graph=graph,
                 secrets=self.secrets,
+                stage=stage,
             )
         except (OSError, DiskError) as error:
             raise OpenFailed(self.name, error) from error

@@ -1,0 +1,239 @@
+"""The undo file of a repair, as docs/undo-file.md has it: bytes in, records out.
+
+All numbers are little-endian.  Nothing in it is believed before its digest was compared, and even
+then every number is bounded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import struct
+from collections.abc import Iterator
+from typing import BinaryIO, NamedTuple
+
+from ..errors import ImageError, UnsupportedFeature
+
+MAGIC = b"DWUNDO\r\n"
+VERSION = 1
+SECTOR = 512
+WINDOW = 1 << 20
+"""A record lies within one window of so many bytes."""
+DIGEST = 16
+"""Bytes of a sector's digest."""
+
+_HEAD = struct.Struct("<8sIIQ")  # magic, version, files, bytes of the table of files
+_FILE = struct.Struct("<QQQI")  # length before, shortest, longest, bytes of the name
+_RECORD = struct.Struct("<4sIQIIII")  # mark, file, sector, sectors, flags, versions, old bytes
+_VERSION = struct.Struct(f"<I{DIGEST}s")
+_END = struct.Struct("<4sIQ")  # mark, files, records
+_MARK, _END_MARK = b"SECT", b"DONE"
+_MAY_BE_ZERO = 1
+
+_MOST_FILES = 1 << 16
+_MOST_TABLE = 64 << 20
+_MOST_NAME = 65535
+MOST_VERSIONS = 1 << 20
+"""Digests in one record."""
+_MOST_SECTORS = WINDOW // SECTOR
+_MOST_BYTES = 1 << 63
+
+
+class FileState(NamedTuple):
+    """One file of the image: its length before the repair, and the shortest and longest that it
+    had at any moment of it (bytes).  The first one is the image's own; the others are named
+    relative to it."""
+
+    name: str
+    before: int
+    shortest: int
+    longest: int
+
+
+class Record(NamedTuple):
+    """Sectors that the repair wrote to: [sector, sector + sectors) of the file with this number.
+
+    ``old`` holds their bytes before (none: zeroes; it ends where the file did), ``versions`` the
+    digest of each state that a sector was given, as (sector, digest).  With ``may_be_zero`` any
+    of them may also read as zeroes.
+    """
+
+    file: int
+    sector: int
+    sectors: int
+    may_be_zero: bool
+    old: bytes
+    versions: list[tuple[int, bytes]]
+
+
+def sector_digest(data: bytes | bytearray | memoryview) -> bytes:
+    """The digest of one state of a sector."""
+    return hashlib.blake2b(data, digest_size=DIGEST).digest()
+
+
+class Rest:
+    """The digest of all that a repair leaves alone: the windows that are not zeroes, each with its
+    offset and with zeroes in place of the sectors that are in a record."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def add(self, offset: int, window: bytes | bytearray) -> None:
+        """The window at ``offset``."""
+        if window.count(0) != len(window):
+            self._hash.update(struct.pack("<Q", offset))
+            self._hash.update(window)
+
+    def digest(self) -> bytes:
+        return self._hash.digest()
+
+
+class Writer:
+    """Writes an undo file into ``out``; ``size`` is how long it is."""
+
+    def __init__(self, out: BinaryIO, files: list[FileState]) -> None:
+        self._out = out
+        self._hash = hashlib.sha256()
+        self._records = 0
+        self.size = 0
+        table = b"".join(
+            _FILE.pack(f.before, f.shortest, f.longest, len(name)) + name
+            for f in files
+            for name in (os.fsencode(f.name),)
+        )
+        self._put(_HEAD.pack(MAGIC, VERSION, len(files), len(table)) + table)
+
+    def _put(self, data: bytes) -> None:
+        self._hash.update(data)
+        self._out.write(data)
+        self.size += len(data)
+
+    def add(self, record: Record) -> None:
+        """Records are added in the order of files and sectors."""
+        old = b"" if record.old.count(0) == len(record.old) else record.old
+        self._put(
+            _RECORD.pack(
+                _MARK,
+                record.file,
+                record.sector,
+                record.sectors,
+                _MAY_BE_ZERO if record.may_be_zero else 0,
+                len(record.versions),
+                len(old),
+            )
+        )
+        self._put(old)
+        self._put(b"".join(_VERSION.pack(at - record.sector, d) for at, d in record.versions))
+        self._records += 1
+
+    def end(self, rests: list[bytes]) -> None:
+        """The digests of the rest of each file."""
+        self._put(_END.pack(_END_MARK, len(rests), self._records) + b"".join(rests))
+        self._out.write(self._hash.digest())
+        self.size += 32
+
+
+class Reader:
+    """An undo file that was read; ``name`` is what messages call it.
+
+    Raises ImageError for one that is not whole, UnsupportedFeature for another version.
+    """
+
+    def __init__(self, file: BinaryIO, name: str) -> None:
+        self._file, self.name = file, name
+        length = file.seek(0, os.SEEK_END)
+        least = _HEAD.size + _END.size + 32
+        head = self._at(0, _HEAD.size) if length >= least else b""
+        if head[:8] != MAGIC:
+            raise self._bad("is no undo file", "magic", 0)
+        _, version, count, table = _HEAD.unpack(head)
+        if version != VERSION:
+            raise UnsupportedFeature(f"undo files of version {version}", file=name, offset=8)
+        if not 0 < count <= _MOST_FILES:
+            raise self._bad(f"has {count} files", "files", 12)
+        if table > min(_MOST_TABLE, length - least):
+            raise self._bad("is cut off, or its table of files is too large", "table", 16)
+        self._end = length - 32
+        self._digest()
+        self.files = self._table(count, self._at(_HEAD.size, table))
+        self._start = _HEAD.size + table
+        end = self._end - _END.size - 32 * count
+        if end < self._start:
+            raise self._bad("has no end", "end", self._start)
+        mark, files, self._records = _END.unpack(self._at(end, _END.size))
+        if mark != _END_MARK or files != count:
+            raise self._bad("has no end", "end", end)
+        self.rests = [self._at(end + _END.size + 32 * i, 32) for i in range(count)]
+        self._stop = end
+
+    def _bad(self, text: str, field: str, offset: int) -> ImageError:
+        return ImageError(text, file=self.name, field=field, offset=offset)
+
+    def _at(self, offset: int, length: int) -> bytes:
+        self._file.seek(offset)
+        data = self._file.read(length)
+        if len(data) != length:
+            raise self._bad("is cut off", "length", offset)
+        return data
+
+    def _digest(self) -> None:
+        found = hashlib.sha256()
+        for at in range(0, self._end, WINDOW):
+            found.update(self._at(at, min(WINDOW, self._end - at)))
+        if found.digest() != self._at(self._end, 32):
+            raise self._bad("is damaged: its digest is another one", "digest", self._end)
+
+    def _table(self, count: int, raw: bytes) -> list[FileState]:
+        files: list[FileState] = []
+        at = 0
+        for _ in range(count):
+            if len(raw) - at < _FILE.size:
+                raise self._bad("has a table of files that is too short", "table", at)
+            before, shortest, longest, length = _FILE.unpack_from(raw, at)
+            at += _FILE.size
+            if length > min(_MOST_NAME, len(raw) - at):
+                raise self._bad("has a name that is too long", "name", _HEAD.size + at)
+            if not shortest <= before <= longest < _MOST_BYTES:
+                raise self._bad("has lengths that contradict", "length", _HEAD.size + at)
+            name = os.fsdecode(raw[at : at + length])
+            if "\0" in name:
+                raise self._bad("has a name with a null byte", "name", _HEAD.size + at)
+            files.append(FileState(name, before, shortest, longest))
+            at += length
+        return files
+
+    def records(self) -> Iterator[Record]:
+        """All records in their order; ImageError for what contradicts."""
+        at, found, last = self._start, 0, (-1, 0)
+        while at < self._stop:
+            if self._stop - at < _RECORD.size:
+                raise self._bad("has a record that is cut off", "record", at)
+            mark, file, sector, count, flags, versions, size = _RECORD.unpack(
+                self._at(at, _RECORD.size)
+            )
+            if mark != _MARK or file >= len(self.files):
+                raise self._bad("has a record of nothing", "record", at)
+            state = self.files[file]
+            start, length = sector * SECTOR, count * SECTOR
+            inside = max(min(state.before - start, length), 0)
+            if (
+                not 0 < count <= _MOST_SECTORS
+                or start % WINDOW + length > WINDOW
+                or start >= state.longest
+                or (file, sector) < last
+                or size not in (0, inside)
+                or versions > MOST_VERSIONS
+                or at + _RECORD.size + size + versions * _VERSION.size > self._stop
+            ):
+                raise self._bad("has a record that cannot be", "record", at)
+            old = self._at(at + _RECORD.size, size)
+            raw = self._at(at + _RECORD.size + size, versions * _VERSION.size)
+            pairs = [(sector + index, digest) for index, digest in _VERSION.iter_unpack(raw)]
+            if any(not sector <= place < sector + count for place, _ in pairs):
+                raise self._bad("has a record that cannot be", "versions", at)
+            yield Record(file, sector, count, bool(flags & _MAY_BE_ZERO), old, pairs)
+            at += _RECORD.size + size + len(raw)
+            last = (file, sector + count)
+            found += 1
+        if found != self._records:
+            raise self._bad(f"has {found} records, not {self._records}", "end", self._stop)
