@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..engine.kernel import BaseDriver
 from . import names
@@ -15,7 +15,9 @@ from .node import Node
 from .opening import Opening
 from .options import discard_mode, mode_of
 from .perms import ALL, root_use
-from .stage import Stage
+
+if TYPE_CHECKING:
+    from .stage import Stage
 
 
 async def open_disk(

@@ -4,7 +4,7 @@ images name."""
 from __future__ import annotations
 
 import os
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import DiskError, ImageError, UsageError
 from . import names, registry
@@ -19,7 +19,9 @@ from .node import Node
 from .options import Mode, checked, child_option, take_children, take_common
 from .perms import ALL
 from .probe import PROBE_BYTES
-from .stage import Stage
+
+if TYPE_CHECKING:
+    from .stage import Stage
 
 _Chain = tuple[str, ...]
 
