@@ -22,8 +22,9 @@ from .extents import Extent
 WRITE, WRITE_ZERO, ZERO_UNMAP, DISCARD = "write", "zero", "zero-unmap", "discard"
 # Units that were compressed before: a range is the unit's offset and the length of the result.
 WRITE_PACKED = "packed"
-# Operations of a step.
-OP_DATA, OP_ZERO, OP_DISCARD, OP_PACKED = range(4)
+# Operations of a step.  OP_PUNCH gives host space back where that makes it read as zeroes, and does
+# nothing elsewhere.
+OP_DATA, OP_ZERO, OP_DISCARD, OP_PACKED, OP_PUNCH = range(5)
 
 # Flags of a request (they combine).
 # COMPRESSED is for whole units that are not stored yet (the last one of a disk may be short).

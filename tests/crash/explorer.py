@@ -31,6 +31,7 @@ class Saved(NamedTuple):
     content: bytes
     dirty: bool
     format: str
+    data: bytes | None
 
 
 class Workload:
@@ -45,7 +46,14 @@ class Workload:
         self.leaf = RecordingNode(
             self.driver, kit.image(), delay=10, zeroes_discards=kit.zeroes_discards
         )
-        self.node, self.opening = self._node(self.driver, self.leaf, kit.budget)
+        self.leaves = [self.leaf]
+        if (data := kit.data()) is not None:
+            self.leaves.append(
+                RecordingNode(
+                    self.driver, data, delay=10, zeroes_discards=kit.zeroes_discards
+                )
+            )
+        self.node, self.opening = self._node(self.driver, self.leaves, kit.budget)
         whole = max(*kit.sizes, kit.size)
         self.model = Model(self.base[: self.size].ljust(whole, b"\0"), self.driver.tick)
         self.sizes: list[tuple[int, int, int]] = [(-1, -1, self.size)]
@@ -54,12 +62,17 @@ class Workload:
         self.stats: Counter[str] = Counter()
         self.last = 0
 
-    def _node(self, driver: Any, leaf: RecordingNode, budget: int) -> Any:
-        slots = {"file": leaf}
+    def _node(self, driver: Any, leaves: list[RecordingNode], budget: int) -> Any:
+        slots = dict(zip(("file", "data-file"), leaves, strict=False))
         if self.base:
             slots["backing"] = RecordingNode(driver, self.base)
         format, opening = self.kit.open()
-        return MappedNode(driver, self.kit.format, format, slots, Tables(budget)), opening
+
+        async def opener(*named: Any) -> None:
+            """Every slot is filled."""
+
+        node = MappedNode(driver, self.kit.format, format, slots, Tables(budget), opener=opener)
+        return node, opening
 
     # -- the workload
     def _range(self) -> tuple[int, int]:
@@ -154,25 +167,28 @@ class Workload:
     # -- the crashes
     def moments(self, each: int) -> list[int]:
         """Every prefix of the log, ``each`` times (of large images: some of them)."""
-        found = {change.issued for change in self.leaf.log}
-        found |= {change.done for change in self.leaf.log}
-        found |= {ended for _, ended in self.leaf.barriers}
+        found = set()
+        for leaf in self.leaves:
+            found |= {change.issued for change in leaf.log}
+            found |= {change.done for change in leaf.log}
+            found |= {ended for _, ended in leaf.barriers}
         found.add(self.last)
         every = [moment for moment in sorted(found) for _ in range(each)]
         most = self.kit.most
         return every if len(every) <= most else sorted(self.rng.sample(every, most))
 
-    def state(self, number: int, moment: int) -> tuple[int, int, bytes]:
-        """(moment, sector, image): what a loss of power then may leave."""
+    def state(self, number: int, moment: int) -> tuple[int, int, list[bytes]]:
+        """(moment, sector, files): what a loss of power then may leave."""
         sector = (512, 4096)[(moment + number) % 2]
-        return moment, sector, self.leaf.crash_state(moment, self.rng, sector)
+        return moment, sector, [leaf.crash_state(moment, self.rng, sector) for leaf in self.leaves]
 
-    def look(self, moment: int, sector: int, image: bytes) -> Saved:
+    def look(self, moment: int, sector: int, files: list[bytes]) -> Saved:
         """Open, check and read a crash state; raises when anything is not as it must be."""
         what = f"{self.kind} seed {self.seed}: power lost at {moment}, sectors of {sector}"
         driver = Driver()
-        leaf = RecordingNode(driver, image)
-        node, opening = self._node(driver, leaf, 1 << 20)
+        image = files[0]
+        leaves = [RecordingNode(driver, file) for file in files]
+        node, opening = self._node(driver, leaves, 1 << 20)
         format = self.kit.format
         dirty = format == "vhdx" or (format == "qcow2" and bool(image[79] & 1) and image[7] > 2)
         content = driver.run(self._look(node, opening, what))
@@ -184,7 +200,10 @@ class Workload:
         if POISON in content:
             raise Mismatch(f"{what}: bytes of a freed cluster at {content.index(POISON):#x}")
         self.model.check_crash(content, moment, what)
-        return Saved(self.kind, self.seed, moment, image, self.base, content, dirty, format)
+        data = files[1] if len(files) > 1 else None
+        if self.kind == "raw-data-file" and moment == self.last and data != content:
+            raise Mismatch(f"{what}: the raw data file is not what the disk reads")
+        return Saved(self.kind, self.seed, moment, image, self.base, content, dirty, format, data)
 
     async def _look(self, node: Any, opening: Any, what: str) -> bytes:
         await node.run_procedure(opening, whole_image=False)

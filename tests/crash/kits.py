@@ -11,7 +11,8 @@ from races.cases import new_image, random_base
 from races.packed import Recall
 
 KIB, MIB = 1 << 10, 1 << 20
-QCOW2 = ("plain", "backing", "lazy", "v2", "narrow", "wide", "zeroing", "packed")
+EXTERNAL = ("data-file", "raw-data-file", "data-file-backing")
+QCOW2 = ("plain", "backing", "lazy", "v2", "narrow", "wide", "zeroing", "packed", *EXTERNAL)
 VHDX = ("vhdx", "vhdx-4096", "vhdx-differencing")
 VMDK = ("vmdk", "vmdk-zeroed", "vmdk-backing", "sesparse", "sesparse-backing")
 KINDS = QCOW2 + VHDX + VMDK
@@ -54,7 +55,12 @@ class Kit:
         self.lengths = [1, 100, unit, unit, 700, 4 * unit, 9 * unit]
         self.budget = 1600
         self.create["cluster_size"] = unit
-        if self.kind == "backing":
+        if self.kind in EXTERNAL:
+            self.create["data_file"] = "data"
+            self.opened["data-file"] = "given"
+        if self.kind == "raw-data-file":
+            self.create["data_file_raw"] = True
+        if self.kind.endswith("backing"):
             self.base = random_base(rng, rng.choice([40 * unit, 20 * unit + 100]))
             self.create |= {"backing_file": "base", "backing_fmt": "raw"}
         if self.kind == "lazy":
@@ -114,6 +120,10 @@ class Kit:
         if self.kind.startswith("sesparse"):
             return sesparse.image(self.size)
         return new_image(self.format, *sorted(self.create.items()))
+
+    def data(self) -> bytes | None:
+        """Its new data file; None for an image without one."""
+        return bytes(self.size) if self.kind in EXTERNAL else None
 
     def open(self) -> tuple[Any, Any]:
         """(format, opening procedure)."""

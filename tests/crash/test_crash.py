@@ -108,6 +108,8 @@ def in_qemu(qemu_img: str, folder: Path, saved: Saved) -> str:
     folder.mkdir()
     if saved.base:
         (folder / "base").write_bytes(saved.base.ljust(-(-len(saved.base) // 512) * 512, b"\0"))
+    if saved.data is not None:
+        (folder / "data").write_bytes(saved.data)
     image = folder / f"image.{saved.format}"
     image.write_bytes(saved.image)
 

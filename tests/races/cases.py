@@ -38,7 +38,10 @@ class Graph:
     def mapped(
         self, name: str, format: Any, opening: Procedure | None, slots: dict[str, Node]
     ) -> MappedNode:
-        node = MappedNode(self.driver, name, format, slots, self.tables, name)
+        async def opener(*named: Any) -> None:
+            """Every slot is filled."""
+
+        node = MappedNode(self.driver, name, format, slots, self.tables, name, opener)
         self.order.append((node, opening))
         self.top = node
         return node
@@ -212,13 +215,18 @@ class ExtentsCase(Case):
 
 @lru_cache(maxsize=64)
 def new_image(format: str, *options: tuple[str, Any]) -> bytes:
-    """An empty image that is one file."""
+    """An empty image: its own file, whatever is made beside it."""
     driver = Driver()
     leaf = RecordingNode(driver)
     holder = MappedNode(driver, "create", Crypt(64), {"file": leaf})
     create = registry.driver(format).create
     assert create is not None
     given = {"file-name": f"disk.{format}", **dict(options)}
+
+    async def beside(slot: str, name: str) -> None:
+        holder.attach(slot, RecordingNode(driver))
+
+    holder.engine.creator = beside
     driver.run(holder.run_procedure(create(given), whole_image=False))
     return bytes(leaf.data)
 
@@ -231,7 +239,8 @@ def qcow2_image(*options: tuple[str, Any]) -> bytes:
 class Qcow2Case(Case):
     """qcow2 with clusters of 512 bytes; by kind over a backing disk (b), with lazy refcounts (l),
     version 2 (2), narrow refcounts (r), at an offset in a raw disk (o), below it an alignment of
-    4 KiB (a), on a chain of two overlays (h), or full of compressed clusters (p)."""
+    4 KiB (a), on a chain of two overlays (h), full of compressed clusters (p), or with a data file
+    (e) that may be raw (w)."""
 
     unit = 512
     resizes = True
@@ -258,12 +267,17 @@ class Qcow2Case(Case):
             options["backing_fmt"] = "raw"
         if "a" in kind:
             self.alignment = 4096
+        if "e" in kind:
+            options["data_file"] = "data"
+            options["data_file_raw"] = "w" in kind
         if "p" in kind:
             self.base = packed.dull(rng, self.size)
             image = packed.packed_image(self.base, **options)
         else:
             image = qcow2_image(*sorted(options.items()))
         self.images = [image]
+        if "e" in kind:
+            self.images.append(bytes(self.size))
         self.offset = 0
         if "o" in kind:
             self.offset = rng.choice([512, 1000, 4096])
@@ -277,6 +291,8 @@ class Qcow2Case(Case):
         options: dict[str, Any] = {"writable": True}
         if "backing" in slots:
             options["backing"] = "given"
+        if "data-file" in slots:
+            options["data-file"] = "given"
         if self.limit is not None and graph.leaves[0].delay:
             options["max_file_size"] = self.limit
         format, opening = qcow2.DRIVER.open(options)  # type: ignore[misc]
@@ -290,6 +306,8 @@ class Qcow2Case(Case):
         slots = {"file": file}
         if "b" in self.kind:
             slots["backing"] = self.backing(graph, self.base)
+        if "e" in self.kind:
+            slots["data-file"] = graph.leaves[1]
         if "h" in self.kind:
             below = self.format(
                 graph, {"file": file, "backing": self.backing(graph, self.base)}, "middle"
@@ -461,6 +479,8 @@ CASES: dict[str, Callable[[random.Random], Case]] = {
     "qcow2-in-raw": lambda rng: Qcow2Case(rng, "ob"),
     "qcow2-packed": lambda rng: Qcow2Case(rng, "rp"),
     "qcow2-chain": lambda rng: Qcow2Case(rng, "h"),
+    "qcow2-data-file": lambda rng: Qcow2Case(rng, "be"),
+    "qcow2-raw-data": lambda rng: Qcow2Case(rng, "ew"),
     "vhdx": VhdxCase,
     "vhdx-4096": lambda rng: VhdxCase(rng, "4"),
     "vhdx-differencing": lambda rng: VhdxCase(rng, "d"),

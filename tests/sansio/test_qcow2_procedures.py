@@ -271,7 +271,6 @@ def test_header_tail_survives() -> None:
     ("options", "feature", "uncovered"),
     [
         ("extended_l2=on", "extended L2 entries", True),
-        ("data_file=data.raw", "external data file", True),
         ("compression_type=zstd", None, False),
     ],
 )

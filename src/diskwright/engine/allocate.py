@@ -12,6 +12,7 @@ from ..contract import (
     OP_DATA,
     OP_DISCARD,
     OP_PACKED,
+    OP_PUNCH,
     OP_ZERO,
     WRITE,
     Plan,
@@ -162,6 +163,8 @@ class Allocator:
                 child = engine.slots[step.slot]
                 if step.op == OP_ZERO:
                     await child.zero([step.host], [step.length], flags & ~FUA)
+                elif step.op == OP_PUNCH:
+                    await engine.epochs.zero_cheaply(step.slot, [step.host], [step.length])
                 elif step.op == OP_DISCARD:
                     try:
                         await child.discard([step.host], [step.length])

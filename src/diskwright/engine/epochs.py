@@ -8,6 +8,7 @@ the old mapping ended, ``settle``, punch, ``release``.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..contract import MAY_UNMAP, NO_FALLBACK, HostRange
@@ -85,19 +86,27 @@ class Epochs:
 
     async def punch(self, slot: str, parts: list[HostRange]) -> bool:
         """Give host space back to ``slot``; True when it reads as zeroes afterwards."""
-        child = self.engine.slots[slot]
         offsets = [part.offset for part in parts]
         lengths = [part.length for part in parts]
+        if await self.zero_cheaply(slot, offsets, lengths):
+            return True
+        try:
+            await self.engine.slots[slot].discard(offsets, lengths)
+        except OSError:
+            pass  # advisory: the space is used again as it is
+        return False
+
+    async def zero_cheaply(
+        self, slot: str, offsets: Sequence[int], lengths: Sequence[int]
+    ) -> bool:
+        """Zero ranges of ``slot`` without writing data; False (some may hold what they held) where
+        it cannot do that."""
         if slot not in self._cannot_zero:
             try:
-                await child.zero(offsets, lengths, MAY_UNMAP | NO_FALLBACK)
+                await self.engine.slots[slot].zero(offsets, lengths, MAY_UNMAP | NO_FALLBACK)
                 return True
             except OSError:
                 self._cannot_zero.add(slot)
-        try:
-            await child.discard(offsets, lengths)
-        except OSError:
-            pass  # advisory: the space is used again as it is
         return False
 
     def idle(self) -> bool:

@@ -181,7 +181,8 @@ async def write_image(
     node = MappedNode(driver, found.name, _Nothing(), {"file": file}, graph.tables)
     below = options.get("backing_file")
     keep = [_path(resolve(filename, str(below)))] if below else []
-    creations = Creations(node, beside, fresh=False, keep=keep)
+    typed = [str(options["data_file"])] if options.get("data_file") else []
+    creations = Creations(node, beside, fresh=False, keep=keep, typed=typed)
     node.engine.creator = creations
     try:
         graph.add(node)

@@ -14,7 +14,7 @@ from .closing import discard_disk
 from .display import base_of
 from .graph import Graph, leaf_of
 from .mapped import MappedNode
-from .names import Options, check_path, directory_of
+from .names import Options, check_path, directory_of, parse, resolve
 from .node import Node
 from .options import checked
 from .perms import ALL, CONSISTENT_READ, RESIZE, WRITE, Use
@@ -59,7 +59,8 @@ class Creations:
 
     ``beside``: creation options of the protocol.  With ``fresh`` a file that is there already is
     an error: an image that grows must not empty what it did not make.  ``keep`` are files that are
-    needed still, such as the backing file.
+    needed still, such as the backing file; ``typed`` are names that the caller chose, which may be
+    paths, absolute or from the image's directory.
     """
 
     def __init__(
@@ -68,11 +69,13 @@ class Creations:
         beside: Mapping[str, Any] | None = None,
         fresh: bool = True,
         keep: Sequence[str] = (),
+        typed: Sequence[str] = (),
     ) -> None:
         self.node = node
         self.beside = beside or {}
         self.fresh = fresh
         self.keep = keep
+        self.typed = typed
         self.names: list[str] = []
         """All files that were made or emptied, as the image's own name is given."""
         self.new: dict[str, str] = {}
@@ -85,12 +88,17 @@ class Creations:
         of it has, and for a slot that is taken; FileExistsError; and what making it raises.
         """
         node = self.node
-        if not bare(name):
+        if not bare(name) and name not in self.typed:
             raise UsageError(f"{name!r} cannot be the name of a file beside the image")
         if node.child(slot) is not None:
             raise UsageError(f"There is a file for '{slot}' already")
         leaf, own = leaf_of(node), base_of(node)
         path = check_path(directory_of(own) + name)
+        if name in self.typed:
+            found = parse(resolve(own, name))[0]
+            if found.get("driver") != "file":
+                raise NotSupported(f"'{name}' is no plain file, so it cannot be made")
+            path = str(found["filename"])
         if leaf.driver_name != "file":
             raise NotSupported(f"Beside a {leaf.driver_name} node no '{name}' can be made")
         if any(_same_file(path, other) for other in (own, *self.names)):

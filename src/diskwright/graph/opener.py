@@ -32,6 +32,7 @@ async def open_disk(
     gate: Gate | None = None,
     backing: bool = True,
     check: bool = False,
+    metadata_only: bool = False,
     discard: str = "unmap",
     detect_zeroes: str = "off",
     shared: frozenset[str] = ALL,
@@ -49,10 +50,11 @@ async def open_disk(
     in the guess ``raw``.  ``options`` win over what the reference says.
 
     ``backing=False`` leaves backing files out; ``check`` also opens images that are marked corrupt
-    or dirty, as they are.  ``shared`` is what others may do to the disk meanwhile (permissions),
-    ``resize`` asks for the right to change its size.  ``secrets`` are what options such as
-    ``key-secret`` name (id -> bytes).  With a ``stage`` nothing is written to the files themselves
-    (:mod:`diskwright.filters.rehearsal`).  Use :func:`close_disk` on the result.
+    or dirty, as they are; ``metadata_only`` opens no data file, so that nothing but what an image
+    tells of itself can be asked.  ``shared`` is what others may do to the disk meanwhile
+    (permissions), ``resize`` asks for the right to change its size.  ``secrets`` are what options
+    such as ``key-secret`` name (id -> bytes).  With a ``stage`` nothing is written to the files
+    themselves (:mod:`diskwright.filters.rehearsal`).  Use :func:`close_disk` on the result.
 
     Raises OSError (with the file's name), DiskError and its kinds; :func:`explain` words them.
     """
@@ -66,7 +68,7 @@ async def open_disk(
         discard=discard_mode(discard),
         detect_zeroes=detect_zeroes,
     )
-    opening = Opening(graph, gate or Gate(), backing, check, stage)
+    opening = Opening(graph, gate or Gate(), backing, check, stage, metadata_only)
     parsed, plain = names.parse(reference)
     if options:
         parsed, plain = _override(parsed, plain, options)

@@ -43,13 +43,20 @@ class Opening:
     """One call of :func:`open_disk`: what all its nodes have in common."""
 
     def __init__(
-        self, graph: Graph, gate: Gate, backing: bool, check: bool, stage: Stage | None = None
+        self,
+        graph: Graph,
+        gate: Gate,
+        backing: bool,
+        check: bool,
+        stage: Stage | None = None,
+        metadata_only: bool = False,
     ) -> None:
         self.graph = graph
         self.gate = gate
         self.backing = backing
         self.check = check
         self.stage = stage
+        self.metadata_only = metadata_only
         self.pending: list[_Named] = []
         """What images named.  Opened one after the other, not each from within the one above: a
         chain may be longer than the interpreter's stack is deep."""
@@ -185,6 +192,8 @@ class Opening:
             told = self._told(mode, below)
             if backing is not _UNSAID or not self.backing:
                 told["backing"] = "given" if isinstance(backing, dict | str) else None
+            if "data-file" in offered:
+                told["data-file"] = "given"
             format, procedure = found.open({**given, **told})
             guarded = probed or mode.writethrough or mode.detect_zeroes != "off"
             kind = GuardedNode if guarded else MappedNode
@@ -228,6 +237,8 @@ class Opening:
             self.graph.refresh(node)
             await node.run_procedure(procedure, whole_image=False)
             node.engine.opener = None
+            if self.metadata_only:
+                offered.pop("data-file", None)
             for slot in offered:
                 raise UsageError(
                     f"Block format '{driver_name}' does not support the option "
@@ -258,6 +269,7 @@ class Opening:
             "read-only": not mode.writable,
             "writable": mode.writable,
             "check": self.check,
+            "metadata-only": self.metadata_only,
             "file-name": leaf.options.get("filename"),
             "secrets": self.graph.secrets,
         }
@@ -293,6 +305,8 @@ class Opening:
                         file=display_name(node),
                     )
                 same = _identity_of(where)
+                if slot == "data-file" and same == _identity_of(leaf_of(node).options):
+                    raise ImageError(f"Its data file '{reference}' is the image itself")
                 child = files[same] = files.get(same) or await self.node(where, mode, chain)
                 if mode.writable and child.read_only:
                     raise ImageError(

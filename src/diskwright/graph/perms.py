@@ -84,4 +84,7 @@ def child_use(node: Node, kind: str, slot: str, use: Use, force_share: bool) -> 
         window = "offset" in node.options or "size" in node.options
         return use._replace(shared=use.shared - {RESIZE}) if window else use
     perms = {CONSISTENT_READ} if node.read_only else {CONSISTENT_READ, WRITE, RESIZE}
+    if slot == "data-file":
+        # It is no metadata: whoever shares the disk shares it, but for its length.
+        return Use(frozenset(perms), ALL if force_share else use.shared - {RESIZE})
     return Use(frozenset(perms), ALL if force_share else _FORMAT_SHARES)

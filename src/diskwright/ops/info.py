@@ -42,7 +42,7 @@ class NodeInfo(NamedTuple):
 
 async def info(driver: BaseDriver, spec: ImageSpec) -> NodeInfo:
     """Information about one image; its backing file is not opened."""
-    node = await spec.open(driver, backing=False, check=True)
+    node = await spec.open(driver, backing=False, check=True, metadata_only=True)
     try:
         return describe(node)
     finally:
@@ -60,7 +60,7 @@ async def info_chain(driver: BaseDriver, spec: ImageSpec) -> list[NodeInfo]:
         if spec.name in seen:
             raise ImageError(f"Backing file '{spec.name}' creates an infinite loop.")
         seen.add(spec.name)
-        node = await spec.open(driver, backing=False, check=True)
+        node = await spec.open(driver, backing=False, check=True, metadata_only=True)
         try:
             last = describe(node)
             found.append(last)

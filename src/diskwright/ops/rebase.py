@@ -9,7 +9,7 @@ from typing import Any
 from ..contract import Procedure
 from ..engine.copy import CopyOptions, Segment, copy
 from ..engine.kernel import BaseDriver
-from ..errors import DiskError, NotSupported, UsageError
+from ..errors import DiskError, NotSupported, UsageError, words
 from ..graph import registry
 from ..graph.closing import discard_disk, explain
 from ..graph.display import base_of
@@ -81,6 +81,8 @@ async def rebase(
                 raise UsageError(
                     f"{problem}: No space left in the file header for the new name"
                 ) from error
+            if error.errno == errno.EINVAL:
+                raise UsageError(f"{problem}: {words(error)}") from error
             raise
     except BaseException:
         if new is not None:

@@ -203,6 +203,19 @@ def subjects() -> list[Subject]:
             packed_base={"cluster_size": 2 << 20, "compression_type": "zstd"},
         ),
         _filed("qcow2, metadata preallocated", "qcow2", preallocation="metadata", unit=65536),
+        _filed("qcow2 with a data file", "qcow2", data_file="data", unit=65536),
+        _filed(
+            "qcow2 with a raw data file", "qcow2", data_file="data", data_file_raw=True, unit=65536
+        ),
+        _filed(
+            "qcow2 with a data file over a backing file",
+            "qcow2",
+            backing_file="",
+            backing_fmt="raw",
+            data_file="data",
+            cluster_size=4096,
+            unit=4096,
+        ),
         _filed("qcow2, cache=none", "qcow2", cache="none", cluster_size=4096, unit=4096),
         _filed("raw over blkdebug", "raw", blkdebug=True),
         _filed("qcow2 over blkdebug", "qcow2", blkdebug=True, cluster_size=4096, unit=4096),

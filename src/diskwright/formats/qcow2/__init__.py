@@ -55,6 +55,8 @@ DRIVER = Driver(
             "Compression method used for image cluster compression",
             "zlib",
         ),
+        Option("data_file", "str", "File name of an external data file"),
+        Option("data_file_raw", "bool", "The external data file must stay valid as a raw image"),
         Option("lazy_refcounts", "bool", "Postpone refcount updates", False),
         Option(
             "preallocation",

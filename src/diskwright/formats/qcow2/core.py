@@ -26,7 +26,7 @@ ZERO_FLAG = 1
 OFFSET = (1 << 56) - (1 << 9)  # bits 9-55 of an L1, L2 or refcount table entry
 REFTABLE_OFFSET_MASK = (1 << 64) - (1 << 9)
 
-SLOT = "file"
+SLOT, DATA_SLOT = "file", "data-file"
 L2_LOAD, REFBLOCK_LOAD = "l2_load", "refblock_load"
 _PART = 4096
 # The window of compressed data (2**12 bytes, no header), and the level of zlib that is asked for
@@ -98,6 +98,9 @@ class Core:
         """Take the geometry from a checked header."""
         self.header = h
         self.size = h.size
+        self.external = bool(h.incompatible & hd.DATA_FILE)
+        """Guest data are in a file of their own, each byte at its guest offset."""
+        self.data_slot = DATA_SLOT if self.external else SLOT
         self.cluster_bits = bits = h.cluster_bits
         self.unit = self.cluster_size = 1 << bits
         self.cluster_mask = self.cluster_size - 1
@@ -112,6 +115,11 @@ class Core:
         wanted = self.options.get("lazy-refcounts")
         by_header = bool(h.compatible & hd.LAZY_REFCOUNTS)
         self.lazy = h.version > 2 and (by_header if wanted is None else bool(wanted))
+
+    @property
+    def raw_data(self) -> bool:
+        """The data file is to read like the disk."""
+        return self.external and bool(self.header.autoclear & hd.RAW_DATA_FILE)
 
     @property
     def max_clusters(self) -> int:
@@ -135,6 +143,12 @@ class Core:
             raise PermissionError(1, "Operation not permitted: the image was opened read-only")
         if self.broken:
             raise OSError(errno.EIO, "Input/output error: the image is corrupt")
+
+    def discards(self, what: str) -> bool:
+        """Whether host space is given back to the file below when it becomes free by a ``request``
+        of the guest, with a ``snapshot`` or for any ``other`` reason."""
+        asked = self.options.get(f"pass-discard-{what}")
+        return what != "other" if asked is None else bool(asked)
 
     # -- compressed clusters
     @property
@@ -167,8 +181,11 @@ class Core:
         return host, (sectors << 9) - (host & 511)
 
     def hosts_of(self, entry: int) -> Run:
-        """The host clusters that an L2 entry refers to, an empty run for none."""
+        """The host clusters that an L2 entry refers to, an empty run for none (those of a data
+        file are nobody else's, and have no reference counts)."""
         bits = self.cluster_bits
+        if self.external:
+            return (0, 0)
         if entry & PACKED:
             host, length = self.packed_range(entry)
             return host >> bits, ((host + length - 1) >> bits) + 1

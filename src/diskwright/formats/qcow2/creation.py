@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import os
+from array import array
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from ...contract import Barrier, Length, MetaWrite, Procedure, Progress, Truncate, Write
+from ...contract import Barrier, Create, Length, MetaWrite, Procedure, Progress, Truncate, Write
 from ...errors import DiskError, UnsupportedFeature, UsageError
 from ...ondisk import big_endian_bytes, zeros
 from ...units import align_up, is_power_of_two
 from . import header as hd
-from .core import COPIED, SLOT
+from .core import COPIED, DATA_SLOT, SLOT
 from .refblock import empty
 
 VERSIONS = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
@@ -21,8 +22,6 @@ FEATURE_TABLE_CLUSTER = 8192
 _CHUNK = 1 << 20
 # Options of later versions: the value that asks for nothing.
 _NOT_YET = {
-    "data_file": (None, "external data file"),
-    "data_file_raw": (False, "external data file"),
     "extended_l2": (False, "extended L2 entries"),
     "encryption": (False, "encryption"),
     "encrypt.format": (None, "encryption"),
@@ -50,12 +49,14 @@ def new_header(options: Mapping[str, Any]) -> hd.Header:
     h.cluster_bits = cluster_size.bit_length() - 1
     _check_features(h, options)
     h.l1_size = hd.l1_entries(h.size, h.cluster_bits)
-    if h.l1_size * 8 > hd.MAX_L1_BYTES:
+    data_file = bool(options.get("data_file"))
+    if h.l1_size * 8 > hd.MAX_L1_BYTES or (data_file and h.size > hd.MAX_OFFSET):
         raise UsageError(
             "The image size is too large for file format 'qcow2' (try using a larger cluster size)"
         )
     if h.version == 2:
         h.tail = b""
+    _check_data_file(h, options)
     _add_extensions(h, options)
     return h
 
@@ -100,6 +101,26 @@ def _check_features(h: hd.Header, options: Mapping[str, Any]) -> None:
         )
 
 
+def _check_data_file(h: hd.Header, options: Mapping[str, Any]) -> None:
+    name, raw = options.get("data_file"), bool(options.get("data_file_raw"))
+    if raw and name is None:
+        raise UsageError("data-file-raw requires data-file")
+    if raw and options.get("backing_file"):
+        raise UsageError("Backing file and data-file-raw cannot be used at the same time")
+    if name is None:
+        return
+    if h.version == 2:
+        raise UsageError(
+            "External data files are only supported with compatibility level 1.1 and above "
+            "(use version=v3 or greater)"
+        )
+    if not name:
+        raise UsageError("Could not create '': No such file or directory")
+    h.incompatible |= hd.DATA_FILE
+    if raw:
+        h.autoclear |= hd.RAW_DATA_FILE
+
+
 def _add_extensions(h: hd.Header, options: Mapping[str, Any]) -> None:
     name = options.get("backing_file")
     fmt = options.get("backing_fmt")
@@ -109,6 +130,8 @@ def _add_extensions(h: hd.Header, options: Mapping[str, Any]) -> None:
             set_backing(h, name, fmt)
         except UsageError as error:
             raise UsageError(f"{what}: Invalid argument") from error
+    if h.incompatible & hd.DATA_FILE:
+        h.set_extension(hd.EXT_DATA_FILE, os.fsencode(str(options["data_file"])))
     if h.version > 2 and h.cluster_bits >= FEATURE_TABLE_CLUSTER.bit_length() - 1:
         h.set_extension(hd.EXT_FEATURE_NAMES, hd.feature_table())
 
@@ -133,7 +156,7 @@ class Layout:
     """Where the structures of a new image are, in clusters.
 
     Header, refcount table, refcount blocks, L1, and for preallocated metadata the L2 tables and
-    the data; without gaps.
+    (unless they have a file of their own) the data; without gaps.
     """
 
     def __init__(self, h: hd.Header, preallocated: bool) -> None:
@@ -143,7 +166,8 @@ class Layout:
         per_block = size * 8 >> order
         self.l1_clusters = -(-h.l1_size * 8 >> bits)
         self.l2_tables = h.l1_size if preallocated else 0
-        self.data_clusters = -(-h.size >> bits) if preallocated else 0
+        self.external = bool(h.incompatible & hd.DATA_FILE)
+        self.data_clusters = -(-h.size >> bits) if preallocated and not self.external else 0
         fixed = 1 + self.l1_clusters + self.l2_tables + self.data_clusters
         blocks = table = 1
         while True:
@@ -164,7 +188,8 @@ class Layout:
         self.first_block = 1 + table
         self.l1 = self.first_block + blocks
         self.l2 = self.l1 + self.l1_clusters
-        self.data = self.l2 + self.l2_tables
+        self.data = 0 if self.external else self.l2 + self.l2_tables
+        """The cluster in the file of the guest data that holds the first of them."""
 
 
 def create_image(options: Mapping[str, Any]) -> Procedure:
@@ -175,7 +200,8 @@ def create_image(options: Mapping[str, Any]) -> Procedure:
     """
     h = new_header(options)
     preallocation = options.get("preallocation") or "off"
-    layout = Layout(h, preallocation != "off")
+    # A raw data file is the disk, so every entry points into it from the beginning.
+    layout = Layout(h, preallocation != "off" or bool(h.autoclear & hd.RAW_DATA_FILE))
     bits = h.cluster_bits
     h.reftable_offset = layout.reftable << bits
     h.reftable_clusters = layout.reftable_clusters
@@ -193,14 +219,19 @@ def create_image(options: Mapping[str, Any]) -> Procedure:
             yield Truncate(SLOT, 0)
         except (OSError, DiskError):
             kept = True  # a device keeps its length and what it holds
-    if preallocation in ("falloc", "full"):
-        yield Truncate(SLOT, layout.total << bits, preallocation)
+    mode = preallocation if preallocation in ("falloc", "full") else "off"
+    if layout.external:
+        yield Create(DATA_SLOT, str(options["data_file"]))
+        yield Truncate(DATA_SLOT, h.size, mode)
+    elif mode != "off":
+        yield Truncate(SLOT, layout.total << bits, mode)
     done = 0
+    whole = layout.total - layout.data_clusters << bits
     for batch in _batches(_tables(h, layout, kept)):
         yield Write(batch)
         done += sum(len(write.data) for write in batch)
-        yield Progress(done, max(done, layout.data << bits))
-    if preallocation == "metadata":
+        yield Progress(done, max(done, whole))
+    if preallocation == "metadata" and not layout.external:
         length = yield Length(SLOT)
         if length < layout.total << bits:
             yield Truncate(SLOT, layout.total << bits)
@@ -243,9 +274,9 @@ def _tables(h: hd.Header, layout: Layout, kept: bool) -> Iterator[MetaWrite]:
         at = (layout.l2 + i) << bits
         l1[i] = at | COPIED
         first = layout.data + i * entries
-        table = zeros(64, entries)
-        for j in range(min(entries, layout.data_clusters - i * entries)):
-            table[j] = (first + j) << bits | COPIED
+        count = min(entries, (-(-h.size >> bits)) - i * entries)
+        table = array("Q", range(first << bits | COPIED, first + count << bits | COPIED, size))
+        table.extend(zeros(64, entries - count))
         yield MetaWrite(SLOT, at, big_endian_bytes(table))
     for start in range(0, h.l1_size, _CHUNK // 8):
         data = big_endian_bytes(l1, start, min(h.l1_size, start + _CHUNK // 8))

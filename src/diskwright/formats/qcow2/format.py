@@ -9,10 +9,10 @@ from typing import Any
 from ...abilities import SnapshotInfo
 from ...contract import Procedure
 from . import header as hd
-from .writeback import Writeback
+from .external import External
 
 
-class Qcow2(Writeback):
+class Qcow2(External):
     """One open qcow2 image (the `Format` of the contract).
 
     ``backing_file`` and ``backing_format`` are what the header says, None without.
@@ -69,13 +69,13 @@ class Qcow2(Writeback):
                 "compression-type": compression,
                 "lazy-refcounts": bool(h.compatible & hd.LAZY_REFCOUNTS),
                 "refcount-bits": self.refcount_bits,
-                "corrupt": self.corrupt,
-                "extended-l2": bool(h.incompatible & hd.EXTENDED_L2),
             }
-            if h.incompatible & hd.DATA_FILE:
+            if self.external:
                 if self.data_file is not None:
                     out["data-file"] = self.data_file
-                out["data-file-raw"] = bool(h.autoclear & hd.RAW_DATA_FILE)
+                out["data-file-raw"] = self.raw_data
+            out["corrupt"] = self.corrupt
+            out["extended-l2"] = bool(h.incompatible & hd.EXTENDED_L2)
         if self.encrypted:
             out["encrypt"] = {"format": "aes" if h.crypt_method == 1 else "luks"}
         return out

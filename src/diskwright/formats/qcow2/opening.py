@@ -10,7 +10,7 @@ from ...errors import MalformedImage, UsageError
 from ...ondisk import big_endian_array
 from ...units import is_power_of_two
 from . import header as hd
-from .core import SLOT
+from .core import DATA_SLOT, SLOT
 
 if TYPE_CHECKING:
     from .format import Qcow2
@@ -44,6 +44,7 @@ def open_image(image: Qcow2) -> Procedure:
         yield from _read_tables(image)
     if h.nb_snapshots:
         yield from _read_snapshots(image, checking)
+    yield from _open_data_file(image)
     yield from _open_backing(image)
     if image.writable and not (image.refuse_io or image.refuse_write or checking):
         if h.incompatible & hd.DIRTY:
@@ -102,11 +103,13 @@ def refusals(h: hd.Header) -> tuple[str | None, str | None]:
     read = write = None
     if h.crypt_method:
         read = "encryption"
+    elif h.incompatible & hd.EXTENDED_L2 and h.incompatible & hd.DATA_FILE:
+        read = "extended L2 entries with an external data file"
     elif h.incompatible & hd.EXTENDED_L2:
         read = "extended L2 entries"
-    elif h.incompatible & hd.DATA_FILE:
-        read = "external data file"
-    if h.autoclear & hd.BITMAPS:
+    if h.nb_snapshots and h.incompatible & hd.DATA_FILE:
+        write = "internal snapshots with an external data file"
+    elif h.autoclear & hd.BITMAPS:
         write = "persistent dirty bitmaps"
     return read, write
 
@@ -140,6 +143,30 @@ def _read_snapshots(image: Qcow2, checking: bool) -> Procedure:
             raise
         image.snapshot_damage = error
     image.reserve_structures()
+def _open_data_file(image: Qcow2) -> Procedure:
+    """Fill slot ``data-file`` by what the header names or, option ``data-file`` "given", by what
+    the caller gives instead; with ``metadata-only`` guest data stay out of reach."""
+    h = image.header
+    given = image.options.get("data-file") is not None
+    if not image.external:
+        if given:
+            raise UsageError("'data-file' can only be set for images with an external data file")
+        if h.autoclear & hd.RAW_DATA_FILE:
+            raise MalformedImage(
+                "data-file-raw requires a data file", field="autoclear_features", offset=88
+            )
+        return
+    if h.size > hd.MAX_OFFSET:
+        raise MalformedImage("Image is too big for a data file", field="size", offset=24)
+    if image.options.get("metadata-only"):
+        image.refuse_io = image.refuse_io or "guest data of an image opened for its metadata"
+        return
+    name = image.data_file
+    if name is None and not given:
+        raise MalformedImage(
+            "'data-file' is required for this image", field=f"{hd.EXT_DATA_FILE:#x}"
+        )
+    yield Open(DATA_SLOT, name or "", None, True)
 
 
 def _open_backing(image: Qcow2) -> Procedure:

@@ -11,6 +11,7 @@ from ...contract import (
     Barrier,
     GuestRead,
     GuestWrite,
+    HostRange,
     Length,
     MetaWrite,
     Plan,
@@ -28,7 +29,7 @@ from ...ondisk import big_endian_bytes, zeros
 from ...units import align_down, align_up
 from ..editing import ask, flush, unpin
 from . import header as hd
-from .core import SLOT
+from .core import DATA_SLOT, SLOT
 from .creation import PREALLOCATIONS
 from .edit import announce
 from .rewrite import drop_clusters
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 _TURN = 1 << 30
 _SIZE_OFFSET = 24
 _ZEROES = 1 << 20
+# L2 tables that preallocation fills in one turn, in bytes.
+_TABLES_BYTES = 4 << 20
 
 
 def resize(image: Qcow2, size: int, preallocation: str, shrink: bool) -> Procedure:
@@ -63,6 +66,8 @@ def resize(image: Qcow2, size: int, preallocation: str, shrink: bool) -> Procedu
     entries = hd.l1_entries(size, image.cluster_bits)
     if entries * 8 > hd.MAX_L1_BYTES:
         raise UsageError("The image size is too large (try using a larger cluster size)")
+    if image.external and size > hd.MAX_OFFSET:
+        raise UsageError("The image size is too large (try using a larger cluster size)")
     if preallocation != "off" and image.has_backing:
         raise NotSupported("Preallocation cannot be used together with a backing file")
     yield from announce(image)
@@ -83,11 +88,18 @@ def _shrink(image: Qcow2, size: int) -> Procedure:
     yield from drop_clusters(
         image, align_up(keep, cluster << image.l2_bits), len(image.l1) << image.l1_shift, unmap=True
     )
+    if image.external:
+        yield Truncate(DATA_SLOT, size)
+        yield Barrier()
 
 
 def _grow(image: Qcow2, size: int, entries: int, preallocation: str) -> Procedure:
     old = image.size
     cluster = image.cluster_size
+    if image.external:
+        yield from _grow_data_file(old, size, preallocation)
+        if image.raw_data and preallocation == "off":
+            preallocation = "metadata"
     backing_size = (yield Length("backing")) if image.has_backing else 0
     if len(image.l1) > hd.l1_bytes(image.header, old) // 8:
         # VM state is kept there, which must not show.
@@ -113,6 +125,23 @@ def _grow(image: Qcow2, size: int, entries: int, preallocation: str) -> Procedur
             yield GuestWrite(offset, bytes(min(_ZEROES, covered - offset)))
             yield Progress(offset - first, covered - first)
         yield from flush(image)
+
+
+def _grow_data_file(old: int, size: int, preallocation: str) -> Procedure:
+    """Make the data file as long as the disk will be; what is new in it reads as zeroes."""
+    length = yield Length(DATA_SLOT)
+    if length > old:  # what stands there is not the disk's
+        yield Truncate(DATA_SLOT, old)
+    mode = preallocation if preallocation != "metadata" else "off"
+    yield Truncate(DATA_SLOT, size, mode)
+    if length > old and (yield Length(DATA_SLOT)) >= length:  # a device keeps its length
+        end = min(size, length)
+        if not (yield Punch([HostRange(DATA_SLOT, old, end - old)])):
+            for at in range(old, end, _ZEROES):
+                data = bytes(min(_ZEROES, end - at))
+                yield Write([MetaWrite(DATA_SLOT, at, data)])
+                yield Progress(at - old, end - old)
+    yield Barrier()
 
 
 def _write_size(image: Qcow2, size: int) -> Procedure:
@@ -157,9 +186,10 @@ def _zero_tail(image: Qcow2, old: int, backing_size: int) -> Procedure:
     (extent,) = extents
     if extent.kind == DATA and owned:
         # Another program may have left anything there.
-        tail = bytes(cluster - (old - base))
-        yield Write([MetaWrite(SLOT, extent.host + old - base, tail)])
-        yield Barrier()
+        if not image.external:
+            tail = bytes(cluster - (old - base))
+            yield Write([MetaWrite(SLOT, extent.host + old - base, tail)])
+            yield Barrier()
     elif extent.kind in (DATA, PACKED) or (
         backing_size > old and not getattr(extent, "explicit", False)
     ):
@@ -237,29 +267,36 @@ def _zero_clusters(image: Qcow2, start: int, end: int) -> Procedure:
 
 def _preallocate(image: Qcow2, start: int, end: int, preallocation: str) -> Procedure:
     """Give every cluster of [start, end) host space that reads as zeroes."""
-    turn = min(_TURN, image.cluster_size << image.l2_bits)
+    per_table = image.cluster_size << image.l2_bits
+    turn = per_table * max(1, _TABLES_BYTES // image.cluster_size)
+    first = start
     image.size = end
     try:
         while start < end:
-            stop = min(end, start + turn)
+            stop = min(end, align_down(start, per_table) + turn)
             pins: list[Table] = []
             plan = yield from _plan(image, (start, stop - start), WRITE, pins)
-            length = yield Length(SLOT)
-            host_end = max(align_up(s.host + s.length, image.cluster_size) for s in plan.steps)
-            if host_end > length:
-                mode = preallocation if preallocation != "metadata" else "off"
-                yield Truncate(SLOT, host_end, mode)
-            for step in plan.steps:
-                # Beyond the old end of the file all is zero.
-                for host in range(step.host, min(step.host + step.length, length), _ZEROES):
-                    size = min(_ZEROES, step.host + step.length - host)
-                    yield Write([MetaWrite(SLOT, host, bytes(size))])
-            yield Barrier()
+            if not image.external:  # otherwise the places are there, and zero
+                yield from _zero_hosts(image, plan, preallocation)
             image.commit(plan)
             yield from flush(image)
             unpin(pins)
             start = stop
-            yield Progress(start, end)
+            yield Progress(start - first, end - first)
     except BaseException:
         image.size = image.header.size
         raise
+
+
+def _zero_hosts(image: Qcow2, plan: Plan, preallocation: str) -> Procedure:
+    """Make the host space of a plan part of the file, and read as zeroes."""
+    length = yield Length(SLOT)
+    host_end = max(align_up(s.host + s.length, image.cluster_size) for s in plan.steps)
+    if host_end > length:
+        yield Truncate(SLOT, host_end, preallocation if preallocation != "metadata" else "off")
+    for step in plan.steps:
+        # Beyond the old end of the file all is zero.
+        for host in range(step.host, min(step.host + step.length, length), _ZEROES):
+            size = min(_ZEROES, step.host + step.length - host)
+            yield Write([MetaWrite(SLOT, host, bytes(size))])
+    yield Barrier()

@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING
 
-from ...contract import NeedMeta, Procedure, Progress, Quiesce, Table
+from ...contract import HostRange, NeedMeta, Procedure, Progress, Punch, Quiesce, Table
 from ...errors import CorruptImage, NoSpace, UsageError
 from ..editing import ask, flush, unpin
-from .core import COPIED, OFFSET, PACKED, SLOT, ZERO_FLAG
+from .core import COPIED, DATA_SLOT, OFFSET, PACKED, SLOT, ZERO_FLAG
 from .creation import set_backing
 from .edit import announce
 from .replacing import replace_header
@@ -76,7 +76,7 @@ def _drop_in_table(
     freed: list[Run] = []
     for index in range(*span):
         entry = table.data[index]
-        if entry & PACKED:
+        if entry & PACKED and not image.external:
             run = image.packed_hosts(entry, offset, index)
         else:
             run = image.hosts_of(entry)
@@ -119,6 +119,8 @@ def make_empty(image: Qcow2) -> Procedure:
     """
     yield from announce(image)
     yield from drop_clusters(image, 0, len(image.l1) << image.l1_shift, unmap=True)
+    if image.external and image.discards("snapshot"):
+        yield Punch([HostRange(DATA_SLOT, 0, image.size)])
 
 
 def change_backing(image: Qcow2, name: str | None, fmt: str | None) -> Procedure:
@@ -128,6 +130,8 @@ def change_backing(image: Qcow2, name: str | None, fmt: str | None) -> Procedure
     the header cluster.
     """
     image.check_write()
+    if name is not None and image.raw_data:
+        raise OSError(errno.EINVAL, "Invalid argument")
     new = image.header.copy()
     try:
         set_backing(new, name, fmt)

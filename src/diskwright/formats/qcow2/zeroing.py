@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from array import array
 from collections.abc import Sequence
 
@@ -21,6 +22,7 @@ from .runs import Run
 # What commit does to a run of L2 entries.
 _KEEP_ZERO, _DROP_ZERO, _DROP = range(3)
 _HOLES_STAY = 4  # flag beside one of them
+_LOW_BYTE = 0 if sys.byteorder == "little" else 7
 
 
 class Zeroing(Reserver):
@@ -74,7 +76,7 @@ class Zeroing(Reserver):
         """Collect the host clusters that entries [first, stop) will let go."""
         data: array[int] = table.data
         bits = self.cluster_bits
-        if _no_hosts(data[first:stop].tobytes()):
+        if no_hosts(data[first:stop].tobytes()):
             return
         for index in range(first, stop):
             entry = data[index]
@@ -95,7 +97,7 @@ class Zeroing(Reserver):
         data: array[int] = table.data
         holes_stay, mode = mode & _HOLES_STAY, mode & ~_HOLES_STAY
         before = data[first:stop].tobytes()
-        if _no_hosts(before):
+        if no_hosts(before):
             after = before
             if mode == _DROP:
                 after = bytes(len(before))
@@ -126,9 +128,10 @@ class Zeroing(Reserver):
             self.touch_l2(table, low, high)
 
 
-def _no_hosts(raw: bytes) -> bool:
+def no_hosts(raw: bytes) -> bool:
     """True for L2 entries that are all unallocated or plain zeroes; told without a loop, since a
     discard of a whole disk meets little else."""
-    return not raw.strip(b"\0\1")
+    # A host offset may have no other bytes than 0 and 1, too.
+    return not raw.strip(b"\0\1") and raw.count(1) == raw[_LOW_BYTE::8].count(1)
 
 
