@@ -230,3 +230,19 @@ def resolve(base: str, name: str) -> str:
     if name.startswith("/") or foreign(name) or protocol_of(name):
         return name
     return directory_of(base) + name
+
+
+def identity(options: Options) -> str:
+    """What makes a layer of a chain the same as another: its file."""
+    if options.get("driver") == "file" and "filename" in options:
+        return file_identity(str(options["filename"]))
+    return repr(sorted(flatten(options).items(), key=lambda item: item[0]))
+
+
+def file_identity(name: str) -> str:
+    """What is the same for all names of one file."""
+    try:
+        found = os.stat(name)
+    except (OSError, ValueError):
+        return name
+    return f"{found.st_dev}:{found.st_ino}"

@@ -3,7 +3,6 @@ images name."""
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import DiskError, ImageError, UsageError
@@ -304,8 +303,8 @@ class Opening:
                         f"'{reference}' is named as its {role}, and is no plain file",
                         file=display_name(node),
                     )
-                same = _identity_of(where)
-                if slot == "data-file" and same == _identity_of(leaf_of(node).options):
+                same = names.identity(where)
+                if slot == "data-file" and same == names.identity(leaf_of(node).options):
                     raise ImageError(f"Its data file '{reference}' is the image itself")
                 child = files[same] = files.get(same) or await self.node(where, mode, chain)
                 if mode.writable and child.read_only:
@@ -350,14 +349,14 @@ class Opening:
 
         by = display_name(node)
         admitted = located(self.gate, node, backing_names(node) or [wanted.reference])
-        chain = (*wanted.chain, _file_identity(by))
+        chain = (*wanted.chain, names.file_identity(by))
         if len(chain) > self.gate.max_depth:
             raise ImageError(
                 f"The chain of backing files is longer than {self.gate.max_depth}", file=by
             )
         try:
             parsed, plain = names.parse(admitted)
-            if _identity_of(parsed) in chain:
+            if names.identity(parsed) in chain:
                 raise ImageError(f"Backing file '{admitted}' creates an infinite loop", file=by)
             if isinstance(given, dict):
                 # The caller said how, not where: the place is still what the image names.
@@ -396,18 +395,3 @@ def _say_file(error: BaseException, node: Node) -> None:
         error.file = display_name(node)
     elif isinstance(error, OSError) and error.filename is None and error.errno is not None:
         error.filename = display_name(node)
-
-
-def _identity_of(options: Options) -> str:
-    """What makes a layer of a chain the same as another: its file."""
-    if options.get("driver") == "file" and "filename" in options:
-        return _file_identity(str(options["filename"]))
-    return repr(sorted(names.flatten(options).items(), key=lambda item: item[0]))
-
-
-def _file_identity(name: str) -> str:
-    try:
-        found = os.stat(name)
-    except (OSError, ValueError):
-        return name
-    return f"{found.st_dev}:{found.st_ino}"

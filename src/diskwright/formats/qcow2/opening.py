@@ -143,6 +143,8 @@ def _read_snapshots(image: Qcow2, checking: bool) -> Procedure:
             raise
         image.snapshot_damage = error
     image.reserve_structures()
+
+
 def _open_data_file(image: Qcow2) -> Procedure:
     """Fill slot ``data-file`` by what the header names or, option ``data-file`` "given", by what
     the caller gives instead; with ``metadata-only`` guest data stay out of reach."""
