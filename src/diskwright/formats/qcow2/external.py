@@ -138,7 +138,7 @@ class External(Writeback):
         plan = Plan()
         state = plan.state = State()
         plan.pins = self.take(chosen)
-        self._install_l2(tables, fresh, [(c, z) for a, b, z in chosen for c in range(a, b)])
+        self.install_l2(tables, fresh, [(c, z) for a, b, z in chosen for c in range(a, b)])
         if kind == WRITE:
             plan.steps = self._write_steps(spans, tables, state)
         else:
