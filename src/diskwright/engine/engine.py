@@ -6,7 +6,7 @@ import errno
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from ..contract import FastMap, Format, NeedMeta, Table
+from ..contract import FastMap, Format, NeedMeta, Range, Table
 from ..errors import FlushFailed
 from ..extents import Extent
 from .allocate import Allocator
@@ -22,6 +22,7 @@ from .writeback import Writeback
 from .zero import Zeroer
 
 if TYPE_CHECKING:
+    from .flat import Flat
     from .pack import Packer
     from .packed import Unpacker
 
@@ -62,6 +63,8 @@ class Engine:
         self.creator: Creator | None = None
         """Makes a file beside the image: ``creator(slot, name)``."""
         self.reader = Reader(self)
+        self.flat: Flat | None = None
+        """The whole chain as one map, while nobody writes to it."""
         self._unpacker: Unpacker | None = None
         self._packer: Packer | None = None
         self.writer = Writer(self)
@@ -184,16 +187,26 @@ class Engine:
 
     async def map_range(self, offset: int, length: int) -> list[Extent]:
         """The extents of one range, in the caller's epoch."""
+        return await self.map_ranges([(offset, length)])
+
+    async def map_ranges(self, ranges: Sequence[Range]) -> list[Extent]:
+        """The extents of all ranges, one after the other, in the caller's epoch."""
         found: list[Extent] = []
         pins: list[Table] = []
-        end = offset + length
+        todo = [(offset, length) for offset, length in ranges if length]
         try:
-            while offset < end:
-                extents, miss = self.format.map([(offset, end - offset)])
+            while todo:
+                extents, miss = self.format.map(todo)
+                found += extents
+                done = 0
                 for extent in extents:
-                    found.append(extent)
-                    offset += extent.length
-                if offset < end and miss is not None:
+                    offset, length = todo[done]
+                    if extent.length < length:
+                        todo[done] = offset + extent.length, length - extent.length
+                    else:
+                        done += 1
+                del todo[:done]
+                if todo and miss is not None:
                     await self.need(miss, pins)
         finally:
             self.unpin(pins)

@@ -28,6 +28,7 @@ class Epochs:
         self.quarantine: deque[tuple[int, Any]] = deque()
         self.punching = 0
         self.changed = Condition()
+        self._watched = 0
         self._cannot_zero: set[str] = set()
 
     def enter(self) -> int:
@@ -41,7 +42,7 @@ class Epochs:
         del self.active[epoch]
         if self.quarantine:
             self.settle()
-        if not self.active:
+        if not self.active or self._watched:
             self.changed.notify()
 
     def defer(self, epoch: int, token: Any) -> None:
@@ -118,3 +119,13 @@ class Epochs:
         while self.active or not self.idle():
             self.engine.check_failed()
             await self.changed.wait()
+
+    async def passed(self) -> None:
+        """Wait until every batch that is active now has ended."""
+        last = self.last
+        self._watched += 1
+        try:
+            while self.active and next(iter(self.active)) <= last:
+                await self.changed.wait()
+        finally:
+            self._watched -= 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..contract import Limits
@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from .kernel import BaseDriver, Future
 
 Buffer = bytes | bytearray | memoryview
+ReadScattered = Callable[
+    [Sequence[Any], Sequence[int], Sequence[int], Sequence[memoryview] | None],
+    Awaitable[Sequence[Buffer] | None],
+]
 
 
 class Edge:
@@ -60,6 +64,8 @@ class Node:
     """The bookkeeping that it belongs to (:class:`diskwright.graph.graph.Graph`), if any."""
     probed = False
     """True when its format was guessed for want of a signature, so it is raw."""
+    changing = False
+    """True while it is opened anew: who is above asks it and does not look through it."""
     wants_events = False
     """True when :meth:`event` must be called (blkdebug)."""
 
@@ -75,6 +81,10 @@ class Node:
         self.options = {}
 
     # -- requests
+    read_scattered: ReadScattered | None = None
+    """Reads a batch whose parts are in several nodes of one kind, the column ``nodes``; None (or
+    answers None) where they have to be asked one by one."""
+
     async def read(
         self,
         offsets: Sequence[int],

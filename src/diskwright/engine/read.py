@@ -66,6 +66,17 @@ class Reader:
         into: Sequence[memoryview] | None = None,
     ) -> Sequence[Buffer]:
         """Read in the caller's epoch (and past a closed gate)."""
+        if self.engine.flat is not None:
+            return await self.engine.flat.read(offsets, lengths, into)
+        return await self.layered(offsets, lengths, into)
+
+    async def layered(
+        self,
+        offsets: Sequence[int],
+        lengths: Sequence[int],
+        into: Sequence[memoryview] | None = None,
+    ) -> Sequence[Buffer]:
+        """Read what this layer holds, and ask its backing file for the rest."""
         engine = self.engine
         if engine.map_one is not None:
             if len(offsets) < 4:

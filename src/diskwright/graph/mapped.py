@@ -33,6 +33,7 @@ class MappedNode(Node):
         opener: Opener | None = None,
     ) -> None:
         self._limits: Limits | None = None
+        self._look = True  # whether there is a chain to be looked through is not known
         super().__init__(driver, driver_name, name)
         self.format = format
         self._slots: dict[str, Node] = {}
@@ -59,6 +60,11 @@ class MappedNode(Node):
                 format.follow(edge.child.size)  # a disk that is as long as its file
         self._limits = None
         self.changed()
+
+    def changed(self) -> None:
+        self._look = True
+        self.engine.flat = None
+        super().changed()
 
     @property
     def limits(self) -> Limits:
@@ -91,6 +97,12 @@ class MappedNode(Node):
         lengths: Sequence[int],
         into: Sequence[memoryview] | None = None,
     ) -> Sequence[Buffer]:
+        if self._look:
+            self._look = False
+            if self.read_only and "backing" in self._slots:
+                from ..engine.flat import flat_of
+
+                self.engine.flat = flat_of(self)
         return await self.engine.reader.read(offsets, lengths, into)
 
     async def write(

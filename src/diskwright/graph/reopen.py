@@ -26,14 +26,30 @@ async def reopen(node: Node, *, writable: bool | None = None, cache: str | None 
     before = not node.read_only
     wanted = before if writable is None else writable
     layers = _layers(node)
-    for layer in layers:
-        await _settle(layer)
+    node.changing = True
     try:
-        await _switch(node, layers, wanted, cache)
-    except (OSError, DiskError):
-        if wanted != before:
-            await _switch(node, layers, before, None)
-        raise
+        node.changed()
+        for above in _above(node):
+            await above.engine.epochs.passed()  # they may know where this node's bytes are
+        for layer in layers:
+            await _settle(layer)
+        try:
+            await _switch(node, layers, wanted, cache)
+        except (OSError, DiskError):
+            if wanted != before:
+                await _switch(node, layers, before, None)
+            raise
+    finally:
+        node.changing = False
+        node.changed()
+
+
+def _above(node: Node) -> list[MappedNode]:
+    """All that read through ``node``."""
+    found = [node]
+    for layer in found:
+        found += [edge.parent for edge in layer.parents if edge.parent not in found]
+    return [layer for layer in found[1:] if isinstance(layer, MappedNode)]
 
 
 def _layers(node: Node) -> list[Node]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import suppress
 from itertools import islice, repeat
 from operator import add, eq
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..contract import FUA
-from ..engine.kernel import BaseDriver, Condition, Future
+from ..engine.kernel import BaseDriver, Condition, Future, wait_all
 from ..errors import FlushFailed
 from ..units import align_up
 from .base import Buffer, Leaf, clear
@@ -113,6 +114,43 @@ class FileIO(Leaf):
             return await self.read(offsets, lengths, into, tag)
         if sum(counts) != total:
             await self._read_rest(offsets, views, counts)
+        return views
+
+    @staticmethod
+    async def read_scattered(
+        nodes: Sequence[Any],
+        offsets: Sequence[int],
+        lengths: Sequence[int],
+        into: Sequence[memoryview] | None,
+    ) -> Sequence[Buffer] | None:
+        """Read from several files at a time what the page cache has of them."""
+        first = nodes[0]
+        fast, flag = first._fast_read, first._cached_only
+        for node in set(nodes):
+            if not isinstance(node, FileIO) or node._bounce is not None:
+                return None
+            node.check_open()
+            if node._fast_read is None or node._cached_only != flag:
+                return None
+        if fast is None or sum(lengths) > first.inline_read:
+            return None
+        views: Sequence[Writable] = list(map(bytearray, lengths)) if into is None else into
+        counts: list[int] = []
+        descriptors = [node._fd for node in nodes]
+        with suppress(OSError):  # the medium must be waited for, or it is told below
+            counts.extend(map(fast, descriptors, zip(views), offsets, repeat(flag)))
+        if counts != lengths:
+            counts += [-1] * (len(views) - len(counts))
+            rest: dict[FileIO, tuple[list[int], list[int], list[memoryview]]] = {}
+            for node, offset, view, count in zip(nodes, offsets, views, counts, strict=True):
+                if count != len(view):
+                    columns = rest.setdefault(node, ([], [], []))
+                    columns[0].append(offset)
+                    columns[1].append(len(view))
+                    columns[2].append(memoryview(view))
+            await wait_all(
+                [first.driver.start(n.read(*columns), io=True) for n, columns in rest.items()]
+            )
         return views
 
     async def _read_rest(
