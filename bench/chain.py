@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import random
-import resource
 import statistics
 import sys
 import tempfile
@@ -60,6 +59,11 @@ async def make(driver: Driver, folder: Path, layers: int, size: int) -> Path:
     return below
 
 
+def resident() -> int:
+    """Bytes of memory that this process holds."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
 async def timed(node: Node, size: int, reads: int, batch: int, seed: int) -> float:
     """Seconds for so many reads."""
     rng = random.Random(seed)
@@ -78,7 +82,7 @@ async def measure(driver: Driver, options: argparse.Namespace, folder: Path) -> 
     nodes: list[Node] = []
     for layers in (1, options.layers):
         path = await make(driver, folder, layers, options.size)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        before = resident()
         started = time.perf_counter()
         node = await open_disk(
             driver, str(path), format="qcow2", writable=options.writable, gate=GATE
@@ -87,10 +91,10 @@ async def measure(driver: Driver, options: argparse.Namespace, folder: Path) -> 
         for offset in range(0, options.size, CLUSTER):
             await node.read([offset], [4096])
         first = time.perf_counter() - opened
-        more = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+        more = resident() - before
         print(
             f"{layers:3} layers: opened in {1000 * (opened - started):.1f} ms, first pass over "
-            f"{options.size // CLUSTER} clusters {first:.2f} s, {more / 1024:+.1f} MiB at its peak"
+            f"{options.size // CLUSTER} clusters {first:.2f} s, {more / (1 << 20):+.1f} MiB"
         )
         nodes.append(node)
     for batch in map(int, options.batches.split(",")):

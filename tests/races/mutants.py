@@ -14,6 +14,7 @@ from diskwright.engine import futures
 from diskwright.engine.allocate import Allocator
 from diskwright.engine.engine import Engine
 from diskwright.engine.epochs import Epochs
+from diskwright.engine.flat import Flat
 from diskwright.engine.futures import Cancelled, Future, Shared, Task
 from diskwright.engine.leases import Lease, Leases
 from diskwright.engine.procedure import Procedures
@@ -659,3 +660,17 @@ def no_space_without_a_flush_and_another_try(stack: ExitStack) -> None:
         return await engine.ask(lambda: engine.format.plan(ranges, kind), pins)
 
     put(stack, Allocator, "_plan", plan)
+
+
+# -- rule 12: what is known of a chain
+CHAINS = ("qcow2-backing", "qcow2-chain", "toy-backing")
+
+
+@mutant(12, CHAINS)
+def windows_outlive_what_they_tell(stack: ExitStack) -> None:
+    put(stack, Flat, "forget", lambda self, ranges: None)
+
+
+@mutant(12, CHAINS)
+def windows_are_made_of_what_was_before(stack: ExitStack) -> None:
+    put(stack, Flat, "forget", lambda self, ranges: self._erase(ranges))

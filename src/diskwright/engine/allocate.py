@@ -124,6 +124,8 @@ class Allocator:
                 raise
             else:
                 engine.format.commit(plan)
+                if engine.flat is not None:
+                    engine.flat.forget(ranges)
             finally:
                 for table in plan.pins:
                     table.pins -= 1

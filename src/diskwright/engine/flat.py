@@ -7,8 +7,10 @@ from array import array
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ..contract import Range
 from ..extents import HOLE, ZERO, Data
 from ..ondisk import zeros
+from ..units import align_down, align_up
 from .kernel import Future, wait_all
 from .node import Buffer, Node
 
@@ -18,7 +20,7 @@ if TYPE_CHECKING:
 # Units of a window, and the windows that are kept: 4 KiB each, so at most 32 MiB for a chain.
 _WINDOW_BITS = 9
 _MOST_WINDOWS = 8192
-_LEAST_UNIT_BITS, _MOST_UNIT_BITS = 12, 20
+_LEAST_UNIT_BITS, _MOST_UNIT_BITS = 9, 20
 # An entry is a place: the number of a node in `nodes` above the offset there; or one of these.
 _OFFSET_BITS = 56
 _OFFSET = (1 << _OFFSET_BITS) - 1
@@ -51,11 +53,11 @@ Piece = tuple[int, int, int, Place | None, int]
 offset there."""
 
 
-def layer_of(node: Node | None) -> Layer | None:
+def layer_of(node: Node | None, top: bool = False) -> Layer | None:
     """``node`` as a layer that may be looked through; None for those that must be asked: who can
-    write changes its map, and who listens is to hear of every read."""
+    write changes its map (the ``top`` one tells), who listens is to hear of every read."""
     engine: Engine | None = getattr(node, "engine", None)
-    if node is None or engine is None or node.changing or not node.read_only:
+    if node is None or engine is None or node.changing or not (node.read_only or top):
         return None
     if node.options.get("force-share") or any(c.wants_events for c in engine.slots.values()):
         return None
@@ -63,10 +65,11 @@ def layer_of(node: Node | None) -> Layer | None:
 
 
 class Flat:
-    """The windows of one node that is only read, and of all below it that are.
+    """The windows of one node and of all below it that are only read.
 
-    A window belongs to ``layers`` as they were: when one of them is opened for writing, or gets
-    another backing file, the node drops the whole object.
+    The node's own map may change by plans, each of which tells what it changed (:meth:`forget`).
+    When anything else changes (a procedure runs, a layer is opened for writing or gets another
+    backing file) the node drops the whole object.
     """
 
     def __init__(self, layers: list[Layer]) -> None:
@@ -79,6 +82,26 @@ class Flat:
         self.nodes: list[Place] = []
         self._numbers: dict[Place, int] = {}
         self._building: dict[int, Future[None]] = {}
+        self._forgotten: list[Range] = []
+        """What has changed while windows were being made."""
+
+    def forget(self, ranges: Sequence[Range]) -> None:
+        """The top layer's map has changed there, in whole units of its own."""
+        if self._building:
+            self._forgotten += ranges
+        self._erase(ranges)
+
+    def _erase(self, ranges: Sequence[Range]) -> None:
+        bits, unit = self.bits, self.engine.format.unit
+        for offset, length in ranges:
+            first = align_down(offset, unit) >> bits
+            last = (align_up(offset + length, unit) - 1) >> bits
+            for index in range(first >> _WINDOW_BITS, (last >> _WINDOW_BITS) + 1):
+                window = self.windows.get(index)
+                if window is not None:
+                    base = index << _WINDOW_BITS
+                    start, stop = max(first - base, 0), min(last + 1 - base, len(window))
+                    window[start:stop] = zeros(64, stop - start)
 
     # -- reading
     async def read(
@@ -90,21 +113,24 @@ class Flat:
         """Read a batch in the caller's epoch; see :meth:`Node.read`."""
         bits, windows, nodes = self.bits, self.windows, self.nodes
         window_bits = bits + _WINDOW_BITS
+        in_window = (1 << _WINDOW_BITS) - 1
         unit = 1 << bits
         mask = unit - 1
         hosts: list[int] = []
-        places: list[Place] = []
+        numbers: list[int] = []
         for offset, length in zip(offsets, lengths, strict=True):
             window = windows.get(offset >> window_bits)
             if window is None or (offset & mask) + length > unit:
                 break
-            entry = window[offset >> bits & (1 << _WINDOW_BITS) - 1]
+            entry = window[offset >> bits & in_window]
             if entry <= _RAGGED:
                 break
             hosts.append((entry & _OFFSET) + (offset & mask))
-            places.append(nodes[entry >> _OFFSET_BITS])
+            numbers.append(entry >> _OFFSET_BITS)
         else:
-            return await self._fetch(places, hosts, lengths, into)
+            if len(set(numbers)) == 1:
+                return await nodes[numbers[0]].read(hosts, lengths, into)
+            return await self._fetch([nodes[n] for n in numbers], hosts, lengths, into)
         return await self._general(offsets, lengths, into)
 
     async def _fetch(
@@ -117,11 +143,8 @@ class Flat:
         """Read each part from its node; nodes of one kind may do all of them at a time."""
         if not places:
             return []
-        first = places[0]
-        if len(places) == 1 or places.count(first) == len(places):
-            return await first.read(hosts, lengths, into)
-        if first.read_scattered is not None:
-            found = await first.read_scattered(places, hosts, lengths, into)
+        if places[0].read_scattered is not None:
+            found = await places[0].read_scattered(places, hosts, lengths, into)
             if found is not None:
                 return found
         views = into if into is not None else [memoryview(bytearray(n)) for n in lengths]
@@ -162,8 +185,9 @@ class Flat:
                 offset = start + done
                 index = offset >> self.bits >> _WINDOW_BITS
                 window = self.windows.get(index)
-                while window is None:
-                    await self._need(index)
+                unit = offset >> self.bits & (1 << _WINDOW_BITS) - 1
+                while window is None or window[unit] == _UNKNOWN:
+                    await self._need(index, unit)
                     window = self.windows.get(index)
                 count, entry = self._run(window, offset, length - done)
                 piece = view[done : done + count]
@@ -197,27 +221,40 @@ class Flat:
         return min(count, most), first
 
     # -- finding out
-    async def _need(self, index: int) -> None:
-        """Make a window, once for all that ask."""
+    async def _need(self, index: int, unit: int) -> None:
+        """Make a window, or what is not known of it from ``unit`` on, once for all that ask."""
         running = self._building.get(index)
         if running is None:
-            running = self.engine.driver.spawn(self._build(index), name="flat")
+            running = self.engine.driver.spawn(self._build(index, unit), name="flat")
             self._building[index] = running
         await running
 
-    async def _build(self, index: int) -> None:
+    async def _build(self, index: int, unit: int) -> None:
+        first, last = 0, 1 << _WINDOW_BITS
+        window = self.windows.get(index)
+        if window is not None:
+            first = last = unit
+            while last < len(window) and window[last] == _UNKNOWN:
+                last += 1
         try:
-            window = await self._resolve(index)
-            while len(self.windows) >= _MOST_WINDOWS:
-                del self.windows[next(iter(self.windows))]
-            self.windows[index] = window
+            found = await self._resolve((index << _WINDOW_BITS) + first, last - first)
+            window = self.windows.get(index)
+            if window is None:
+                while len(self.windows) >= _MOST_WINDOWS:
+                    del self.windows[next(iter(self.windows))]
+                window = self.windows[index] = zeros(64, 1 << _WINDOW_BITS)
+            window[first:last] = found
+            self._erase(self._forgotten)
         finally:
             del self._building[index]
+            if not self._building:
+                self._forgotten = []
 
-    async def _resolve(self, index: int) -> array[int]:
-        window = zeros(64, 1 << _WINDOW_BITS)
-        start = index << self.bits << _WINDOW_BITS
-        end = min(start + (1 << self.bits << _WINDOW_BITS), self.engine.format.size)
+    async def _resolve(self, first: int, count: int) -> array[int]:
+        """The entries of ``count`` units from the unit ``first`` of the disk."""
+        window = zeros(64, count)
+        start = first << self.bits
+        end = min(start + (count << self.bits), self.engine.format.size)
         for offset, length, _, place, host in await self._walk([(start, end - start, 0)]):
             self._fill(window, offset - start, length, end - start, place, host)
         return window
@@ -316,7 +353,7 @@ class Flat:
 def flat_of(node: Node) -> Flat | None:
     """The windows for ``node``; None where there is no chain to look through."""
     layers: list[Layer] = []
-    layer = layer_of(node)
+    layer = layer_of(node, top=True)
     while layer is not None:
         layers.append(layer)
         layer = layer_of(layer.backing)

@@ -34,6 +34,7 @@ class MappedNode(Node):
     ) -> None:
         self._limits: Limits | None = None
         self._look = True  # whether there is a chain to be looked through is not known
+        self._procedures = 0  # that run: they may change any map
         super().__init__(driver, driver_name, name)
         self.format = format
         self._slots: dict[str, Node] = {}
@@ -99,7 +100,7 @@ class MappedNode(Node):
     ) -> Sequence[Buffer]:
         if self._look:
             self._look = False
-            if self.read_only and "backing" in self._slots:
+            if "backing" in self._slots and not self._procedures:
                 from ..engine.flat import flat_of
 
                 self.engine.flat = flat_of(self)
@@ -176,14 +177,20 @@ class MappedNode(Node):
     ) -> Any:
         """Run a format's procedure; ``whole_image``: alone, with nothing dirty (rule 8)."""
         self.engine.procedures.on_progress = on_progress
-        if self.creations is None:
-            return await self.engine.procedures.run(procedure, whole_image)
-        attempt = self.creations.attempt(procedure)
+        self._procedures += 1
+        self.engine.flat = None
         try:
-            return await self.engine.procedures.run(attempt.procedure, whole_image)
-        except BaseException:
-            await attempt.undo()
-            raise
+            if self.creations is None:
+                return await self.engine.procedures.run(procedure, whole_image)
+            attempt = self.creations.attempt(procedure)
+            try:
+                return await self.engine.procedures.run(attempt.procedure, whole_image)
+            except BaseException:
+                await attempt.undo()
+                raise
+        finally:
+            self._procedures -= 1
+            self._look = True
 
     async def close(self) -> None:
         if self.closed:
