@@ -87,6 +87,7 @@ def awaitable(
 
 if TYPE_CHECKING:
     from .ops import calls
+    from .ops.snapshot_list import AsyncSnapshots
 
     info = awaitable(calls.info)
     info_chain = awaitable(calls.info_chain)
@@ -245,6 +246,13 @@ class Disk:
             return [part async for part in all_status(node, offset, length)]
 
         return await self._driver.bridge(collect())
+
+    @property
+    def snapshots(self) -> AsyncSnapshots:
+        """The internal snapshots of the image."""
+        from .ops.snapshot_list import AsyncSnapshots
+
+        return AsyncSnapshots(lambda: self.node, self._driver.bridge)
 
     async def close(self) -> None:
         """Write everything back, flush and close; a second call does nothing."""

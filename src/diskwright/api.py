@@ -138,6 +138,7 @@ def blocking(
 
 if TYPE_CHECKING:
     from .ops import calls
+    from .ops.snapshot_list import Snapshots
 
     info = blocking(calls.info)
     info_chain = blocking(calls.info_chain)
@@ -270,6 +271,13 @@ class Disk:
             return [part async for part in all_status(node, offset, length)]
 
         return self._call(collect)
+
+    @property
+    def snapshots(self) -> Snapshots:
+        """The internal snapshots of the image."""
+        from .ops.snapshot_list import Snapshots
+
+        return Snapshots(lambda: self.node, self._call)
 
     # -- end
     def close(self) -> None:

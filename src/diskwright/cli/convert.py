@@ -18,7 +18,8 @@ OPTIONS = (
     Opt("f", "source-format", "FMT", "format of the sources (otherwise probed)"),
     IMAGE_OPTS,
     Opt("", "source-image-opts"),
-    Opt("l", "source-snapshot", "SNAPSHOT"),
+    Opt("l", "source-snapshot", "SNAPSHOT", "copy an internal snapshot of the source: an id or "
+        "name, or snapshot.id=ID,snapshot.name=NAME"),
     Opt("T", "source-cache", "MODE", "cache mode of the sources (writeback)"),
     Opt("O", "target-format", "FMT", "format of the target (raw)"),
     Opt("", "target-image-opts", "", "TARGET is a list of options (needs -n)"),
@@ -102,9 +103,20 @@ def _refused(args: Args, fmt: str) -> None:
         raise UsageError("-o has no effect when skipping image creation")
 
 
+def _snapshot(call: Call, args: Args) -> Any:
+    text = args.get("source-snapshot")
+    if text is None:
+        return None
+    from ..ops.snapshots import Selector
+
+    try:
+        return Selector.parse(text)
+    except UsageError as error:
+        call.error(str(error))
+        raise call.fail(f"Failed in parsing snapshot param '{text}'") from error
+
+
 def _later(args: Args) -> None:
-    if "source-snapshot" in args:
-        raise NotSupported("Failed to load snapshot: internal snapshots are not supported")
     if "bitmaps" in args:
         raise NotSupported("Copying persistent bitmaps (--bitmaps) is not supported")
 
@@ -115,6 +127,7 @@ def _convert(call: Call, args: Args, fmt: str, options: dict[str, Any], progress
     if len(args.operands) < 2:
         raise UsageError("Must specify image file name")
     *names, target_name = args.operands
+    snapshot = _snapshot(call, args)
     source_cache = cache_mode(args, "source-cache", "writeback", "Invalid source cache option")
     sources = [spec(args, name, format_key="source-format", cache=source_cache) for name in names]
     from ..ops import convert as ops
@@ -171,6 +184,7 @@ def _convert(call: Call, args: Args, fmt: str, options: dict[str, Any], progress
             offload="copy-range-offloading" in args,
             salvage="salvage" in args,
             compress="compress" in args,
+            snapshot=snapshot,
             **numbers,
         )
         await ops.convert(

@@ -42,6 +42,7 @@ IMG_VERBS = {
     "map": "Show what is where in an image",
     "rebase": "Change an image's backing file",
     "resize": "Change the size of a disk",
+    "snapshot": "List, take, apply or delete an image's own snapshots",
 }
 OWN_VERBS = {
     "io": "Read and write by commands",

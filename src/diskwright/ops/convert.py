@@ -22,6 +22,7 @@ from ..graph.status import all_status
 from ..units import SECTOR, align_up
 from .create import create
 from .images import ImageSpec, OpenFailed, close_all
+from .snapshots import Selector, show
 from .sources import SPARSE, Sources
 from .streaming import Pass, limited, one_pass, salvaged, write_pass
 
@@ -43,6 +44,10 @@ class TargetFailed(DiskError):
         super().__init__(f"{name}: error while converting {fmt}: {cause}")
 
 
+class SnapshotFailed(DiskError):
+    """The snapshot that was to be copied cannot be shown."""
+
+
 class Settings(NamedTuple):
     """How to convert.
 
@@ -52,7 +57,8 @@ class Settings(NamedTuple):
     look for zeroes in blocks of so many bytes (0: allocate everything).  ``target_is_zero``: the
     caller vouches for it.  ``offload``: let the host copy between plain files.  ``rate``: bytes a
     second, 0 for no limit.  ``compress``: only into a format that can hold compressed data
-    (whether it does, its options say).
+    (whether it does, its options say).  ``snapshot``: copy this internal snapshot of the only
+    source.
     """
 
     options: Mapping[str, Any] = {}
@@ -66,6 +72,7 @@ class Settings(NamedTuple):
     offload: bool = False
     salvage: bool = False
     compress: bool = False
+    snapshot: Selector | None = None
 
 
 async def convert(
@@ -95,6 +102,8 @@ async def convert(
     try:
         for spec in sources:
             nodes.append(await spec.open(driver, shared=_UNCHANGED))
+        if settings.snapshot is not None:
+            await _show(nodes, settings.snapshot)
         if on_sources is not None:
             on_sources()
         total = sum(align_up(node.size, SECTOR) for node in nodes)
@@ -204,6 +213,16 @@ def _check_units(out: Node) -> None:
     _check_compression(out.driver_name)
     if not getattr(getattr(out, "format", None), "cluster_size", 0):
         raise UsageError("invalid cluster size")
+
+
+async def _show(nodes: list[Node], wanted: Selector) -> None:
+    """Let the only source be a snapshot of itself."""
+    if len(nodes) > 1:
+        raise UsageError("No support for concatenating multiple snapshot")
+    try:
+        await show(nodes[0], wanted)
+    except DiskError as error:
+        raise SnapshotFailed(f"Failed to load snapshot: {error}") from error
 
 
 def _refuse_itself(nodes: list[Node], reference: str, name: str) -> None:

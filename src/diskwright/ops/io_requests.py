@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from ..contract import COMPRESSED, FUA, MAY_UNMAP, NO_FALLBACK
 from ..errors import DiskError, ImageError, UnsupportedFeature
 from ..graph.closing import explain
-from ..graph.node import Node
+from ..graph.node import Buffer, Node
 from .io_text import (
     MAX_REQUEST,
     Complaint,
@@ -22,6 +22,7 @@ from .io_text import (
     getopt,
     pattern_byte,
 )
+from .snapshots import read_vm_state, write_vm_state
 
 if TYPE_CHECKING:
     from .io import Session
@@ -66,12 +67,17 @@ async def _read(
     """Read, verify and dump; not good when the bytes are not the pattern."""
     node = session.node
     began = time.perf_counter()
-    _inside(node, offset, length)
+    state = "b" in flags
+    if not state:
+        _inside(node, offset, length)
     good = True
     shown: list[str] = []
     seconds = 0.0
     for at, count in _pieces(offset, length):
-        (data,) = await node.read([at], [count]) if count else (b"",)
+        if state:
+            data: Buffer = await read_vm_state(node, at, count)
+        else:
+            (data,) = await node.read([at], [count]) if count else (b"",)
         seconds = time.perf_counter() - began
         if check is not None and good:
             first = max(check.start, at - offset)
@@ -114,6 +120,16 @@ async def _write_packed(session: Session, offset: int, length: int, source: byte
     if length:
         data = memoryview(source * (length // len(source) + 1))[:length]
         await node.write([offset], [data], COMPRESSED)
+    return Transfer("wrote", offset, length, time.perf_counter() - began)
+
+
+async def _write_state(session: Session, offset: int, length: int, source: bytes) -> Transfer:
+    """Write ``source`` over and over into the VM state."""
+    began = time.perf_counter()
+    block = memoryview(source * (min(length, PIECE) // len(source) + 2))
+    for at, count in _pieces(offset, length):
+        phase = (at - offset) % len(source)
+        await write_vm_state(session.node, at, bytes(block[phase : phase + count]))
     return Transfer("wrote", offset, length, time.perf_counter() - began)
 
 
@@ -204,8 +220,6 @@ def _pattern(flags: Flags) -> int | None:
 async def run_read(session: Session, name: str, words: list[str]) -> bool:
     """Read, verify a pattern, dump."""
     flags = _flags(name, words, "bCl:pP:qrs:v", 2, 2)
-    if "b" in flags:
-        raise Complaint("-b is not supported: the VM state is part of internal snapshots")
     start = cvtnum(flags.values["s"]) if "s" in flags else 0
     span = cvtnum(flags.values["l"]) if "l" in flags else None
     pattern = _pattern(flags)
@@ -255,8 +269,8 @@ async def run_write(session: Session, name: str, words: list[str]) -> bool:
             if value % 512:
                 raise Complaint(f"{value} is not a sector-aligned value for '{word}'")
     if "b" in flags:
-        raise Complaint("-b is not supported: the VM state is part of internal snapshots")
-    if "z" in flags:
+        work = _write_state(session, offset, length, _source(flags))
+    elif "z" in flags:
         if "r" in flags:
             raise Complaint("cannot combine zero write with registered I/O buffer")
         work = _zero(session, offset, length, flags)
