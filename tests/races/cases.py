@@ -12,6 +12,7 @@ from diskwright.engine.futures import BaseDriver
 from diskwright.engine.kernel import Driver
 from diskwright.engine.node import Node
 from diskwright.engine.tables import Tables
+from diskwright.filters.compress import CompressNode
 from diskwright.formats import qcow2, raw
 from diskwright.graph import registry
 from diskwright.graph.mapped import MappedNode
@@ -239,8 +240,8 @@ def qcow2_image(*options: tuple[str, Any]) -> bytes:
 class Qcow2Case(Case):
     """qcow2 with clusters of 512 bytes; by kind over a backing disk (b), with lazy refcounts (l),
     version 2 (2), narrow refcounts (r), at an offset in a raw disk (o), below it an alignment of
-    4 KiB (a), on a chain of two overlays (h), full of compressed clusters (p), or with a data file
-    (e) that may be raw (w)."""
+    4 KiB (a), on a chain of two overlays (h), full of compressed clusters (p), written through the
+    filter that compresses (c), or with a data file (e) that may be raw (w)."""
 
     unit = 512
     resizes = True
@@ -313,7 +314,10 @@ class Qcow2Case(Case):
                 graph, {"file": file, "backing": self.backing(graph, self.base)}, "middle"
             )
             slots = {"file": graph.leaves[1], "backing": below}
-        self.format(graph, slots, "qcow2")
+        node = self.format(graph, slots, "qcow2")
+        if "c" in self.kind:
+            node.format._codec = packed.Recall()  # type: ignore[attr-defined]
+            graph.top = CompressNode(graph.driver, node, self.unit)
 
     def check_leaks(self) -> bool:
         return True
@@ -478,6 +482,7 @@ CASES: dict[str, Callable[[random.Random], Case]] = {
     "qcow2-aligned": lambda rng: Qcow2Case(rng, "ab"),
     "qcow2-in-raw": lambda rng: Qcow2Case(rng, "ob"),
     "qcow2-packed": lambda rng: Qcow2Case(rng, "rp"),
+    "qcow2-compress": lambda rng: Qcow2Case(rng, "bc"),
     "qcow2-chain": lambda rng: Qcow2Case(rng, "h"),
     "qcow2-data-file": lambda rng: Qcow2Case(rng, "be"),
     "qcow2-raw-data": lambda rng: Qcow2Case(rng, "ew"),

@@ -128,7 +128,7 @@ class Run:
     async def discard(self) -> None:
         offset, length = self.range()
         length = min(self.case.size - offset, 2 * length)
-        unit = self.node.format.unit  # type: ignore[attr-defined]
+        unit = self.format.unit
         start = -(-offset // unit) * unit
         end = offset + length
         if end < self.case.size:
@@ -156,7 +156,7 @@ class Run:
 
     @property
     def format(self) -> Any:
-        return self.node.format  # type: ignore[attr-defined]
+        return self.graph.order[-1][0].format
 
     async def snapshot(self) -> None:
         if self.busy:
@@ -358,7 +358,7 @@ class Reopened:
             await self._check(node)
         (data,) = await self.graph.top.read([0], [run.case.size])
         run.model.check_crash(bytes(data), self.moment, self.what)
-        format = self.graph.top.format  # type: ignore[attr-defined]
+        format = self.graph.order[-1][0].format
         if not getattr(format, "modified", True):
             self._unmodified(bytes(data))
         if isinstance(format, Toy):

@@ -105,14 +105,15 @@ def list_options(call: Call, fmt: str, filename: str | None) -> int:
     """Print the creation options of ``fmt``, with those of the protocol where a name is known."""
     from ..ops import create as ops
 
+    options = option_lines(ops.create_options(fmt, filename))
     if filename is None:
         call.out(f"Supported {fmt} options:")
-        call.out(option_lines(ops.create_options(fmt, None)))
+        call.out(options)
         call.out("The protocol level may support further options.")
         call.out("Specify the target filename to include those options.")
     else:
         call.out("Supported options:")
-        call.out(option_lines(ops.create_options(fmt, filename)), "")
+        call.out(options, "")
     return 0
 
 

@@ -36,6 +36,7 @@ BUILTIN: dict[str, Entry] = {
     "null-co": Entry("protocol", "diskwright.protocols.null"),
     "null-aio": Entry("protocol", "diskwright.protocols.null"),
     "blkdebug": Entry("filter", "diskwright.filters.blkdebug"),
+    "compress": Entry("filter", "diskwright.filters.compress"),
 }
 
 _loaded: dict[str, Driver] = {}

@@ -283,6 +283,11 @@ async def _copy(
             flags=COMPRESSED,
             units=unit,
         )
+    elif unit := getattr(out, "whole_unit", 0):
+        segments = whole_units(driver, segments, unit, out.size)
+        options = options._replace(
+            sparse=unit if settings.sparse else 0, buffer=max(_PACKED, unit), units=unit
+        )
     on_lost = tell.on_lost
     lost = None if on_lost is None else (lambda offset, _, error: on_lost(offset, error))
     await copy(driver, target, segments, options, count.moved, lost)

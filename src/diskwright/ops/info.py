@@ -108,7 +108,8 @@ def describe(node: Node) -> NodeInfo:
         specific: dict[str, Any] | None = (
             {} if node.driver_name in ("file", "host_device") else None
         )
-        return common._replace(specific=specific)
+        cluster = children[0][1].cluster_size if kind(node.driver_name) == "filter" else 0
+        return common._replace(specific=specific, cluster_size=cluster)
     name = format.backing_file or None
     return common._replace(
         cluster_size=getattr(format, "cluster_size", 0),
@@ -132,7 +133,7 @@ def full_backing_name(node: Node, name: str) -> str | None:
 def actual_size(node: Node) -> int | None:
     """Bytes that the host has allocated for all files of a node's own; None where it does not
     say."""
-    if kind(node.driver_name) == "filter":
+    if node.driver_name == "blkdebug":
         return None
     below = [edge.child for slot, edge in node.children.items() if slot != "backing"]
     if below:

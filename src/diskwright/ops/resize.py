@@ -7,8 +7,10 @@ from typing import Any
 
 from ..engine.kernel import BaseDriver
 from ..errors import DiskError, NotSupported, UsageError
+from ..graph.graph import primary
 from ..graph.node import Node
 from ..graph.opener import close_disk
+from ..graph.registry import kind
 from .images import ImageSpec
 
 PREALLOCATIONS = ("off", "metadata", "falloc", "full")
@@ -45,7 +47,10 @@ async def resize(
             raise UsageError("Preallocation can only be used for growing images")
         if new < old and not shrink:
             raise WouldShrink("Use the --shrink option to perform a shrink operation.")
-        if getattr(node.format, "resize", None) is None:
+        below = node
+        while kind(below.driver_name) == "filter":
+            below = primary(below)
+        if getattr(getattr(below, "format", None), "resize", None) is None:
             raise NotSupported("Image format driver does not support resize")
         await node.truncate(new, preallocation)
         final: int = node.size

@@ -41,6 +41,7 @@ class _Opened:
         self.format, self.create = format, create
         self.backing = "backing_file" in create
         self.debug = create.pop("blkdebug", False)
+        self.compress = create.pop("compress", False)
         self.offset = create.pop("offset", 0)
         self.cache = create.pop("cache", "writeback")
         self.extents: list[tuple[str, int]] = create.pop("extents", [])
@@ -100,7 +101,7 @@ class _Opened:
                 "driver": self.below,
                 "file": {"driver": "file", "filename": str(base)},
             }
-        return out
+        return {"driver": "compress", "file": out} if self.compress else out
 
 
 async def _made(driver: BaseDriver, path: Path, format: str, packed: dict[str, Any]) -> None:
@@ -219,6 +220,15 @@ def subjects() -> list[Subject]:
         _filed("qcow2, cache=none", "qcow2", cache="none", cluster_size=4096, unit=4096),
         _filed("raw over blkdebug", "raw", blkdebug=True),
         _filed("qcow2 over blkdebug", "qcow2", blkdebug=True, cluster_size=4096, unit=4096),
+        _filed("compress", "qcow2", compress=True, cluster_size=4096, unit=4096),
+        _filed(
+            "compress over a backing file",
+            "qcow2",
+            compress=True,
+            backing_file="",
+            backing_fmt="raw",
+            unit=65536,
+        ),
         _filed("vhdx, fixed", "vhdx", subformat="fixed", unit=8 << 20),
         _filed("vhdx, blocks of 256 MiB", "vhdx", block_size=256 << 20, unit=256 << 20),
         _filed(
