@@ -39,6 +39,13 @@ class Sparse(Protocol):
     """The slots whose nodes are asked, so that the status of the disk tells those holes."""
 
 
+class FineZeroes(Protocol):
+    """What a format says that stores zeroes by smaller units than it allocates."""
+
+    zero_unit: int
+    """In bytes, a divisor of ``unit``: zeroes and discards are planned in multiples of it."""
+
+
 class PartlyReadOnly(Protocol):
     """What a format says whose image names files that it only reads."""
 

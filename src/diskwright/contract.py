@@ -176,10 +176,11 @@ class Format(Protocol):
 
         Gathers every miss without changing anything, then changes.  For WRITE the ranges are
         the exact bytes, in any order, and may overlap; for WRITE_PACKED see there (none is as long
-        as a unit; one OP_PACKED step each); for the other kinds they are aligned to
-        ``unit`` (the last may end at ``size``).  None: the format cannot store zeroes here but
-        as data (a zero falls back to a write, a discard does nothing), or cannot store packed data
-        here.  Raises only
+        as a unit; one OP_PACKED step each); for the other kinds they are aligned to ``unit``, or to
+        the smaller one of :class:`~diskwright.abilities.FineZeroes` (the last may end at ``size``),
+        and no range holds both whole units and a part of one.  None: the format cannot store
+        zeroes here but as data (a zero falls back to a write, a discard does nothing), or cannot
+        store packed data here.  Raises only
         :class:`~diskwright.errors.NoSpace`.
         """
 

@@ -102,6 +102,12 @@ class Engine:
         if self._unpacker is not None:
             self._unpacker.forget()
 
+    @property
+    def zero_unit(self) -> int:
+        """What zeroes and discards are aligned to, in bytes; see `FineZeroes`."""
+        unit: int = getattr(self.format, "zero_unit", self.format.unit)
+        return unit
+
     # -- failure
     def fail(self, error: OSError) -> None:
         """Remember the first failed flush; from now on every flush fails."""

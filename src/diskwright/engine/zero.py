@@ -44,6 +44,19 @@ def pieces(start: int, end: int, unit: int) -> Iterator[Range]:
         start += length
 
 
+def portions(start: int, end: int, unit: int, size: int) -> Iterator[Range]:
+    """`pieces`, and what are only parts of units by itself: they may have to go another way."""
+    low, high = align_up(start, unit), end if end >= size else align_down(end, unit)
+    if low >= end:
+        yield start, end - start
+        return
+    if start < low:
+        yield start, low - start
+    yield from pieces(low, high, unit)
+    if high < end:
+        yield high, end - high
+
+
 class Zeroer:
     """Zeroes and discards of one engine."""
 
@@ -61,26 +74,30 @@ class Zeroer:
 
     async def discard(self, offsets: Sequence[int], lengths: Sequence[int]) -> None:
         """Drop whole units; ragged ends keep their bytes (a last partial unit counts as whole)."""
-        unit, size = self.engine.format.unit, self.engine.format.size
+        unit, size = self.engine.zero_unit, self.engine.format.size
         spans = []
         for offset, length in zip(offsets, lengths, strict=True):
             start = align_up(offset, unit)
             end = offset + length if offset + length >= size else align_down(offset + length, unit)
             if start < end:
                 spans.append((start, end))
+        whole = self.engine.format.unit
         if sum(end - start for start, end in spans) <= _PIECE:
-            ranges = [(s, e - s) for s, e in merge_spans(spans)] if spans else []
+            ranges = [
+                part for start, end in merge_spans(spans)
+                for part in portions(start, end, whole, size)
+            ]
             await self.engine.allocator.allocate(ranges, DISCARD, None)
             return
         for start, end in spans:
-            for part in pieces(start, end, unit):
+            for part in portions(start, end, whole, size):
                 await self.engine.allocator.allocate([part], DISCARD, None)
 
     async def _zero_one(self, offset: int, length: int, kind: str, flags: int) -> None:
         """Zero one range.  A ragged end whose unit holds nothing else but zeroes takes the whole
         unit; any other is written as data."""
         engine = self.engine
-        unit, size = engine.format.unit, engine.format.size
+        unit, size = engine.zero_unit, engine.format.size
         end = offset + length
         inner = (align_up(offset, unit), end if end >= size else align_down(end, unit))
         ragged: list[Span] = []
@@ -89,7 +106,7 @@ class Zeroer:
         else:  # the ends are judged each by itself, also where no whole unit is between them
             ragged += [s for s in ((offset, inner[0]), (inner[1], end)) if s[0] < s[1]]
             if inner[0] < inner[1]:
-                for part in pieces(*inner, unit):
+                for part in portions(*inner, engine.format.unit, size):
                     await self._zero_units([part], kind, flags)
         for start, stop in ragged:
             await self._zero_ragged(start, stop, kind, flags)
@@ -108,9 +125,11 @@ class Zeroer:
 
     async def _zero_ragged(self, start: int, stop: int, kind: str, flags: int) -> None:
         engine = self.engine
-        unit, size = engine.format.unit, engine.format.size
+        unit, size = engine.zero_unit, engine.format.size
         first, last = align_down(start, unit), min(align_up(stop, unit), size)
-        lease = await engine.leases.take([(first, align_up(stop, unit))], exclusive=True)
+        whole = engine.format.unit
+        span = (align_down(start, whole), align_up(stop, whole))
+        lease = await engine.leases.take([span], exclusive=True)
         try:
             epoch = [engine.epochs.enter()]
             try:

@@ -57,6 +57,7 @@ DRIVER = Driver(
         ),
         Option("data_file", "str", "File name of an external data file"),
         Option("data_file_raw", "bool", "The external data file must stay valid as a raw image"),
+        Option("extended_l2", "bool", "Extended L2 tables", False),
         Option("lazy_refcounts", "bool", "Postpone refcount updates", False),
         Option(
             "preallocation",

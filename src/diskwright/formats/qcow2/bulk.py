@@ -50,13 +50,13 @@ class Bulk(Planner):
             return None  # a shared table
         for l1_index, first, stop in pieces:
             table = tables.get(l1_index)
-            if table is not None and any(table.data[first:stop]):
+            if table is not None and any(table.data[first * self.stride : stop * self.stride]):
                 return None
         chosen = self.choose(needed + len(fresh))
         if isinstance(chosen, NeedMeta):
             return chosen
         if self.has_backing or not all(zero for _, _, zero in chosen):
-            mask = self.cluster_mask
+            mask = self.zero_unit - 1
             if any((start | end) & mask for start, end in spans):
                 return None  # what is around must be filled up
         plan = Plan()
@@ -75,9 +75,8 @@ class Bulk(Planner):
                 stop = min(last, cluster + free_end - at, (l1_index + 1) << l2_bits)
                 count = stop - cluster
                 host = at << bits
-                entries = array(
-                    "Q", range(host | COPIED, (at + count) << bits | COPIED, self.cluster_size)
-                )
+                entries = self.new_entries(host, count, start - (cluster << bits),
+                                           end - (cluster << bits))
                 state.runs.append((tables[l1_index], cluster & l2_mask, entries))
                 guest = max(start, cluster << bits)
                 length = min(end, stop << bits) - guest
@@ -85,6 +84,14 @@ class Bulk(Planner):
                 cluster = stop
                 at += count
         return self._finish(plan, tables, [])
+
+    def new_entries(self, host: int, count: int, start: int, end: int) -> array[int]:
+        """Entries of ``count`` clusters from ``host``, of which the bytes [start, end) are written
+        (what of that is outside of them does not matter)."""
+        return array(
+            "Q",
+            range(host | COPIED, host + (count << self.cluster_bits) | COPIED, self.cluster_size),
+        )
 
     def _apart(self, ranges: Sequence[Range]) -> list[tuple[int, int]] | None:
         """The ranges as (start, end), joined where they continue each other; None where two are in
@@ -106,8 +113,9 @@ class Bulk(Planner):
         super().commit(plan)
         state: State = plan.state
         for table, first, entries in state.runs:
-            table.data[first : first + len(entries)] = entries
-            self.touch_l2(table, first, first + len(entries))
+            at = first * self.stride
+            table.data[at : at + len(entries)] = entries
+            self.touch_l2(table, first, first + len(entries) // self.stride)
 
 
 def _split(chosen: Sequence[Choice], count: int) -> tuple[list[tuple[int, bool]], list[Choice]]:

@@ -85,6 +85,8 @@ class Core:
         self._asked_blocks: set[int] = set()
         self._short: dict[int, array[int]] = {}
         self._short_write: dict[int, array[int]] = {}
+        self._wide: dict[int, array[int]] = {}
+        self._wide_write: dict[int, array[int]] = {}
         self._generation = -1
         self._codec: Codec | None = None
         self.free = RunSet()
@@ -104,7 +106,12 @@ class Core:
         self.cluster_bits = bits = h.cluster_bits
         self.unit = self.cluster_size = 1 << bits
         self.cluster_mask = self.cluster_size - 1
-        self.l2_bits = bits - 3
+        self.extended = bool(h.incompatible & hd.EXTENDED_L2)
+        self.stride = 2 if self.extended else 1
+        """Words of 64 bits that make an L2 entry."""
+        self.entry_bits = 4 if self.extended else 3
+        self.zero_unit = self.unit >> 5 if self.extended else self.unit
+        self.l2_bits = bits - self.entry_bits
         self.l2_mask = (1 << self.l2_bits) - 1
         self.l1_shift = bits + self.l2_bits
         order = h.refcount_order if h.version > 2 else 4
@@ -236,7 +243,7 @@ class Core:
     # -- dirty parts
     def touch_l2(self, table: Table, start: int, stop: int) -> None:
         """Entries [start, stop) of an L2 table changed."""
-        self._touch(table, start << 3, stop << 3)
+        self._touch(table, start << self.entry_bits, stop << self.entry_bits)
 
     def touch_block(self, table: Table, start: int, stop: int) -> None:
         """Counts [start, stop) of a refcount block changed."""
@@ -256,8 +263,8 @@ class Core:
         """Change an L1 entry."""
         self.l1[l1_index] = entry
         self._l1_parts.add(l1_index >> (self.part_bits - 3))
-        self._short.pop(l1_index, None)
-        self._short_write.pop(l1_index, None)
+        for shortcuts in (self._short, self._short_write, self._wide, self._wide_write):
+            shortcuts.pop(l1_index, None)
 
     def replace_l1(self, entries: array[int]) -> None:
         """Take another L1 table, which is on the disk as it is."""

@@ -22,7 +22,6 @@ FEATURE_TABLE_CLUSTER = 8192
 _CHUNK = 1 << 20
 # Options of later versions: the value that asks for nothing.
 _NOT_YET = {
-    "extended_l2": (False, "extended L2 entries"),
     "encryption": (False, "encryption"),
     "encrypt.format": (None, "encryption"),
     "encrypt": (None, "encryption"),
@@ -48,7 +47,7 @@ def new_header(options: Mapping[str, Any]) -> hd.Header:
         raise UsageError("Cluster size must be a power of two between 512 and 2048k")
     h.cluster_bits = cluster_size.bit_length() - 1
     _check_features(h, options)
-    h.l1_size = hd.l1_entries(h.size, h.cluster_bits)
+    h.l1_size = hd.l1_entries(h.size, h.cluster_bits, bool(h.incompatible & hd.EXTENDED_L2))
     data_file = bool(options.get("data_file"))
     if h.l1_size * 8 > hd.MAX_L1_BYTES or (data_file and h.size > hd.MAX_OFFSET):
         raise UsageError(
@@ -92,10 +91,13 @@ def _check_features(h: hd.Header, options: Mapping[str, Any]) -> None:
             )
         h.incompatible |= hd.COMPRESSION
         h.tail = b"\1" + h.tail[1:]
+    if options.get("extended_l2"):
+        _check_extended(h)
     preallocation = options.get("preallocation") or "off"
     if preallocation not in PREALLOCATIONS:
         raise UsageError(f"Parameter 'preallocation' does not accept value '{preallocation}'")
-    if options.get("backing_file") and preallocation != "off":
+    extended = h.incompatible & hd.EXTENDED_L2
+    if options.get("backing_file") and preallocation != "off" and not extended:
         raise UsageError(
             "Backing file and preallocation can only be used at the same time if extended_l2 is on"
         )
@@ -119,6 +121,22 @@ def _check_data_file(h: hd.Header, options: Mapping[str, Any]) -> None:
     h.incompatible |= hd.DATA_FILE
     if raw:
         h.autoclear |= hd.RAW_DATA_FILE
+
+
+def _check_extended(h: hd.Header) -> None:
+    if h.version == 2:
+        raise UsageError(
+            "Extended L2 entries are only supported with compatibility level 1.1 and above "
+            "(use version=v3 or greater)"
+        )
+    if h.cluster_bits < hd.LEAST_EXTENDED_BITS:
+        raise UsageError(
+            "Extended L2 entries are only supported with cluster sizes of at least "
+            f"{1 << hd.LEAST_EXTENDED_BITS} bytes"
+        )
+    if h.incompatible & hd.DATA_FILE:
+        raise UnsupportedFeature("extended L2 entries with an external data file")
+    h.incompatible |= hd.EXTENDED_L2
 
 
 def _add_extensions(h: hd.Header, options: Mapping[str, Any]) -> None:
@@ -269,14 +287,17 @@ def _tables(h: hd.Header, layout: Layout, kept: bool) -> Iterator[MetaWrite]:
         yield MetaWrite(SLOT, at, block.encode(0, size))
     yield MetaWrite(SLOT, h.reftable_offset, big_endian_bytes(reftable))
     l1 = zeros(64, h.l1_size)
-    entries = size // 8
+    # Of extended entries the bitmap stays empty: there is host space, and a backing file shows.
+    stride = 2 if h.incompatible & hd.EXTENDED_L2 else 1
+    entries = size // 8 // stride
     for i in range(layout.l2_tables):
         at = (layout.l2 + i) << bits
         l1[i] = at | COPIED
         first = layout.data + i * entries
         count = min(entries, (-(-h.size >> bits)) - i * entries)
-        table = array("Q", range(first << bits | COPIED, first + count << bits | COPIED, size))
-        table.extend(zeros(64, entries - count))
+        places = array("Q", range(first << bits | COPIED, first + count << bits | COPIED, size))
+        table = zeros(64, entries * stride)
+        table[: count * stride : stride] = places
         yield MetaWrite(SLOT, at, big_endian_bytes(table))
     for start in range(0, h.l1_size, _CHUNK // 8):
         data = big_endian_bytes(l1, start, min(h.l1_size, start + _CHUNK // 8))

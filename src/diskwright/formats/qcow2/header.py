@@ -12,6 +12,7 @@ MAGIC = b"QFI\xfb"
 _V2 = struct.Struct(">4sIQIIQIIQQIIQ")
 _V3 = struct.Struct(">QQQII")
 V2_LENGTH, V3_LENGTH, WRITTEN_LENGTH = 72, 104, 112
+LEAST_EXTENDED_BITS = 14  # of a cluster: subclusters have at least 512 bytes
 FEATURES_OFFSET = 72
 REFTABLE_OFFSET = 48
 L1_OFFSET = 36
@@ -302,7 +303,7 @@ def parse_tail(h: Header, cluster: bytes) -> None:
             f"qcow2: unknown compression type: {h.compression_type}",
             f"compression type {h.compression_type}",
         )
-    if h.incompatible & EXTENDED_L2 and h.cluster_bits < 14:
+    if h.incompatible & EXTENDED_L2 and h.cluster_bits < LEAST_EXTENDED_BITS:
         raise MalformedImage(
             "Extended L2 entries need clusters of at least 16 KiB", field="cluster_bits", offset=20
         )

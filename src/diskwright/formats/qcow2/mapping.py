@@ -44,7 +44,7 @@ class Mapping(Core):
             return False
         table = self.l2_table(entry & OFFSET)
         assert table is not None
-        found: int = table.data[guest >> self.cluster_bits & self.l2_mask]
+        found: int = table.data[(guest >> self.cluster_bits & self.l2_mask) * self.stride]
         return bool(found & COPIED)
 
     # -- overlaps
@@ -59,14 +59,15 @@ class Mapping(Core):
             return
         if self._metadata is None:
             self._metadata = self._metadata_entries()
-        if not self._metadata.isdisjoint(table.data):
-            for index, entry in enumerate(table.data):
+        entries = table.data[:: self.stride]
+        if not self._metadata.isdisjoint(entries):
+            for index, entry in enumerate(entries):
                 # What was metadata when the image was opened need not be any more.
                 if entry in self._metadata and (what := self._overlap(entry & OFFSET)):
                     raise CorruptImage(
                         f"Preventing invalid write on metadata (overlaps with {what})",
                         field="L2 entry",
-                        offset=table.offset + 8 * index,
+                        offset=table.offset + (index << self.entry_bits),
                     )
         self._checked.add(table.offset)
 
@@ -85,7 +86,7 @@ class Mapping(Core):
                 raise CorruptImage(
                     f"Preventing invalid free of metadata (overlaps with {what or 'header'})",
                     field="L2 entry",
-                    offset=table_offset + 8 * index,
+                    offset=table_offset + (index << self.entry_bits),
                 )
         return run
 
@@ -128,21 +129,32 @@ class Mapping(Core):
         not checked.
 
         The dict of tables is dropped at every eviction, which also keeps the tables in use from
-        looking unused.
+        looking unused.  Tables of extended entries have shortcuts of their own.
         """
         if self._generation != self.tables.generation:
-            self._generation = self.tables.generation
-            self._short.clear()
-            self._short_write.clear()
+            self._drop_shortcuts()
         short = self._short_write if write else self._short
         found = short.get(l1_index)
-        if found is None and l1_index < len(self.l1) and self.refuse_io is None:
+        if found is None and not self.extended:
+            found = self._words(l1_index, write)
+            if found is not None:
+                short[l1_index] = found
+        return found
+
+    def _drop_shortcuts(self) -> None:
+        self._generation = self.tables.generation
+        for shortcuts in (self._short, self._short_write, self._wide, self._wide_write):
+            shortcuts.clear()
+
+    def _words(self, l1_index: int, write: bool) -> array[int] | None:
+        """What `_shortcut` answers, looked up."""
+        if l1_index < len(self.l1) and self.refuse_io is None:
             offset = self.l1[l1_index] & OFFSET
             if offset and (not write or offset in self._checked):
                 table = self.tables.get(SLOT, offset)
                 if table is not None and type(table.data) is array:
-                    found = short[l1_index] = table.data
-        return found
+                    return table.data
+        return None
 
     def map_batch(
         self, offsets: Sequence[int], lengths: Sequence[int], write: bool
@@ -151,9 +163,7 @@ class Mapping(Core):
         if self.refuse_io is not None or (write and not self.ready):
             return [-1] * len(offsets)
         if self._generation != self.tables.generation:
-            self._generation = self.tables.generation
-            self._short.clear()
-            self._short_write.clear()
+            self._drop_shortcuts()
         short = self._short_write if write else self._short
         bits, l1_shift, l2_mask = self.cluster_bits, self.l1_shift, self.l2_mask
         size = self.cluster_size
@@ -165,7 +175,7 @@ class Mapping(Core):
             if table is None:
                 table = self._shortcut(offset >> l1_shift, write)
                 if table is None:
-                    append(-1)
+                    append(self.map_wide(offset, length, write) if self.extended else -1)
                     continue
             # A standard cluster of our own is its host offset and COPIED alone.
             entry = table[offset >> bits & l2_mask] ^ COPIED
@@ -183,7 +193,7 @@ class Mapping(Core):
         if table is None or self._generation != self.tables.generation:
             table = self._shortcut(l1_index, write)
             if table is None:
-                return -1
+                return self.map_wide(offset, length, write) if self.extended else -1
         mask = self.cluster_mask
         inside = offset & mask
         entry = table[offset >> self.cluster_bits & self.l2_mask] ^ COPIED
@@ -215,6 +225,10 @@ class Mapping(Core):
             left -= size
         return host
 
+    def map_wide(self, offset: int, length: int, write: bool) -> int:
+        """`map_one` of extended L2 entries."""
+        raise NotImplementedError
+
     # -- the general map
     def map(self, ranges: Sequence[Range]) -> tuple[list[Extent], NeedMeta | None]:
         """Extents of ``ranges``, up to the first L2 table that is not in memory.
@@ -223,6 +237,7 @@ class Mapping(Core):
         first.
         """
         self.check_read()
+        extent_of = self._wide_extent if self.extended else self._extent
         out: list[Extent] = []
         for position, (offset, length) in enumerate(ranges):
             end = offset + length
@@ -240,7 +255,7 @@ class Mapping(Core):
                     return out, self._misses(rest)
                 while offset < stop:
                     try:
-                        extent = self._extent(table.data, table_offset, offset, stop)
+                        extent = extent_of(table.data, table_offset, offset, stop)
                     except Exception:
                         if out:
                             return out, None
@@ -290,6 +305,10 @@ class Mapping(Core):
             return Data(SLOT, host + inside, length, writable)
         return Hole(length)
 
+    def _wide_extent(self, table: array[int], table_offset: int, guest: int, stop: int) -> Extent:
+        """The same for extended L2 entries."""
+        raise NotImplementedError
+
     def _packed(self, entry: int, place: int, guest: int, stop: int) -> Packed:
         """The compressed cluster that ``guest`` is in; its descriptor stands at ``place``."""
         size = self.cluster_size
@@ -313,13 +332,13 @@ class Mapping(Core):
                 f"Cluster allocation offset {host:#x} unaligned "
                 f"(L2 offset: {table_offset:#x}, L2 index: {index:#x})",
                 field="L2 entry",
-                offset=table_offset + 8 * index,
+                offset=table_offset + (index << self.entry_bits),
             )
         if entry & ZERO_FLAG and self.header.version < 3:
             raise CorruptImage(
                 "Zero cluster found in an image of version 2 "
                 f"(L2 offset: {table_offset:#x}, L2 index: {index:#x})",
                 field="L2 entry",
-                offset=table_offset + 8 * index,
+                offset=table_offset + (index << self.entry_bits),
             )
         return host

@@ -105,8 +105,6 @@ def refusals(h: hd.Header) -> tuple[str | None, str | None]:
         read = "encryption"
     elif h.incompatible & hd.EXTENDED_L2 and h.incompatible & hd.DATA_FILE:
         read = "extended L2 entries with an external data file"
-    elif h.incompatible & hd.EXTENDED_L2:
-        read = "extended L2 entries"
     if h.nb_snapshots and h.incompatible & hd.DATA_FILE:
         write = "internal snapshots with an external data file"
     elif h.autoclear & hd.BITMAPS:

@@ -51,8 +51,10 @@ class Packing(Zeroing):
             return miss
         for cluster in clusters:
             table = tables.get(cluster >> l2_bits)
-            if table is not None and table.data[cluster & l2_mask] & (PACKED | OFFSET):
-                return None
+            if table is not None:
+                entry = table.data[(cluster & l2_mask) * self.stride]
+                if entry & (PACKED | OFFSET):
+                    return None
         freed: list[Run] = [self.hosts_of(t.offset) for i in fresh if (t := tables.get(i))]
         shared = self.packed_end >> bits
         needed = [*freed, (shared, shared + 1)] if shared else freed

@@ -103,7 +103,7 @@ class Planner(Packing):
         if fresh:
             self.install_l2(tables, fresh, supply[: len(fresh)])
             del supply[: len(fresh)]
-        state.reserved = _as_runs(supply)
+        state.reserved = as_runs(supply)
         bits, l2_bits, l2_mask = self.cluster_bits, self.l2_bits, self.l2_mask
         steps: list[list[int]] = []  # guest, length, host
         tails: list[Step] = []
@@ -171,7 +171,8 @@ class Planner(Packing):
             self._abort_packed(state)
 
 
-def _as_runs(supply: list[tuple[int, bool]]) -> list[Choice]:
+def as_runs(supply: list[tuple[int, bool]]) -> list[Choice]:
+    """Clusters one by one, joined where they follow each other."""
     out: list[Choice] = []
     for cluster, zero in supply:
         if out and out[-1][1] == cluster:

@@ -40,8 +40,6 @@ def uncovered(h: hd.Header) -> list[str]:
     out = []
     if h.crypt_method == 2:
         out.append("encryption header")
-    if h.incompatible & hd.EXTENDED_L2:
-        out.append("extended L2 entries: subcluster bitmaps")
     if h.incompatible & hd.DATA_FILE:
         out.append("external data file")
     return out

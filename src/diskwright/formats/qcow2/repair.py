@@ -106,7 +106,8 @@ class Repairer:
         image.cursor = max(start, found.counts.end)
         image.fresh = max(image.fresh, image.cursor)
         relinker = Relinker(image, found)
-        yield from relinker.run()
+        if not image.extended:  # entries of two words are not mended
+            yield from relinker.run()
         yield Quiesce()
         last = Mender(image, self._begin)
         last.lower = last.lift = last.all_flags = True

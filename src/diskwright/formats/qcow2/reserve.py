@@ -15,8 +15,9 @@ from ...contract import (
 from ...ondisk import zeros
 from . import header as hd
 from .alloc import Allocator, Choice
-from .core import COPIED, L2_LOAD, SLOT
+from .core import COPIED, L2_LOAD, SLOT, ZERO_FLAG
 from .runs import Run
+from .submapping import ALL_ZERO, SubMapping
 
 BEFORE = "before"
 
@@ -24,7 +25,7 @@ BEFORE = "before"
 class State:
     """What commit and abort need of a plan."""
 
-    __slots__ = ("entries", "reserved", "runs", "spans")
+    __slots__ = ("entries", "masks", "pairs", "reserved", "runs", "spans")
 
     def __init__(self) -> None:
         self.entries: list[tuple[Table, int, int]] = []
@@ -33,11 +34,15 @@ class State:
         """(L2 table, first index, new entries), where the old ones are empty"""
         self.spans: list[tuple[Table, int, int, int]] = []
         """(L2 table, first index, end, what to do)"""
+        self.pairs: list[tuple[Table, int, int, int]] = []
+        """(L2 table, index, new entry, its bitmap), of extended entries"""
+        self.masks: list[tuple[Table, int, int, int, str]] = []
+        """(L2 table, first index, end, subclusters, kind) of a plan without data"""
         self.reserved: list[Choice] = []
         """Data clusters to give back on abort."""
 
 
-class Reserver(Allocator):
+class Reserver(SubMapping, Allocator):
     """L2 tables and `before` groups."""
 
     _old_tables: list[int]
@@ -71,7 +76,7 @@ class Reserver(Allocator):
         """Give each of ``fresh`` an L2 table of its own, empty or a copy of the shared one."""
         for l1_index, (cluster, zero) in zip(fresh, hosts, strict=True):
             old = tables.get(l1_index)
-            data = zeros(64, self.l2_mask + 1) if old is None else old.data[:]
+            data = zeros(64, self.cluster_size >> 3) if old is None else old.data[:]
             offset = cluster << self.cluster_bits
             table = self.tables.put(SLOT, offset, data, self.cluster_size)
             self._parts[offset] = set()
@@ -79,17 +84,25 @@ class Reserver(Allocator):
             self._asked_blocks.discard(offset)
             self._checked.add(offset)
             if old is not None or not zero:
-                self.touch_l2(table, 0, len(data))
+                self.touch_l2(table, 0, self.l2_mask + 1)
             else:
                 # It reads as zeroes already, but the file must reach to its end before an L1
                 # entry says so.
-                self.touch_l2(table, len(data) - 1, len(data))
+                self.touch_l2(table, self.l2_mask, self.l2_mask + 1)
             if old is not None:
                 shared = old.offset >> self.cluster_bits
                 self.free_later(shared, shared + 1)
                 self._old_tables.append(old.offset)
             self.set_l1(l1_index, offset | COPIED)
             tables[l1_index] = table
+
+    def empty_entries(self, table: Table, first: int, stop: int, zero: bool) -> None:
+        """Make L2 entries [first, stop) unallocated or, with ``zero``, ones that read as zeroes."""
+        words = array("Q", [ZERO_FLAG if zero else 0])
+        if self.extended:
+            words = array("Q", [0, ALL_ZERO if zero else 0])
+        table.data[first * self.stride : stop * self.stride] = words * (stop - first)
+        self.touch_l2(table, first, stop)
 
     def drop_l2(self, offset: int) -> None:
         """Forget an L2 table whose L1 entry is gone, with the changes that were made to it."""

@@ -63,12 +63,12 @@ def resize(image: Qcow2, size: int, preallocation: str, shrink: bool) -> Procedu
             raise UsageError("Use the --shrink option to perform a shrink operation.")
         if preallocation != "off":
             raise UsageError("Preallocation can't be used for shrinking an image")
-    entries = hd.l1_entries(size, image.cluster_bits)
+    entries = hd.l1_entries(size, image.cluster_bits, image.extended)
     if entries * 8 > hd.MAX_L1_BYTES:
         raise UsageError("The image size is too large (try using a larger cluster size)")
     if image.external and size > hd.MAX_OFFSET:
         raise UsageError("The image size is too large (try using a larger cluster size)")
-    if preallocation != "off" and image.has_backing:
+    if preallocation != "off" and image.has_backing and not image.extended:
         raise NotSupported("Preallocation cannot be used together with a backing file")
     yield from announce(image)
     if size < image.size:
@@ -115,8 +115,8 @@ def _grow(image: Qcow2, size: int, entries: int, preallocation: str) -> Procedur
         yield from grow_l1(image, entries)
     covered = min(size, backing_size)
     first = align_up(old, cluster)
-    if first < covered and image.header.version > 2:
-        yield from _zero_clusters(image, first, covered)
+    if image.header.version > 2:
+        yield from _zero_clusters(image, align_up(old, image.zero_unit), covered)
     if preallocation != "off":
         yield from _preallocate(image, first, size, preallocation)
     yield from _write_size(image, size)
@@ -160,7 +160,10 @@ def size_fields(image: Qcow2) -> MetaWrite:
 
 
 def _zero_guest_data(image: Qcow2, start: int, end: int) -> Procedure:
-    """Write zeroes over [start, end), which is inside one cluster, if data are stored there."""
+    """Make [start, end), which is inside one cluster, read as zeroes, if data are stored there."""
+    whole = align_up(start, image.zero_unit)
+    if whole < end and (yield from _zero_by_map(image, whole, end)):
+        end = whole
     if start >= end:
         return
     pins: list[Table] = []
@@ -175,20 +178,41 @@ def _mapped(image: Qcow2, offset: int, length: int) -> object:
     return miss if miss is not None else (extents, None)
 
 
+def _zero_by_map(image: Qcow2, start: int, end: int) -> Procedure:
+    """Zero subclusters of one cluster, if data are stored there.  False where the map cannot say
+    so."""
+    pins: list[Table] = []
+    extents, _ = yield from ask(image, lambda: _mapped(image, start, end - start), pins)
+    done = extents[0].kind != PACKED
+    if done and any(extent.kind == DATA for extent in extents):
+        plan = yield from _plan(image, (start, end - start), WRITE_ZERO, pins)
+        image.commit(plan)
+        yield from flush(image)
+    unpin(pins)
+    return done
+
+
 def _zero_tail(image: Qcow2, old: int, backing_size: int) -> Procedure:
     """The bytes behind the end in the last cluster must read as zeroes before they are shown."""
-    cluster = image.cluster_size
-    base = align_down(old, cluster)
+    unit = image.zero_unit
     pins: list[Table] = []
-    extents, _ = yield from ask(image, lambda: _mapped(image, base, 1), pins)
-    owned = image.owned(base)
+    extents, _ = yield from ask(image, lambda: _mapped(image, old - 1, 1), pins)
+    owned = image.owned(old - 1)
     unpin(pins)
     (extent,) = extents
+    if extent.kind == PACKED:
+        unit = image.cluster_size
+    base = align_down(old, unit)
+    whole, end = align_up(old, unit), align_up(old, image.cluster_size)
+    if whole < end:
+        yield from _zero_by_map(image, whole, end)
+    if base == old:
+        return
     if extent.kind == DATA and owned:
         # Another program may have left anything there.
         if not image.external:
-            tail = bytes(cluster - (old - base))
-            yield Write([MetaWrite(SLOT, extent.host + old - base, tail)])
+            tail = bytes(unit - (old - base))
+            yield Write([MetaWrite(SLOT, extent.host + 1, tail)])
             yield Barrier()
     elif extent.kind in (DATA, PACKED) or (
         backing_size > old and not getattr(extent, "explicit", False)
@@ -276,6 +300,8 @@ def _preallocate(image: Qcow2, start: int, end: int, preallocation: str) -> Proc
             stop = min(end, align_down(start, per_table) + turn)
             pins: list[Table] = []
             plan = yield from _plan(image, (start, stop - start), WRITE, pins)
+            if image.extended:
+                image.space_alone(plan)
             if not image.external:  # otherwise the places are there, and zero
                 yield from _zero_hosts(image, plan, preallocation)
             image.commit(plan)

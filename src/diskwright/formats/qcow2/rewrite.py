@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from ...contract import HostRange, NeedMeta, Procedure, Progress, Punch, Quiesce, Table
 from ...errors import CorruptImage, NoSpace, UsageError
 from ..editing import ask, flush, unpin
-from .core import COPIED, DATA_SLOT, OFFSET, PACKED, SLOT, ZERO_FLAG
+from .core import COPIED, DATA_SLOT, OFFSET, PACKED, SLOT
 from .creation import set_backing
 from .edit import announce
 from .replacing import replace_header
@@ -33,7 +33,7 @@ def drop_clusters(image: Qcow2, start: int, end: int, unmap: bool) -> Procedure:
     per_table = image.l2_mask + 1
     first_cluster = start >> bits
     end_cluster = -(-end >> bits)
-    new = 0 if unmap or image.header.version < 3 else ZERO_FLAG
+    zero = not unmap and image.header.version > 2
     turn = 0
     pins: list[Table] = []
     last = min(-(-end >> shift), len(image.l1))
@@ -47,7 +47,7 @@ def drop_clusters(image: Qcow2, start: int, end: int, unmap: bool) -> Procedure:
         first = max(first_cluster - base, 0)
         stop = min(end_cluster - base, per_table)
         whole = unmap and first == 0 and stop == per_table
-        yield from _drop_in_table(image, l1_index, (first, stop), new, whole, pins)
+        yield from _drop_in_table(image, l1_index, (first, stop), zero, whole, pins)
         turn += 1
         if turn % _TABLES == 0:
             yield from flush(image)
@@ -59,7 +59,7 @@ def drop_clusters(image: Qcow2, start: int, end: int, unmap: bool) -> Procedure:
 
 
 def _drop_in_table(
-    image: Qcow2, l1_index: int, span: Run, new: int, whole: bool, pins: list[Table]
+    image: Qcow2, l1_index: int, span: Run, zero: bool, whole: bool, pins: list[Table]
 ) -> Procedure:
     bits = image.cluster_bits
     offset = image.l1[l1_index] & OFFSET
@@ -75,7 +75,7 @@ def _drop_in_table(
         raise
     freed: list[Run] = []
     for index in range(*span):
-        entry = table.data[index]
+        entry = table.data[index * image.stride]
         if entry & PACKED and not image.external:
             run = image.packed_hosts(entry, offset, index)
         else:
@@ -97,9 +97,7 @@ def _drop_in_table(
         image.set_l1(l1_index, 0)
         image.drop_l2(offset)
         return
-    for index in range(*span):
-        table.data[index] = new
-    image.touch_l2(table, *span)
+    image.empty_entries(table, *span, zero)
 
 
 def _own_table(image: Qcow2, l1_index: int, table: Table, pins: list[Table]) -> Procedure:

@@ -10,6 +10,7 @@ from ...findings import CheckResult
 from .core import COPIED, OFFSET, PACKED, ZERO_FLAG
 from .counts import CHUNK_BITS, MOST_CHUNKS, Counts
 from .scan import Loose, Piece, Run, pieces_of, span
+from .submapping import ALL, SUBCLUSTERS
 
 if TYPE_CHECKING:
     from . import header as hd
@@ -116,6 +117,8 @@ class TableWalk:
         zero_ok = self.header.version > 2 and self.stride == 1
         active = table in self.active
         times += active
+        if piece.bitmaps is not None:
+            self._check_bitmaps(piece.at, piece.entries, piece.bitmaps)
         for entry in piece.entries:
             if not entry:
                 continue
@@ -156,6 +159,27 @@ class TableWalk:
                 continue
             add(host >> bits, times)
         return contiguous
+
+    def _check_bitmaps(self, first: int, entries: array[int], bitmaps: array[int]) -> None:
+        """What the subclusters of extended entries, from index ``first`` on, may not say."""
+        for index, (entry, bitmap) in enumerate(zip(entries, bitmaps, strict=True), first):
+            if not bitmap:
+                continue
+            if entry & PACKED:
+                self.result.corruption(
+                    f"compressed cluster {index} with non-zero subcluster allocation bitmap, "
+                    f"entry={entry:#x}"
+                )
+            elif not entry & OFFSET:
+                if bitmap & ALL:
+                    self.result.corruption(
+                        f"Unallocated cluster {index} has non-zero subcluster allocation map"
+                    )
+            elif bitmap >> SUBCLUSTERS & bitmap:
+                self.result.corruption(
+                    f"offset={entry & OFFSET:x}: Allocated cluster has corrupted subcluster "
+                    "allocation bitmap"
+                )
 
     def _count_packed(self, entry: int, times: int) -> None:
         """A compressed cluster refers to every host cluster that it touches."""

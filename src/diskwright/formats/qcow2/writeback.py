@@ -9,10 +9,10 @@ from typing import Any
 from ...contract import Barrier, Groups, HostRange, MetaWrite, Procedure, Table, Write
 from ...ondisk import big_endian_bytes
 from . import header as hd
-from .bulk import Bulk
 from .core import SLOT
 from .reserve import BEFORE
 from .runs import Run
+from .subplanning import Subclusters
 
 
 class Frozen:
@@ -37,7 +37,7 @@ def _runs_of(parts: set[int]) -> Iterator[Run]:
             start = None
 
 
-class Writeback(Bulk):
+class Writeback(Subclusters):
     """The way to the disk.
 
     Counts that a freeze carries were only raised, or lowered after the references were gone from
