@@ -98,7 +98,7 @@ class Workload:
 
     async def _write_packed(self) -> None:
         """Whole units; where one of them is there already nothing is written."""
-        unit = self.kit.unit
+        unit = self.kit.pack_unit
         offset = self._range()[0] // unit * unit
         length = min(self.rng.choice([1, 1, 2, 5, 20]) * unit, self.size - offset)
         request, data = self.model.write(offset, length)

@@ -12,7 +12,8 @@ from races.packed import Recall
 
 KIB, MIB = 1 << 10, 1 << 20
 EXTERNAL = ("data-file", "raw-data-file", "data-file-backing")
-QCOW2 = ("plain", "backing", "lazy", "v2", "narrow", "wide", "zeroing", "packed", *EXTERNAL)
+QCOW2 = ("plain", "backing", "lazy", "v2", "narrow", "wide", "zeroing", "packed",
+         "extended", "extended-packed", *EXTERNAL)  # fmt: skip
 VHDX = ("vhdx", "vhdx-4096", "vhdx-differencing")
 VMDK = ("vmdk", "vmdk-zeroed", "vmdk-backing", "sesparse", "sesparse-backing")
 KINDS = QCOW2 + VHDX + VMDK
@@ -32,14 +33,17 @@ class Kit:
         """What was discarded reads as zeroes."""
         self.others = True
         """Other programs can open it by itself."""
-        self.packs = kind == "packed"
+        self.packs = kind.endswith("packed")
         """Some writes are compressed, by a codec of our own."""
+        self.pack_unit = 512
         if kind in VHDX:
             self._vhdx(rng)
         elif kind.startswith("sesparse"):
             self._sesparse(rng)
         elif kind in VMDK:
             self._vmdk(rng)
+        elif kind.startswith("extended"):
+            self._extended(rng)
         else:
             self._qcow2(rng)
         self.zeroes_discards = kind == "zeroing" or rng.random() < (kind not in QCOW2) / 2
@@ -72,6 +76,24 @@ class Kit:
         if self.packs:
             self.create["refcount_bits"] = rng.choice([1, 2, 16])
             self.others = False
+
+    def _extended(self, rng: random.Random) -> None:
+        """qcow2 with subclusters of 512 bytes."""
+        self.format, self.unit, self.steps, self.most = "qcow2", 512, 24, 150
+        cluster = self.pack_unit = 16 * KIB
+        self.size = rng.choice([6 * cluster, 9 * cluster + 5 * 512])
+        self.sizes = [5 * cluster, 7 * cluster + 3 * 512, 12 * cluster]
+        self.lengths = [1, 100, 512, 700, 3 * 512, cluster, 2 * cluster + 512]
+        self.budget = 40_000
+        self.create |= {"cluster_size": cluster, "extended_l2": True}
+        if rng.random() < 0.6:
+            self.base = random_base(rng, rng.choice([5 * cluster, 8 * cluster + 700]))
+            self.create |= {"backing_file": "base", "backing_fmt": "raw"}
+        if self.packs:
+            # A part of a compressed cluster stays when it is discarded.
+            self.others = self.exact_discard = False
+        elif rng.random() < 0.3:
+            self.create["preallocation"] = "metadata"
 
     def _vhdx(self, rng: random.Random) -> None:
         self.format, self.unit, self.steps = "vhdx", MIB, 14

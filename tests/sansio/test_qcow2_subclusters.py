@@ -8,11 +8,7 @@ from pathlib import Path
 
 import pytest
 from machine import Machine
-from test_qcow2_cross import made, own_check, verify
-
-from diskwright.errors import CorruptImage, UsageError
-from diskwright.extents import DATA, HOLE, ZERO
-from diskwright.formats import qcow2
+from test_qcow2_cross import made, verify
 
 CLUSTER, SUB = 16384, 512
 ALL = (1 << 32) - 1

@@ -217,6 +217,19 @@ def subjects() -> list[Subject]:
             cluster_size=4096,
             unit=4096,
         ),
+        _filed(
+            "qcow2 with subclusters", "qcow2", extended_l2=True, cluster_size=16384, unit=512
+        ),
+        _filed(
+            "qcow2 with subclusters over a backing file",
+            "qcow2",
+            extended_l2=True,
+            backing_file="",
+            backing_fmt="raw",
+            preallocation="metadata",
+            cluster_size=65536,
+            unit=2048,
+        ),
         _filed("qcow2, cache=none", "qcow2", cache="none", cluster_size=4096, unit=4096),
         _filed("raw over blkdebug", "raw", blkdebug=True),
         _filed("qcow2 over blkdebug", "qcow2", blkdebug=True, cluster_size=4096, unit=4096),

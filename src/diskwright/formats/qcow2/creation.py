@@ -56,6 +56,8 @@ def new_header(options: Mapping[str, Any]) -> hd.Header:
     if h.version == 2:
         h.tail = b""
     _check_data_file(h, options)
+    if h.incompatible & hd.DATA_FILE and h.incompatible & hd.EXTENDED_L2:
+        raise UnsupportedFeature("extended L2 entries with an external data file")
     _add_extensions(h, options)
     return h
 
@@ -134,8 +136,6 @@ def _check_extended(h: hd.Header) -> None:
             "Extended L2 entries are only supported with cluster sizes of at least "
             f"{1 << hd.LEAST_EXTENDED_BITS} bytes"
         )
-    if h.incompatible & hd.DATA_FILE:
-        raise UnsupportedFeature("extended L2 entries with an external data file")
     h.incompatible |= hd.EXTENDED_L2
 
 
