@@ -270,8 +270,8 @@ class Core:
         """Take another L1 table, which is on the disk as it is."""
         self.l1 = entries
         self._l1_parts = set()
-        self._short.clear()
-        self._short_write.clear()
+        for shortcuts in (self._short, self._short_write, self._wide, self._wide_write):
+            shortcuts.clear()
 
     def set_reftable(self, index: int, offset: int) -> None:
         """Change an entry of the refcount table."""

@@ -95,7 +95,7 @@ class Subclusters(SubZeroing):
         plan.pins = self.take(chosen)
         supply = [(c, zero) for start, end, zero in chosen for c in range(start, end)]
         if fresh:
-            self._install_l2(tables, fresh, supply[: len(fresh)])
+            self.install_l2(tables, fresh, supply[: len(fresh)])
             del supply[: len(fresh)]
         state.reserved = as_runs(supply)
         steps: list[list[int]] = []  # guest, length, host

@@ -56,7 +56,7 @@ class SubZeroing(Bulk):
         plan = Plan()
         state = plan.state = State()
         plan.pins = self.take(chosen)
-        self._install_l2(tables, fresh, [(c, z) for a, b, z in chosen for c in range(a, b)])
+        self.install_l2(tables, fresh, [(c, z) for a, b, z in chosen for c in range(a, b)])
         for l1_index, first, stop, mask in spans:
             state.masks.append((tables[l1_index], first, stop, mask, kind))
         return self._finish(plan, tables, freed)
