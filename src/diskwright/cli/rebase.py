@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from ..errors import UsageError
 from .images import arguments, cache_mode, one_image, run, spec, warn_if_guessed
 from .options import FORCE_SHARE, FORMAT, GATE, IMAGE_OPTS, OBJECT, PROGRESS, QUIET, Opt
 from .output import Call, UsageProblem
@@ -37,8 +36,6 @@ def main(call: Call, argv: list[str]) -> int:
         raise UsageProblem("Must specify backing file (-b) or use unsafe mode (-u)")
     cache = cache_mode(args, "cache", "writeback", "Invalid cache option")
     source = cache_mode(args, "backing-cache", "writeback", "Invalid source cache option")
-    if "compress" in args:
-        raise UsageError("Compressed clusters are not written by this version")
     # The image itself is written to, so only its backing files can be shared.
     image = spec(args, name, cache=cache)._replace(force_share=False)
     from ..ops.rebase import rebase
@@ -58,6 +55,7 @@ def main(call: Call, argv: list[str]) -> int:
                 args.get("backing-format"),
                 unsafe=unsafe,
                 backing_cache=source,
+                compress="compress" in args,
                 on_open=lambda node: warn_if_guessed(call, name, node),
                 on_progress=progress,
                 on_warning=lambda text: call.warning(f"warning: {text}"),

@@ -6,7 +6,8 @@ import errno
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from ..contract import Procedure
+from ..contract import COMPRESSED, Procedure
+from ..engine.align import whole_units
 from ..engine.copy import CopyOptions, Segment, copy
 from ..engine.kernel import BaseDriver
 from ..errors import DiskError, NotSupported, UsageError, words
@@ -33,6 +34,7 @@ async def rebase(
     *,
     unsafe: bool = False,
     backing_cache: str = "writeback",
+    compress: bool = False,
     on_open: Callable[[Node], None] | None = None,
     on_progress: Callable[[int, int], None] | None = None,
     on_warning: Callable[[str], None] | None = None,
@@ -40,8 +42,8 @@ async def rebase(
     """Make ``backing`` (None: nothing) the backing file of ``spec``.
 
     What the disk reads stays the same: where the old and the new backing file differ, the old
-    content is written into the image first, and is durable before the header changes.  ``unsafe``
-    changes the header alone.  Raises OpenFailed, UsageError, OSError, DiskError.
+    content is written into the image first (compressed if so asked), and is durable before the
+    header changes.  ``unsafe`` changes the header alone.  Raises OpenFailed, UsageError, OSError, DiskError.
 
     An image that records the identity of its backing file (VHDX, VMDK) records that of the new
     one.  For ``unsafe`` only the header of the new one is read; where it cannot be, the recorded
@@ -67,9 +69,11 @@ async def rebase(
         if backing is not None and backing_format is None:
             raise UsageError(f"{problem}: backing format must be specified")
         if not unsafe:
+            if compress and not hasattr(top.format, "pack_codec"):
+                raise UsageError("Compression not supported for this file format")
             if backing is not None:
                 new = await _open_new(driver, top, spec, backing, backing_format, backing_cache)
-            await _keep(driver, top, new, on_progress)
+            await _keep(driver, top, new, compress, on_progress)
             if new is not None and hasattr(top.format, "parent_identity"):
                 identity = identity_of(new)
         elif backing is not None and hasattr(top.format, "parent_identity"):
@@ -161,6 +165,7 @@ async def _keep(
     driver: BaseDriver,
     top: Any,
     new: Node | None,
+    compress: bool,
     on_progress: Callable[[int, int], None] | None,
 ) -> None:
     """Write into the image what it would not read from the new backing file."""
@@ -195,7 +200,11 @@ async def _keep(
             if on_progress is not None:
                 on_progress(offset, total)
 
-    await copy(driver, top, changed(), CopyOptions(sparse=unit, workers=1))
+    segments, options = changed(), CopyOptions(sparse=unit, workers=1)
+    if compress:
+        segments = whole_units(driver, segments, unit, total)
+        options = options._replace(flags=COMPRESSED, units=unit, buffer=window)
+    await copy(driver, top, segments, options)
 
 
 async def _differing(
