@@ -11,13 +11,15 @@ from .abilities import StreamWriter
 
 class Option(NamedTuple):
     """One option.  ``type``: ``str``, ``int``, ``size`` (bytes, with suffixes), ``bool``
-    (on/off) or ``enum`` (one of ``choices``)."""
+    (on/off) or ``enum`` (one of ``choices``).  ``own``: QEMU has none like it, so it is not listed
+    under the names of its tools."""
 
     name: str
     type: str
     help: str
     default: Any = None
     choices: tuple[str, ...] = ()
+    own: bool = False
 
 
 class Driver(NamedTuple):

@@ -460,6 +460,7 @@ def test_commit_grows_a_smaller_base(pair: Pair) -> None:
         ("-b", "a.raw", "-F", "raw", "top.qcow2"),
         ("-b", "late.raw", "-F", "raw", "top.qcow2"),
         ("-b", "small.qcow2", "-F", "qcow2", "top.qcow2"),
+        ("-c", "-b", "a.raw", "-F", "raw", "top.qcow2"),
         ("-b", "", "top.qcow2"),
         ("-b", "", "mid.qcow2"),
         ("-t", "none", "-T", "none", "-b", "../same.raw", "-F", "raw", "sub/over.qcow2"),

@@ -85,6 +85,6 @@ def _list(call: Call, args: Args) -> int:
     if fmt is None:
         image = _image(call, args, _named(args))
         fmt = run(lambda driver: format_of(driver, image))
-    lines = option_lines(amend_options(fmt))
+    lines = option_lines(call, amend_options(fmt))
     call.out(f"Amend options for '{fmt}':\n{lines}", "")
     return 0

@@ -105,7 +105,7 @@ def list_options(call: Call, fmt: str, filename: str | None) -> int:
     """Print the creation options of ``fmt``, with those of the protocol where a name is known."""
     from ..ops import create as ops
 
-    options = option_lines(ops.create_options(fmt, filename))
+    options = option_lines(call, ops.create_options(fmt, filename))
     if filename is None:
         call.out(f"Supported {fmt} options:")
         call.out(options)
@@ -117,9 +117,11 @@ def list_options(call: Call, fmt: str, filename: str | None) -> int:
     return 0
 
 
-def option_lines(options: tuple[Option, ...]) -> str:
-    """One line each, sorted, as qemu-img lists them."""
-    return "".join(map(_option, sorted(options, key=lambda option: option.name)))
+def option_lines(call: Call, options: tuple[Option, ...]) -> str:
+    """One line each, sorted, as qemu-img lists them; under our own name with our own options."""
+    theirs = call.name.startswith("qemu-")
+    listed = [option for option in options if not (option.own and theirs)]
+    return "".join(map(_option, sorted(listed, key=lambda option: option.name)))
 
 
 def _option(option: Option) -> str:

@@ -128,7 +128,7 @@ async def convert(
                 raise OpenFailed(target.name, error) from error
         # A target that was just made encrypted is opened by the secret that it was made with.
         keys = {k: v for k, v in settings.options.items() if k.endswith("key-secret")}
-        given = keys if settings.create else None
+        given = {**keys, **_level(target, settings)} if settings.create else None
         out = await target.open(driver, writable=True, options=given or None)
         try:
             if not settings.create and out.size < total:
@@ -155,6 +155,15 @@ def _below(settings: Settings) -> tuple[str, ...]:
     """The backing file that the options of a new target name."""
     named = [settings.options.get(name) for name in ("backing_file", "parent")]
     return tuple(str(name) for name in named if name) if settings.create else ()
+
+
+def _level(target: ImageSpec, settings: Settings) -> dict[str, Any]:
+    """The level of compression that was asked for, as an option of opening: no image records it."""
+    level = settings.options.get("compression_level")
+    if level is None or target.format is None:
+        return {}
+    names = {option.name for option in registry.driver(target.format).options}
+    return {"compression-level": level} if "compression-level" in names else {}
 
 
 class _Told(NamedTuple):

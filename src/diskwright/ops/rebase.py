@@ -43,7 +43,8 @@ async def rebase(
 
     What the disk reads stays the same: where the old and the new backing file differ, the old
     content is written into the image first (compressed if so asked), and is durable before the
-    header changes.  ``unsafe`` changes the header alone.  Raises OpenFailed, UsageError, OSError, DiskError.
+    header changes.  ``unsafe`` changes the header alone.  Raises OpenFailed, UsageError, OSError,
+    DiskError.
 
     An image that records the identity of its backing file (VHDX, VMDK) records that of the new
     one.  For ``unsafe`` only the header of the new one is read; where it cannot be, the recorded

@@ -50,6 +50,12 @@ DRIVER = Driver(
         Option("cluster_size", "size", "qcow2 cluster size", 65536),
         Option("compat", "str", "Compatibility level (v2 [0.10] or v3 [1.1])", "1.1"),
         Option(
+            "compression_level",
+            "int",
+            "Level of what a conversion compresses (zlib: 1 to 9, zstd: 1 to 19)",
+            own=True,
+        ),
+        Option(
             "compression_type",
             "str",
             "Compression method used for image cluster compression",

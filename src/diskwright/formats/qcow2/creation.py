@@ -95,6 +95,7 @@ def _check_features(h: hd.Header, options: Mapping[str, Any]) -> None:
         h.tail = b"\1" + h.tail[1:]
     if options.get("extended_l2"):
         _check_extended(h)
+    hd.check_level(h, options.get("compression_level"))
     preallocation = options.get("preallocation") or "off"
     if preallocation not in PREALLOCATIONS:
         raise UsageError(f"Parameter 'preallocation' does not accept value '{preallocation}'")

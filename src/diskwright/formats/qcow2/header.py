@@ -347,6 +347,13 @@ def l1_bytes(h: Header, size: int) -> int:
     return 8 * l1_entries(size, h.cluster_bits, bool(h.incompatible & EXTENDED_L2))
 
 
+def check_level(h: Header, level: int | None) -> None:
+    """Raise UsageError for a level that the image's compression does not have."""
+    name, most = ("zstd", 19) if h.compression_type else ("zlib", 9)
+    if level is not None and not 1 <= level <= most:
+        raise UsageError(f"The compression level of {name} must be between 1 and {most}")
+
+
 def check_corrupt(h: Header, writable: bool) -> None:
     """Raise CorruptImage for an image that is marked corrupt and is to be written."""
     if writable and h.incompatible & CORRUPT:

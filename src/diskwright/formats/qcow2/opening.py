@@ -77,6 +77,7 @@ def check_options(h: hd.Header, options: Mapping[str, Any]) -> None:
         raise UsageError(
             "Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level"
         )
+    hd.check_level(h, options.get("compression-level"))
     whole = options.get("cache-size")
     parts = [options.get(name) for name in ("l2-cache-size", "refcount-cache-size")]
     if whole is not None:
