@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple, Protocol
 
+from .bitmaps import BitmapSet, DirtyBitmap
 from .contract import Procedure
 
 Buffer = bytes | bytearray | memoryview
@@ -117,6 +118,31 @@ class Snapshots(Protocol):
 
     def read_vm_state(self, offset: int, length: int) -> Procedure:
         """Returns bytes; what was not written reads as zeroes."""
+
+
+class KeepsBitmaps(Protocol):
+    """What a format says that keeps dirty bitmaps in its images.
+
+    ``bitmaps`` are also those that the engine tells of writes.  All procedures run alone.
+    """
+
+    bitmaps: BitmapSet
+
+    def check_bitmap(self, name: str, granularity: int) -> None:
+        """Raise BitmapError where a new bitmap like this cannot be kept."""
+
+    def load_bitmap(self, bitmap: DirtyBitmap) -> Procedure:
+        """Bring all bits of a stored bitmap into memory."""
+
+    def use_bitmap(self, bitmap: DirtyBitmap) -> Procedure:
+        """What is stored of the bitmap is not to be relied on until it is stored anew; durable
+        at the end."""
+
+    def drop_bitmap(self, bitmap: DirtyBitmap) -> None:
+        """What is stored of the bitmap goes with the next `store_bitmaps`."""
+
+    def store_bitmaps(self) -> Procedure:
+        """Bring all persistent bitmaps to the disk; closing does so, too."""
 
 
 class StreamWriter(Protocol):

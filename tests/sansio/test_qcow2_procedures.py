@@ -296,30 +296,3 @@ def test_later_features_show_in_info(
             attempt()
         assert caught.value.feature == feature
     assert bytes(machine.slots["file"]) == file
-
-
-@oracle.needs_qemu
-def test_bitmaps_are_not_written(tmp_path: Path) -> None:
-    for prepare, feature in ((("bitmap", "--add"), "persistent dirty bitmaps"),):
-        path = tmp_path / "image.qcow2"
-        oracle.ok("qemu-img", "create", "-q", "-f", "qcow2", str(path), "2M")
-        oracle.ok("qemu-io", "-c", "write -P 7 4k 128k", str(path))
-        last = ["b0"] if prepare[0] == "bitmap" else []
-        oracle.ok("qemu-img", *prepare, str(path), *last)
-        file = path.read_bytes()
-        machine = Machine(file)
-        machine.open(qcow2.DRIVER)
-        assert machine.read(4096, 10) == b"\7" * 10
-        for attempt in (
-            lambda m=machine: m.write(4096, b"x"),
-            lambda m=machine: m.discard(0, 65536),
-            lambda m=machine: m.run(m.format.resize(4 << 20)),
-            lambda m=machine: m.run(m.format.make_empty()),
-        ):
-            with pytest.raises(UnsupportedFeature) as caught:
-                attempt()
-            assert caught.value.feature == feature
-        assert bytes(machine.slots["file"]) == file
-        result = own_check(file)
-        covered = feature == "persistent dirty bitmaps"
-        assert result.uncovered == ([] if covered else [feature]) and result.findings == []

@@ -33,6 +33,7 @@ COMPATIBLE = "10.0.2"
 IMG_VERBS = {
     "amend": "Change options of an image in place",
     "bench": "Measure how fast an image is",
+    "bitmap": "Change the dirty bitmaps of an image",
     "check": "Check an image for damage",
     "commit": "Write an overlay's data into its backing file",
     "compare": "Tell whether two disks have the same content",

@@ -6,6 +6,7 @@ import errno
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from ..bitmaps import spans_of
 from ..contract import (
     DISCARD,
     FUA,
@@ -76,6 +77,8 @@ class Allocator:
             try:
                 done = await self.plan_and_move(ranges, kind, overlay, epoch, flags)
             finally:
+                if engine.bitmaps.active:
+                    engine.bitmaps.mark(spans_of(ranges))
                 if epoch:
                     engine.epochs.leave(epoch[0])
         finally:

@@ -6,6 +6,7 @@ import errno
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..bitmaps import BitmapSet
 from ..contract import FastMap, Format, NeedMeta, Range, Table
 from ..errors import FlushFailed
 from ..extents import Extent
@@ -51,6 +52,9 @@ class Engine:
     ) -> None:
         self.driver = driver
         self.format = format
+        found: BitmapSet | None = getattr(format, "bitmaps", None)
+        self.bitmaps = BitmapSet() if found is None else found
+        """What writes are told to; see `mark` there for when."""
         self.slots = slots
         self.tables = tables
         self.view = tables.view()

@@ -100,6 +100,8 @@ class Packer:
                     overlay = Overlay([at for at, _ in plain], [view for _, view in plain])
                     await engine.allocator.plan_and_move(overlay.ranges(), WRITE, overlay, epoch)
             finally:
+                if engine.bitmaps.active:
+                    engine.bitmaps.mark(spans)
                 if epoch:
                     engine.epochs.leave(epoch[0])
         finally:

@@ -64,6 +64,8 @@ class Writer:
                         return True
                 return await self._in_place_general(offsets, buffers)
             finally:
+                if engine.bitmaps.active:
+                    engine.bitmaps.mark(spans)
                 engine.epochs.leave(epoch)
         finally:
             engine.leases.drop(lease)

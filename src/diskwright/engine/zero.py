@@ -75,6 +75,11 @@ class Zeroer:
     async def discard(self, offsets: Sequence[int], lengths: Sequence[int]) -> None:
         """Drop whole units; ragged ends keep their bytes (a last partial unit counts as whole)."""
         unit, size = self.engine.zero_unit, self.engine.format.size
+        if self.engine.bitmaps.active:
+            # The ragged ends as well, which some hosts drop, as other programs have it.
+            self.engine.bitmaps.mark(
+                [(o, o + n) for o, n in zip(offsets, lengths, strict=True)]
+            )
         spans = []
         for offset, length in zip(offsets, lengths, strict=True):
             start = align_up(offset, unit)
@@ -140,6 +145,8 @@ class Zeroer:
                     return
                 await self._zero_inside(start, stop, kind, flags, epoch)
             finally:
+                if engine.bitmaps.active:
+                    engine.bitmaps.mark([(start, stop)])
                 if epoch:
                     engine.epochs.leave(epoch[0])
         finally:

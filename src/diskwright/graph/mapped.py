@@ -142,7 +142,11 @@ class MappedNode(Node):
         resize = getattr(self.format, "resize", None)
         if resize is None:
             raise NotSupported(f"{self.driver_name} images cannot be resized")
+        for bitmap in self.engine.bitmaps:
+            if bitmap.busy:
+                bitmap.check()
         await self.run_procedure(resize(size, preallocation, shrink))
+        self.engine.bitmaps.truncate(self.size)
         self.changed()
 
     async def _corrupt(self, error: CorruptImage) -> CorruptImage:

@@ -140,4 +140,7 @@ async def _format_again(node: MappedNode, writable: bool) -> None:
     old.view.clear()
     await node.run_procedure(procedure, whole_image=False)
     node.engine.opener = None
+    for bitmap in old.bitmaps:
+        if not bitmap.persistent:
+            node.engine.bitmaps.add(bitmap)
     equip(node)

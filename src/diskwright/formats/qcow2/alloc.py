@@ -58,6 +58,9 @@ class Allocator(Mapping):
         for snapshot in self.snapshot_table:
             first = snapshot.l1_offset >> bits
             self.reserved.add(first, first + -(-8 * snapshot.l1_size >> bits))
+        if self.directory is not None:
+            place = self.directory.place
+            self.reserved.add(place.offset >> bits, -(-(place.offset + place.size) >> bits))
 
     def use_reftable(self, reftable: array[int], fresh: int) -> None:
         """Take another refcount table, which the header names already; nothing is dirty.  From

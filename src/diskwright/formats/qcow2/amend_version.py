@@ -21,6 +21,7 @@ from ...errors import UsageError
 from ...ondisk import big_endian_array
 from ..editing import ask, flush, unpin
 from . import header as hd
+from .bitmapadd import drop_bitmaps
 from .core import COPIED, OFFSET, PACKED, SLOT, ZERO_FLAG
 from .creation import FEATURE_TABLE_CLUSTER
 from .edit import announce
@@ -63,8 +64,6 @@ def check_downgrade(image: Qcow2) -> Procedure:
         raise UsageError(
             f"Cannot downgrade an image with incompatible features {others:#x} set"
         )
-    if h.extension(hd.EXT_BITMAPS) is not None:
-        raise UsageError("Cannot downgrade an image with persistent dirty bitmaps")
     if h.compression_type and (yield from _has_packed(image)):
         raise UsageError(
             "Cannot downgrade an image with zstd compression type and existing compressed clusters"
@@ -94,6 +93,7 @@ def downgrade(image: Qcow2) -> Procedure:
     if image.header.version == 2:
         return
     yield from check_downgrade(image)
+    yield from drop_bitmaps(image)
     yield from announce(image)
     backing_size = (yield Length("backing")) if image.has_backing else 0
     done: set[int] = set()

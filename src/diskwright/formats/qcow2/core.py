@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from ...abilities import Codec
+from ...bitmaps import BitmapSet
 from ...contract import Range, Table, TableStore
 from ...errors import CorruptImage, MalformedImage, UnsupportedFeature
 from ...ondisk import zeros
@@ -18,6 +19,7 @@ from .refblock import RefBlock
 from .runs import Run, RunSet
 
 if TYPE_CHECKING:
+    from .bitmapuse import Directory
     from .snaptable import Snapshot
 
 COPIED = 1 << 63
@@ -58,6 +60,12 @@ class Core:
         """The feature that keeps guest data from being read or written; None when nothing does."""
         self.refuse_write: str | None = None
         """The same for writing alone."""
+        self.bitmaps = BitmapSet()
+        """Those of the image, and whatever else follows the writes of this disk."""
+        self.directory: Directory | None = None
+        """Of the bitmaps on disk; None where none counts."""
+        self.bitmap_error: MalformedImage | None = None
+        """Why the bitmaps of an image that is only read cannot be told."""
         self.use_header(Header())
         self.l1: array[int] = zeros(64, 0)
         self.reftable: array[int] = zeros(64, 0)

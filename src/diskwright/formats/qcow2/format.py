@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...abilities import SnapshotInfo
+from ...bitmaps import DirtyBitmap
 from ...contract import Procedure
 from . import header as hd
 from .external import External
@@ -68,6 +69,7 @@ class Qcow2(External):
                 "compat": "1.1",
                 "compression-type": compression,
                 "lazy-refcounts": bool(h.compatible & hd.LAZY_REFCOUNTS),
+                **self._bitmaps_info(),
                 "refcount-bits": self.refcount_bits,
             }
             if self.external:
@@ -88,6 +90,13 @@ class Qcow2(External):
         from .snaptable import described
 
         return [described(snapshot) for snapshot in self.snapshot_table]
+
+    def _bitmaps_info(self) -> dict[str, Any]:
+        if self.directory is None:
+            return {}
+        from .bitmapuse import describe
+
+        return {"bitmaps": describe(self.directory)}
 
     # -- whole-image procedures, each imported when it is asked for
     def check(self, fix: str = "") -> Procedure:
@@ -170,6 +179,35 @@ class Qcow2(External):
         from .amend import amend
 
         return amend(self, options, force)
+
+    def check_bitmap(self, name: str, granularity: int) -> None:
+        """Raise BitmapError where a new bitmap like this cannot be kept in the image."""
+        from .bitmapadd import check_bitmap
+
+        check_bitmap(self, name, granularity)
+
+    def load_bitmap(self, bitmap: DirtyBitmap) -> Procedure:
+        """Bring all bits of a stored bitmap into memory."""
+        from .bitmapload import load_bitmap
+
+        return load_bitmap(self, bitmap)
+
+    def use_bitmap(self, bitmap: DirtyBitmap) -> Procedure:
+        """What is stored of the bitmap is not to be relied on until it is stored anew."""
+        from .bitmapuse import use_bitmap
+
+        return use_bitmap(self, bitmap)
+
+    def drop_bitmap(self, bitmap: DirtyBitmap) -> None:
+        """What is stored of the bitmap goes with the next `store_bitmaps`."""
+        if self.directory is not None:
+            self.directory.entries.pop(bitmap.name, None)
+
+    def store_bitmaps(self) -> Procedure:
+        """Bring all persistent bitmaps to the disk."""
+        from .bitmapstore import store_bitmaps
+
+        return store_bitmaps(self)
 
     def referenced_clusters(self) -> Procedure:
         """How many clusters of the file are in use; see :mod:`.usage`."""

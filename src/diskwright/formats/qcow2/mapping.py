@@ -71,6 +71,12 @@ class Mapping(Core):
                     )
         self._checked.add(table.offset)
 
+    def is_metadata(self, host: int) -> bool:
+        """The cluster at ``host`` holds metadata that no bitmap and no guest may name."""
+        if self._metadata is None:
+            self._metadata = self._metadata_entries()
+        return not host or (host in self._metadata and self._overlap(host) is not None)
+
     def packed_hosts(self, entry: int, table_offset: int, index: int) -> Run:
         """The host clusters that a compressed cluster lets go when it is replaced.
 
@@ -117,6 +123,10 @@ class Mapping(Core):
             return "snapshot table"
         if any(s.l1_offset <= host < s.l1_offset + 8 * s.l1_size for s in self.snapshot_table):
             return "inactive L1 table"
+        if self.directory is not None:
+            place = self.directory.place
+            if place.offset <= host < place.offset + place.size:
+                return "bitmap directory"
         if host in self.reftable:
             return "refcount block"
         if host in self.l1 or host | COPIED in self.l1:

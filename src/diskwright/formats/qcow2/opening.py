@@ -45,14 +45,19 @@ def open_image(image: Qcow2) -> Procedure:
     if h.nb_snapshots:
         yield from _read_snapshots(image, checking)
     yield from _open_data_file(image)
+    if h.extension(hd.EXT_BITMAPS) is not None:
+        from .bitmapuse import open_bitmaps
+
+        yield from open_bitmaps(image)
+        if image.directory is not None:
+            image.reserve_structures()
     yield from _open_backing(image)
     if image.writable and not (image.refuse_io or image.refuse_write or checking):
         if h.incompatible & hd.DIRTY:
             from .rebuild import rebuild
 
             yield from rebuild(image)
-        image.ready = image.features_in_use()[1] == h.autoclear
-        image.announced = image.features_in_use() == (h.incompatible, h.autoclear)
+        image.reannounce()
     return image
 
 
@@ -108,8 +113,6 @@ def refusals(h: hd.Header) -> tuple[str | None, str | None]:
         read = "extended L2 entries with an external data file"
     if h.nb_snapshots and h.incompatible & hd.DATA_FILE:
         write = "internal snapshots with an external data file"
-    elif h.autoclear & hd.BITMAPS:
-        write = "persistent dirty bitmaps"
     return read, write
 
 

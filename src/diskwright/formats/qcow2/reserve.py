@@ -129,7 +129,18 @@ class Reserver(SubMapping, Allocator):
         h.incompatible, h.autoclear = self.features_in_use()
         data = h.features()
         h.incompatible, h.autoclear = kept
-        return Groups([[MetaWrite(SLOT, hd.FEATURES_OFFSET, data)]], BEFORE)
+        writes = [MetaWrite(SLOT, hd.FEATURES_OFFSET, data)]
+        if self.directory is not None:
+            writes += self.directory.in_use_writes(self.bitmaps)
+        return Groups([writes], BEFORE)
+
+    def reannounce(self) -> None:
+        """Find out anew what must be durable before the next change."""
+        h = self.header
+        incompatible, autoclear = self.features_in_use()
+        quiet = self.directory is None or not self.directory.pending(self.bitmaps)
+        self.ready = autoclear == h.autoclear and quiet and not self.broken
+        self.announced = (incompatible, autoclear) == (h.incompatible, h.autoclear) and quiet
 
     def features_in_use(self) -> tuple[int, int]:
         """The incompatible and autoclear bits that must be on disk while the map changes."""

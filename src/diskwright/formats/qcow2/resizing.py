@@ -29,6 +29,7 @@ from ...ondisk import big_endian_bytes, zeros
 from ...units import align_down, align_up
 from ..editing import ask, flush, unpin
 from . import header as hd
+from .bitmapadd import before_resize
 from .core import DATA_SLOT, SLOT
 from .creation import PREALLOCATIONS
 from .edit import announce
@@ -70,6 +71,7 @@ def resize(image: Qcow2, size: int, preallocation: str, shrink: bool) -> Procedu
         raise UsageError("The image size is too large (try using a larger cluster size)")
     if preallocation != "off" and image.has_backing and not image.extended:
         raise NotSupported("Preallocation cannot be used together with a backing file")
+    yield from before_resize(image, size)
     yield from announce(image)
     if size < image.size:
         yield from _shrink(image, size)
@@ -148,6 +150,7 @@ def _write_size(image: Qcow2, size: int) -> Procedure:
     """Switch to the new size, with everything before it on disk."""
     yield from flush(image)
     image.header.size = image.size = size
+    image.bitmaps.truncate(size)
     yield Write([size_fields(image)])
     yield Barrier()
 

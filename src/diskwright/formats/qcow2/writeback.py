@@ -137,6 +137,8 @@ class Writeback(Subclusters):
         """Lower the counts of what the frozen groups let go; what reached zero is free."""
         if token == BEFORE:
             self.header.incompatible, self.header.autoclear = self.features_in_use()
+            if self.directory is not None:
+                self.directory.set_in_use(self.bitmaps)
             self.announced = True
             self.ready = not self.broken
             return []
@@ -199,19 +201,30 @@ class Writeback(Subclusters):
 
     # -- the clean end
     def close(self) -> Procedure | None:
-        """The procedure that clears the dirty bit, if this program set it; None if it did not.
+        """The procedure that stores bitmaps and clears the dirty bit, if this program set it; None
+        where there is neither.
 
         Run when nothing is dirty any more.
         """
-        if not (self.writable and self.lazy and self.header.incompatible & hd.DIRTY):
+        dirty = self.writable and self.lazy and self.header.incompatible & hd.DIRTY
+        if not (dirty or (self.writable and len(self.bitmaps)) or self.directory is not None):
             return None
-        return self.withdraw()
+        return self._close(bool(dirty))
+
+    def store_bitmaps(self) -> Procedure:
+        """Bring all persistent bitmaps to the disk."""
+        raise NotImplementedError
+
+    def _close(self, dirty: bool) -> Procedure:
+        yield from self.store_bitmaps()
+        if dirty:
+            yield from self.withdraw()
 
     def withdraw(self) -> Procedure:
         """Say that the image is clean: under the whole-image lease, with nothing dirty.  The next
         allocation sets the dirty bit again."""
-        self.announced = not self.lazy
         self.header.incompatible &= ~hd.DIRTY
+        self.reannounce()
         yield Barrier()
         yield Write([MetaWrite(SLOT, hd.FEATURES_OFFSET, self.header.features())])
         yield Barrier()
