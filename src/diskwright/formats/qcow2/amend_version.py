@@ -109,6 +109,7 @@ def downgrade(image: Qcow2) -> Procedure:
     new.version, new.refcount_order, new.tail = 2, 4, b""
     new.incompatible = new.compatible = new.autoclear = 0
     new.set_extension(hd.EXT_FEATURE_NAMES, None)
+    new.set_extension(hd.EXT_BITMAPS, None)
     yield from replace_header(image, new)
     image.announced = True
 
