@@ -148,4 +148,4 @@ def _change_lazy(image: Qcow2, lazy: bool) -> Procedure:
     new = image.header.copy()
     new.compatible = new.compatible & ~hd.LAZY_REFCOUNTS | (hd.LAZY_REFCOUNTS if lazy else 0)
     yield from replace_header(image, new)
-    image.announced = image.features_in_use() == (new.incompatible, new.autoclear)
+    image.reannounce()

@@ -130,6 +130,9 @@ def apply(image: Qcow2, snapshot: Snapshot) -> Procedure:
     then.  NoSpace.
     """
     check_can_share(image)
+    if len(image.bitmaps):
+        # They would have to call dirty whatever is another then.
+        raise NotSupported("Device has active dirty bitmaps")
     size = image.size if snapshot.disk_size is None else snapshot.disk_size
     theirs = yield from read_l1(image, snapshot)
     table = array("Q", [entry & ~COPIED for entry in theirs])
