@@ -31,10 +31,8 @@ REFTABLE_OFFSET_MASK = (1 << 64) - (1 << 9)
 SLOT, DATA_SLOT = "file", "data-file"
 L2_LOAD, REFBLOCK_LOAD = "l2_load", "refblock_load"
 _PART = 4096
-# The window of compressed data (2**12 bytes, no header), and the level of zlib that is asked for
-# when none is named.
+# The window of compressed data: 2**12 bytes, no header.
 _WINDOW = -12
-LEVEL = 6
 
 
 class Core:
@@ -178,7 +176,7 @@ class Core:
             else:
                 from ...codecs.deflate import Deflate
 
-                self._codec = Deflate(LEVEL if level is None else level, _WINDOW)
+                self._codec = Deflate(level, _WINDOW)
         return self._codec
 
     @property
