@@ -92,8 +92,8 @@ class Snapshots(Protocol):
     """A format whose images hold snapshots of themselves, and VM state with them.
 
     Ids and names are those of the image; the first snapshot that fits is taken, None fits all.
-    Procedures raise ``errors.NoSuchSnapshot``; all but ``show_snapshot`` and ``read_vm_state`` need
-    an image that can be written.
+    Procedures raise ``errors.NoSuchSnapshot``; all but ``show_snapshot`` need an image that can be
+    written.
     """
 
     @property
@@ -113,11 +113,13 @@ class Snapshots(Protocol):
     def show_snapshot(self, snapshot_id: str | None, name: str | None) -> Procedure:
         """Be the disk of that snapshot from now on, for reading alone: in a node of its own."""
 
-    def write_vm_state(self, offset: int, data: bytes) -> Procedure:
-        """Write to the VM state, which lies behind the disk until a snapshot takes it."""
+    vm_state_offset: int
+    """Guest offset, behind the disk, of the VM state."""
+    vm_state_room: int
+    """Bytes of it that can be stored there before it has to grow."""
 
-    def read_vm_state(self, offset: int, length: int) -> Procedure:
-        """Returns bytes; what was not written reads as zeroes."""
+    def grow_vm_state(self, end: int) -> Procedure:
+        """Make room for ``end`` bytes of VM state."""
 
 
 class KeepsBitmaps(Protocol):

@@ -113,14 +113,14 @@ class Reader:
             views.append(buffer)
             starts.append(start)
             out.append(buffer[offset - start : offset - start + length])
-        await self._fill(starts, views, zeroed=into is None or unit > 1)
+        await self.fill(starts, views, zeroed=into is None or unit > 1)
         if into is None:
             return out
         for target, source in zip(into, out, strict=False):
             target[:] = source
         return into
 
-    async def _fill(self, starts: Sequence[int], views: Views, zeroed: bool) -> None:
+    async def fill(self, starts: Sequence[int], views: Views, zeroed: bool) -> None:
         """Fill each view with the guest bytes from its start (aligned to the cipher's unit)."""
         engine = self.engine
         todo = [(start, view) for start, view in zip(starts, views, strict=True) if len(view)]

@@ -10,8 +10,11 @@ from ..abilities import SnapshotInfo, Snapshots
 from ..errors import NoSuchSnapshot, NotSupported, UsageError
 
 if TYPE_CHECKING:
+    from ..engine.engine import Engine
     from ..graph.node import Node
 
+# Bytes of VM state that are moved at once.
+_PIECE = 1 << 20
 _PREFIX = "snapshot."
 
 
@@ -125,15 +128,45 @@ async def show(node: Node, wanted: Selector) -> None:
 
 async def read_vm_state(node: Node, offset: int, length: int) -> bytes:
     """Bytes of the VM state; zeroes where none were saved."""
-    format = _needed(node, "Operation not supported")
-    data: bytes = await _run(node, format.read_vm_state(offset, length))
-    return data
+    from ..engine.beyond import read_beyond
+
+    format, engine = _state_of(node, offset)
+    stored = max(min(length, format.vm_state_room - offset), 0)
+    out = bytearray()
+    while len(out) < stored:
+        size = min(_PIECE, stored - len(out))
+        out += await read_beyond(engine, format.vm_state_offset + offset + len(out), size)
+    return bytes(out).ljust(length, b"\0")
 
 
 async def write_vm_state(node: Node, offset: int, data: bytes) -> None:
     """Save bytes of VM state behind the disk, for the next snapshot to take."""
+    format, engine = _state_of(node, offset)
+    if node.read_only:
+        raise PermissionError(1, "Operation not permitted: the node is read-only")
+    for at in range(0, len(data), _PIECE):
+        await _write_piece(node, format, engine, offset + at, data[at : at + _PIECE])
+
+
+async def _write_piece(
+    node: Node, format: Snapshots, engine: Engine, offset: int, data: bytes
+) -> None:
+    from ..engine.beyond import write_beyond
+
+    def place() -> int | None:
+        fits = offset + len(data) <= format.vm_state_room
+        return format.vm_state_offset + offset if fits else None
+
+    while not await write_beyond(engine, place, data):
+        if place() is None:
+            await _run(node, format.grow_vm_state(offset + len(data)))
+
+
+def _state_of(node: Any, offset: int) -> tuple[Snapshots, Engine]:
     format = _needed(node, "Operation not supported")
-    await _run(node, format.write_vm_state(offset, data))
+    if offset < 0:
+        raise UsageError("offsets are not negative")
+    return format, node.engine
 
 
 async def _run(node: Any, procedure: Any) -> Any:

@@ -146,21 +146,18 @@ class Qcow2(External):
     @property
     def vm_state_offset(self) -> int:
         """Guest offset behind the disk at which VM state is kept."""
-        from .snapshots import vm_state_offset
+        return hd.l1_bytes(self.header, self.size) // 8 << self.l1_shift
 
-        return vm_state_offset(self)
+    @property
+    def vm_state_room(self) -> int:
+        """Bytes of VM state that the L1 table reaches."""
+        return (len(self.l1) << self.l1_shift) - self.vm_state_offset
 
-    def write_vm_state(self, offset: int, data: bytes) -> Procedure:
-        """Write into the VM state region."""
-        from .vmstate import write
+    def grow_vm_state(self, end: int) -> Procedure:
+        """Make room for ``end`` bytes of VM state."""
+        from .vmstate import grow
 
-        return write(self, offset, data)
-
-    def read_vm_state(self, offset: int, length: int) -> Procedure:
-        """Read from the VM state region; returns bytes."""
-        from .vmstate import read
-
-        return read(self, offset, length)
+        return grow(self, end)
 
     def make_empty(self) -> Procedure:
         """Drop all guest data, so that the backing file shows through everywhere."""

@@ -139,9 +139,9 @@ class Planner(Packing):
 
     def _whole(self, base: int, host: int, tails: list[Step]) -> Range:
         """The whole cluster as far as the disk goes; host bytes behind its end become zero, since
-        a larger disk would show them."""
+        a larger disk would show them.  Whole clusters behind the end are VM state."""
         end = base + self.cluster_size
-        if end > self.size:
+        if base < self.size < end:
             tails.append(
                 Step(OP_ZERO, self.size, end - self.size, SLOT, host + self.size - base)
             )

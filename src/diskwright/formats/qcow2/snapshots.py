@@ -100,8 +100,8 @@ def create(image: Qcow2, new: Snapshot) -> Procedure:
     yield from _switch(image, [*image.snapshot_table, new], places[1])
     if new.vm_state_size:
         # It would only be copied with the next writes.
-        base = vm_state_offset(image)
-        yield from drop_clusters(image, base, len(image.l1) << image.l1_shift, unmap=True)
+        last = len(image.l1) << image.l1_shift
+        yield from drop_clusters(image, image.vm_state_offset, last, unmap=True)
     yield from end(image)
     return new
 
@@ -193,11 +193,6 @@ def delete(image: Qcow2, snapshot: Snapshot) -> Procedure:
 
 
 # -- parts
-def vm_state_offset(image: Qcow2) -> int:
-    """Guest offset of the VM state: behind the last L1 entry that the disk needs."""
-    return hd.l1_bytes(image.header, image.size) // 8 << image.l1_shift
-
-
 def begin(image: Qcow2) -> Procedure:
     """Say that counts and flags may disagree."""
     h = image.header
@@ -282,4 +277,4 @@ def _switch(image: Qcow2, snapshots: list[Snapshot], place: int) -> Procedure:
     yield from lower.finish()
 
 
-__all__ = ["apply", "create", "delete", "find", "read_l1", "vm_state_offset"]
+__all__ = ["apply", "create", "delete", "find", "read_l1"]
