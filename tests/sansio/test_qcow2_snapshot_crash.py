@@ -1,6 +1,6 @@
-"""Crash states of taking, applying and deleting snapshots: any prefix of the writes, with any subset
-of those that no barrier covers, torn at sectors.  The disk is what it was or what it becomes, the
-snapshots hold what they held, and one can write on without their noticing."""
+"""Crash states of taking, applying and deleting snapshots: any prefix of the writes, with any
+subset of those that no barrier covers, torn at sectors.  The disk is what it was or what it
+becomes, the snapshots hold what they held, and one can write on without their noticing."""
 
 from __future__ import annotations
 
