@@ -250,11 +250,23 @@ class Qcow2Case(Case):
         super().__init__(rng)
         self.kind = kind
         self.size = rng.choice([16384, 100 * 512, 96 << 10, 160 << 10])
+        if "x" in kind:
+            self.size = rng.choice([75 * 512, 96 << 10, 203 * 512])
         self.budget = rng.choice([600, 1100, 1100, 4000])
         self.base = random_base(rng, self.size) if "b" in kind or "h" in kind else bytes(self.size)
         if "b" in kind and rng.random() < 0.3:
             self.base = self.base[: rng.randrange(self.size)]
         options: dict[str, Any] = {"size": self.size, "cluster_size": 512}
+        cluster = 512
+        if "x" in kind:
+            cluster = 16384
+            options |= {"cluster_size": cluster, "extended_l2": True}
+            self.budget = rng.choice([17_000, 50_000])
+            # Where most meet there are few clusters.
+            self.lengths = (1, 100, 512, 700, 1024, 3000, 16384, 20_000)
+            self.heavy = 32768
+            if "p" in kind:
+                self.exact_discard = False  # a part of a compressed cluster stays
         if "2" in kind:
             options["compat"] = "0.10"
             # There is no zero flag to hide a backing file with, so a discard does nothing.
@@ -285,8 +297,11 @@ class Qcow2Case(Case):
             self.images = [(bytes(self.offset) + image).ljust(400 << 10, b"\0")]
         if "h" in kind:
             self.images = [image, image]
-        clusters = len(image) // 512
-        self.limit = rng.choice([None, None, None, (clusters + 40) * 512, (clusters + 20) * 512])
+        clusters = len(image) // cluster
+        few, more = (4, 7) if "x" in kind else (20, 40)
+        self.limit = rng.choice(
+            [None, None, None, (clusters + more) * cluster, (clusters + few) * cluster]
+        )
 
     def format(self, graph: Graph, slots: dict[str, Node], name: str) -> MappedNode:
         options: dict[str, Any] = {"writable": True}
@@ -484,6 +499,8 @@ CASES: dict[str, Callable[[random.Random], Case]] = {
     "qcow2-packed": lambda rng: Qcow2Case(rng, "rp"),
     "qcow2-compress": lambda rng: Qcow2Case(rng, "bc"),
     "qcow2-chain": lambda rng: Qcow2Case(rng, "h"),
+    "qcow2-subclusters": lambda rng: Qcow2Case(rng, "xb"),
+    "qcow2-subclusters-packed": lambda rng: Qcow2Case(rng, "xp"),
     "qcow2-data-file": lambda rng: Qcow2Case(rng, "be"),
     "qcow2-raw-data": lambda rng: Qcow2Case(rng, "ew"),
     "vhdx": VhdxCase,

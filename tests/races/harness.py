@@ -128,7 +128,7 @@ class Run:
     async def discard(self) -> None:
         offset, length = self.range()
         length = min(self.case.size - offset, 2 * length)
-        unit = self.format.unit
+        unit = getattr(self.format, "zero_unit", self.format.unit)
         start = -(-offset // unit) * unit
         end = offset + length
         if end < self.case.size:
