@@ -172,6 +172,9 @@ class Mapping(Core):
         """Host offsets of plain data; -1 where `map` must be asked."""
         if self.refuse_io is not None or (write and not self.ready):
             return [-1] * len(offsets)
+        if self.extended:
+            wide = self.map_wide
+            return [wide(o, n, write) for o, n in zip(offsets, lengths, strict=True)]
         if self._generation != self.tables.generation:
             self._drop_shortcuts()
         short = self._short_write if write else self._short
@@ -185,7 +188,7 @@ class Mapping(Core):
             if table is None:
                 table = self._shortcut(offset >> l1_shift, write)
                 if table is None:
-                    append(self.map_wide(offset, length, write) if self.extended else -1)
+                    append(-1)
                     continue
             # A standard cluster of our own is its host offset and COPIED alone.
             entry = table[offset >> bits & l2_mask] ^ COPIED
@@ -201,9 +204,11 @@ class Mapping(Core):
         l1_index = offset >> self.l1_shift
         table = (self._short_write if write else self._short).get(l1_index)
         if table is None or self._generation != self.tables.generation:
+            if self.extended:
+                return self.map_wide(offset, length, write)
             table = self._shortcut(l1_index, write)
             if table is None:
-                return self.map_wide(offset, length, write) if self.extended else -1
+                return -1
         mask = self.cluster_mask
         inside = offset & mask
         entry = table[offset >> self.cluster_bits & self.l2_mask] ^ COPIED

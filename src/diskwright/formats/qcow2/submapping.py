@@ -88,6 +88,27 @@ class SubMapping(Mapping):
         """Host offset of one request whose bytes are contiguous plain data; otherwise -1."""
         if write and not self.ready:
             return -1
+        l1_index = offset >> self.l1_shift
+        words = (self._wide_write if write else self._wide).get(l1_index)
+        if words is None or self._generation != self.tables.generation:
+            words = self._wide_table(l1_index, write)
+            if words is None:
+                return -1
+        mask = self.cluster_mask
+        inside = offset & mask
+        place = (offset >> self.cluster_bits & self.l2_mask) << 1
+        entry = words[place] ^ COPIED
+        if (
+            words[place + 1] == ALL
+            and mask < entry < MAX_OFFSET
+            and not entry & mask
+            and inside + length <= mask + 1
+        ):
+            return entry + inside
+        return self._wide_run(offset, length, write)
+
+    def _wide_run(self, offset: int, length: int, write: bool) -> int:
+        """The same where more than one subcluster by one must be looked at."""
         mask = self.cluster_mask
         inside = offset & mask
         left = inside + length
