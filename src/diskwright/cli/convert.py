@@ -193,7 +193,7 @@ def _convert(call: Call, args: Args, fmt: str, options: dict[str, Any], progress
             target,
             settings,
             on_sources=prepared,
-            on_progress=progress,
+            on_progress=None if progress.mode == "off" else progress,
             on_lost=lost,
             on_unknown=unknown,
             on_one_pass=one_pass,

@@ -65,7 +65,7 @@ async def _human(
                 return 1
             if not part.data or part.zero:
                 continue
-            if shown is not None and part.follows(shown._replace(depth=part.depth)):
+            if shown is not None and part.follows(shown._replace(depth=part.depth), shown.length):
                 shown = shown._replace(length=shown.length + part.length)
                 continue
             flush()

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from typing import NamedTuple
 
-from ..extents import DATA, HOLE, INLINE, OPAQUE, PACKED, Data, Extent, Opaque, Zero
+from ..extents import DATA, HOLE, OPAQUE, PACKED, Data, Extent, Opaque, Zero
 from .graph import Graph, leaf_of, primary
 from .mapped import MappedNode
 from .node import Node
@@ -44,17 +44,20 @@ class Status(NamedTuple):
     offset: int = -1
     node: Node | None = None
 
-    def follows(self, last: Status) -> bool:
-        """True when this continues ``last``: same in all respects, and next to it."""
+    def follows(self, last: Status, length: int) -> bool:
+        """True when this continues the ``length`` bytes that ``last`` tells of: same in all
+        respects, and next to them."""
         return (
-            last.start + last.length == self.start
-            and last[2:7] == self[2:7]
-            and last.node is self.node
-            and (self.offset == last.offset + last.length if self.offset >= 0 else last.offset < 0)
+            last.start + length == self.start
+            and self[2:7] == last[2:7]
+            and self.node is last.node
+            and (self.offset == last.offset + length if self.offset >= 0 else last.offset < 0)
         )
 
     def part(self, start: int, end: int) -> Status:
         """What of this lies in ``start`` ... ``end``."""
+        if start <= self.start and self.start + self.length <= end:
+            return self
         first, last = max(self.start, start), min(self.start + self.length, end)
         offset = self.offset + (first - self.start) if self.offset >= 0 else -1
         return self._replace(start=first, length=last - first, offset=offset)
@@ -63,11 +66,17 @@ class Status(NamedTuple):
 def joined(parts: list[Status]) -> list[Status]:
     """``parts`` with neighbours that continue each other made one."""
     out: list[Status] = []
+    last: Status | None = None
+    length = 0  # of `last` and what follows it
     for part in parts:
-        if out and part.follows(out[-1]):
-            out[-1] = out[-1]._replace(length=out[-1].length + part.length)
-        else:
-            out.append(part)
+        if last is not None and part.follows(last, length):
+            length += part.length
+            continue
+        if last is not None:
+            out.append(last if last.length == length else last._replace(length=length))
+        last, length = part, part.length
+    if last is not None:
+        out.append(last if last.length == length else last._replace(length=length))
     return out
 
 
@@ -129,7 +138,7 @@ async def all_status(
     last: Status | None = None
     while offset < end:
         for part in await block_status(node, offset, end - offset, base=base):
-            if last is not None and part.follows(last):
+            if last is not None and part.follows(last, last.length):
                 last = last._replace(length=last.length + part.length)
             else:
                 if last is not None:
@@ -207,15 +216,31 @@ async def _layer(node: Node, start: int, length: int, depth: int, least_hole: in
         extents = await node.extents(start + shift, length)
     end = start
     for extent in extents:
-        end += extent.length
-        deeper = sparse or (isinstance(extent, Data) and extent.slot in plain)
-        for part in await _told(node, extent, leaf, deeper, least_hole):
-            if leaf and part.offset < 0:
-                part = part._replace(offset=position + shift)
-            out.append(part._replace(start=position, depth=depth))
-            position += part.length
-        if position < end:
-            break
+        length = extent.length
+        end += length
+        if isinstance(extent, Data | Opaque):
+            deeper = sparse or (extent.kind == DATA and extent.slot in plain)
+            for part in await _told(node, extent, deeper, least_hole):
+                offset = position + shift if leaf and part.offset < 0 else part.offset
+                out.append(part._replace(start=position, depth=depth, offset=offset))
+                position += part.length
+            if position < end:
+                break
+            continue
+        kind_of = extent.kind
+        if kind_of == PACKED:
+            out.append(Status(position, length, depth, True, False, True, True))
+        elif kind_of == HOLE:
+            out.append(Status(position, length, depth, False, False, False))
+        elif isinstance(extent, Zero):
+            held = leaf or extent.explicit
+            offset = position + shift if leaf and extent.host < 0 else extent.host
+            out.append(
+                Status(position, length, depth, held, True, False, offset=offset, node=node)
+            )
+        else:
+            out.append(Status(position, length, depth, True, False, True))
+        position += length
     return out
 
 
@@ -237,21 +262,11 @@ async def _some(leaf: Node, start: int, length: int, least_hole: int) -> list[Ex
 
 
 async def _told(
-    node: Node, extent: Extent, leaf: bool, deeper: bool, least_hole: int
+    node: Node, extent: Data | Opaque, deeper: bool, least_hole: int
 ) -> list[Status]:
     """One extent of a node, or its beginning, as statuses (``start`` and ``depth`` are the caller's
     to fill in)."""
     length = extent.length
-    if extent.kind == HOLE:
-        return [Status(0, length, 0, False, False, False)]
-    if extent.kind == PACKED:
-        return [Status(0, length, 0, True, False, True, compressed=True)]
-    if extent.kind == INLINE:
-        return [Status(0, length, 0, True, False, True)]
-    if isinstance(extent, Zero):
-        held = leaf or extent.explicit
-        return [Status(0, length, 0, held, True, False, offset=extent.host, node=node)]
-    assert isinstance(extent, Data | Opaque)
     child = node.child(extent.slot)
     if extent.kind == OPAQUE and child is not None:
         inner = await block_status(child, extent.host, length, least_hole=least_hole)
