@@ -130,6 +130,10 @@ class KeepsBitmaps(Protocol):
 
     bitmaps: BitmapSet
 
+    @property
+    def can_keep_bitmaps(self) -> bool:
+        """This image can."""
+
     def check_bitmap(self, name: str, granularity: int) -> None:
         """Raise BitmapError where a new bitmap like this cannot be kept."""
 

@@ -87,6 +87,7 @@ def awaitable(
 
 if TYPE_CHECKING:
     from .ops import calls
+    from .ops.bitmap_list import AsyncBitmaps
     from .ops.snapshot_list import AsyncSnapshots
 
     info = awaitable(calls.info)
@@ -253,6 +254,13 @@ class Disk:
         from .ops.snapshot_list import AsyncSnapshots
 
         return AsyncSnapshots(lambda: self.node, self._driver.bridge)
+
+    @property
+    def bitmaps(self) -> AsyncBitmaps:
+        """The dirty bitmaps of the disk."""
+        from .ops.bitmap_list import AsyncBitmaps
+
+        return AsyncBitmaps(lambda: self.node, self._driver.bridge)
 
     async def close(self) -> None:
         """Write everything back, flush and close; a second call does nothing."""

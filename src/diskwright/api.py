@@ -138,6 +138,7 @@ def blocking(
 
 if TYPE_CHECKING:
     from .ops import calls
+    from .ops.bitmap_list import Bitmaps
     from .ops.snapshot_list import Snapshots
 
     info = blocking(calls.info)
@@ -278,6 +279,13 @@ class Disk:
         from .ops.snapshot_list import Snapshots
 
         return Snapshots(lambda: self.node, self._call)
+
+    @property
+    def bitmaps(self) -> Bitmaps:
+        """The dirty bitmaps of the disk."""
+        from .ops.bitmap_list import Bitmaps
+
+        return Bitmaps(lambda: self.node, self._call)
 
     # -- end
     def close(self) -> None:

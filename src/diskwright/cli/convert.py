@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import DiskError, NotSupported, UsageError
+from ..errors import DiskError, UsageError
 from .create import check_names, collect, creation_failed, list_options, overlay, wants_list
 from .images import arguments, cache_mode, gate, run, spec
 from .options import FORCE_SHARE, GATE, IMAGE_OPTS, OBJECT, PROGRESS, QUIET, Args, Opt
@@ -31,8 +31,8 @@ OPTIONS = (
     Opt("n", "no-create", "", "write into a target that exists"),
     Opt("", "target-is-zero", "", "the existing target reads as zeroes already"),
     Opt("S", "sparse-size", "SIZE", "smallest run of zeroes to look for (4k); 0: allocate all"),
-    Opt("", "bitmaps"),
-    Opt("", "skip-broken-bitmaps"),
+    Opt("", "bitmaps", "", "copy the persistent dirty bitmaps of the source as well"),
+    Opt("", "skip-broken-bitmaps", "", "but not those that are inconsistent"),
     FORCE_SHARE,
     Opt("r", "rate", "RATE", "bytes a second, with suffix"),
     Opt("m", "parallel", "N", "parts in flight (1 to 16; 8)"),
@@ -99,6 +99,8 @@ def _refused(args: Args, fmt: str) -> None:
             raise UsageError("Cannot use copy offloading in salvaging mode")
     if "target-image-opts" in args and "target-format" in args:
         raise UsageError("--image-opts and --format are mutually exclusive")
+    if "skip-broken-bitmaps" in args and "bitmaps" not in args:
+        raise UsageError("Use of --skip-broken-bitmaps requires --bitmaps")
     if "no-create" in args and "target-options" in args:
         raise UsageError("-o has no effect when skipping image creation")
 
@@ -114,11 +116,6 @@ def _snapshot(call: Call, args: Args) -> Any:
     except UsageError as error:
         call.error(str(error))
         raise call.fail(f"Failed in parsing snapshot param '{text}'") from error
-
-
-def _later(args: Args) -> None:
-    if "bitmaps" in args:
-        raise NotSupported("Copying persistent bitmaps (--bitmaps) is not supported")
 
 
 def _convert(call: Call, args: Args, fmt: str, options: dict[str, Any], progress: Progress) -> int:
@@ -160,7 +157,6 @@ def _convert(call: Call, args: Args, fmt: str, options: dict[str, Any], progress
                         f"{target_name}: error while converting {fmt}: {error}"
                     ) from None
                 raise
-        _later(args)
         cache_mode(args, "target-cache", "unsafe", "Invalid cache option")
 
     async def work(driver: Any) -> int:
@@ -184,6 +180,8 @@ def _convert(call: Call, args: Args, fmt: str, options: dict[str, Any], progress
             offload="copy-range-offloading" in args,
             salvage="salvage" in args,
             compress="compress" in args,
+            bitmaps="bitmaps" in args,
+            skip_broken_bitmaps="skip-broken-bitmaps" in args,
             snapshot=snapshot,
             **numbers,
         )
@@ -197,6 +195,7 @@ def _convert(call: Call, args: Args, fmt: str, options: dict[str, Any], progress
             on_lost=lost,
             on_unknown=unknown,
             on_one_pass=one_pass,
+            on_skipped_bitmap=skipped,
         )
         return 0
 
@@ -205,6 +204,9 @@ def _convert(call: Call, args: Args, fmt: str, options: dict[str, Any], progress
             f"interrupted: '{target_name}' was taken back, since it was not complete; "
             "run the command again to make it anew"
         )
+
+    def skipped(name: str) -> None:
+        call.error(f"warning: Skipping inconsistent bitmap '{name}'")
 
     def lost(offset: int, error: OSError) -> None:
         call.error(f"warning: error while reading offset {offset}: {strerror(error)}")

@@ -20,6 +20,7 @@ from ..graph.opener import close_disk, discard_disk
 from ..graph.perms import CONSISTENT_READ, WRITE_UNCHANGED
 from ..graph.status import all_status
 from ..units import SECTOR, align_up
+from .convert_bitmaps import check_source, check_target, copy_bitmaps
 from .create import create
 from .images import ImageSpec, OpenFailed, close_all
 from .snapshots import Selector, show
@@ -73,6 +74,8 @@ class Settings(NamedTuple):
     salvage: bool = False
     compress: bool = False
     snapshot: Selector | None = None
+    bitmaps: bool = False
+    skip_broken_bitmaps: bool = False
 
 
 async def convert(
@@ -86,6 +89,7 @@ async def convert(
     on_lost: Callable[[int, OSError], None] | None = None,
     on_unknown: Callable[[int, OSError], None] | None = None,
     on_one_pass: Callable[[], None] | None = None,
+    on_skipped_bitmap: Callable[[str], None] | None = None,
 ) -> int:
     """Copy ``sources``, one behind the other, to ``target``; returns the bytes of data copied.
 
@@ -106,6 +110,9 @@ async def convert(
             await _show(nodes, settings.snapshot)
         if on_sources is not None:
             on_sources()
+        if settings.bitmaps:
+            check_source(nodes, settings.skip_broken_bitmaps)
+            check_target(target.format or "qcow2")
         total = sum(align_up(node.size, SECTOR) for node in nodes)
         tell = _Told(on_progress, on_lost, on_unknown)
         below = _below(settings)
@@ -135,7 +142,11 @@ async def convert(
                 raise UsageError("output file is smaller than input file")
             if settings.compress:
                 _check_units(out)
+            if settings.bitmaps:
+                check_target(out.driver_name, out)
             done = await _copy(driver, nodes, out, settings, tell)
+            if settings.bitmaps:
+                await copy_bitmaps(nodes[0], out, on_skipped_bitmap)
             if target.cache != "unsafe":
                 await out.flush()
         except BaseException:

@@ -34,7 +34,7 @@ DRIVER = Driver(
     name="qcow2",
     kind="format",
     options=(
-        Option("backing", "str", "Backing file to use instead of the one in the header"),
+        Option("backing", "bitmaps", "str", "Backing file to use instead of the one in the header"),
         Option("lazy-refcounts", "bool", "Postpone refcount updates"),
         Option("compression-level", "int", "Level of what is written compressed (zlib: 1 to 9, "
                "zstd: 1 to 19)"),

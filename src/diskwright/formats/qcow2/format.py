@@ -177,6 +177,11 @@ class Qcow2(External):
 
         return amend(self, options, force)
 
+    @property
+    def can_keep_bitmaps(self) -> bool:
+        """Images of version 2 cannot."""
+        return self.header.version > 2
+
     def check_bitmap(self, name: str, granularity: int) -> None:
         """Raise BitmapError where a new bitmap like this cannot be kept in the image."""
         from .bitmapadd import check_bitmap
