@@ -34,7 +34,7 @@ DRIVER = Driver(
     name="qcow2",
     kind="format",
     options=(
-        Option("backing", "bitmaps", "str", "Backing file to use instead of the one in the header"),
+        Option("backing", "str", "Backing file to use instead of the one in the header"),
         Option("lazy-refcounts", "bool", "Postpone refcount updates"),
         Option("compression-level", "int", "Level of what is written compressed (zlib: 1 to 9, "
                "zstd: 1 to 19)"),
@@ -100,8 +100,8 @@ DRIVER = Driver(
     create=create_new,
     capabilities=frozenset(
         {
-            "backing", "change_backing", "check", "compress", "discard", "make_empty", "resize",
-            "zero",
+            "backing", "bitmaps", "change_backing", "check", "compress", "discard", "make_empty",
+            "resize", "zero",
         }
     ),
 )

@@ -151,6 +151,14 @@ class Storing:
         for index in sorted(indexes):
             by_slice.setdefault(index // _SLICE, []).append(index)
         length = yield Length(SLOT)
+        end = -(-length >> self.bits) << self.bits
+        first, stop = old.table_offset, old.table_offset + 8 * old.table_size
+        if stop > end or any(map(self.image.is_metadata, range(first, stop, self.size))):
+            raise CorruptImage(
+                f"Bitmap '{bitmap.name}': its table is where none can be",
+                field="bitmap table",
+                offset=first,
+            )
         for number, members in by_slice.items():
             yield from self._add_slice(bitmap, old, number * _SLICE, members, length)
 
