@@ -3,6 +3,7 @@ clean here and with qemu-img, and leaves a good image wherever it is cut off."""
 
 from __future__ import annotations
 
+import errno
 import random
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,15 @@ from machine import Machine, put
 from oracle import check, needs_qemu, raw
 from test_qcow2_cross import made, own_check
 
-from diskwright.contract import DISCARD, WRITE_ZERO, ZERO_UNMAP
+from diskwright.abilities import SnapshotInfo
+from diskwright.contract import (
+    DISCARD,
+    WRITE_ZERO,
+    ZERO_UNMAP,
+    Barrier,
+    Truncate,
+    Write,
+)
 from diskwright.errors import UsageError
 from diskwright.formats import qcow2
 from diskwright.formats.qcow2 import header as hd
@@ -25,6 +34,11 @@ def worked(rng: random.Random, base: bytes | None, **options: Any) -> tuple[Mach
     """An image with data, zeroes of both kinds and holes, and its content."""
     machine = made(SIZE, base, **options)
     model = bytearray((base or b"").ljust(SIZE, b"\0"))
+    work(machine, model, rng)
+    return machine, model
+
+
+def work(machine: Machine, model: bytearray, rng: random.Random) -> None:
     unit = machine.format.unit
     for _ in range(30):
         count = rng.choice([1, 1, 3])
@@ -40,8 +54,15 @@ def worked(rng: random.Random, base: bytes | None, **options: Any) -> tuple[Mach
             if not machine.change(offset, length, kind):
                 machine.write(offset, data)
         model[offset : offset + length] = data
-    machine.flush()
-    return machine, model
+    settle(machine)
+
+
+def settle(machine: Machine) -> None:
+    for _ in range(9):
+        machine.flush()
+        if not machine.store.dirty():
+            return
+    raise AssertionError("it does not come to rest")
 
 
 def amended(machine: Machine, **options: Any) -> None:
@@ -132,6 +153,39 @@ def crashed(start: bytes, log: list[tuple[Any, ...]], cut: int, rng: random.Rand
                     data = data[: max(boundary, 0)]
             put(file, offset, data)
     return bytes(file)
+
+
+class Failing(Machine):
+    """A file whose n-th change fails."""
+
+    left = 1 << 30
+
+    def _serve(self, request: Any) -> Any:
+        if isinstance(request, Write | Truncate | Barrier):
+            self.left -= 1
+            if not self.left:
+                raise OSError(errno.EIO, "Input/output error")
+        return super()._serve(request)
+
+
+@pytest.mark.parametrize(("options", "changes"), CASES[:9] + CASES[10:20:4], ids=str)
+def test_nth_failure(options: dict[str, Any], changes: dict[str, Any]) -> None:
+    """It is told, and what is on the disk then is a good image."""
+    rng = random.Random(str((options, changes)))
+    base = rng.randbytes(SIZE // 3 * 2)
+    machine, model = worked(rng, base, **options)
+    start = bytes(machine.slots["file"])
+    for n in (*range(1, 12), 20, 40, 80):
+        failing = Failing(start, base)
+        failing.open(qcow2.DRIVER, writable=True)
+        failing.left = n
+        try:
+            amended(failing, **changes)
+        except OSError as error:
+            assert error.errno == errno.EIO
+        else:
+            break
+        judge(bytes(failing.slots["file"]), base, bytes(model))
 
 
 @needs_qemu
@@ -226,3 +280,52 @@ def test_a_long_header_is_switched_in_one_step(name: str) -> None:
                 assert {k for k, _ in image.header.extensions} in (old, now)
                 assert image.backing_file == name
         h = machine.format.header
+
+
+SNAPSHOTS = [
+    ({"cluster_size": 512}, {"compat": "0.10"}),
+    ({"cluster_size": 4096}, {"compat": "0.10"}),
+    ({"cluster_size": 512, "compat": "0.10"}, {"compat": "1.1"}),
+    ({"cluster_size": 512}, {"refcount_bits": 64}),
+    ({"cluster_size": 512}, {"refcount_bits": 4}),
+]
+
+
+@pytest.mark.parametrize(("options", "changes"), SNAPSHOTS, ids=str)
+@pytest.mark.parametrize("backing", [False, True])
+def test_snapshots_keep_their_content(
+    options: dict[str, Any], changes: dict[str, Any], backing: bool
+) -> None:
+    rng = random.Random(str((options, changes, backing)))
+    base = rng.randbytes(SIZE // 3 * 2) if backing else None
+    machine, model = worked(rng, base, **options)
+    held = []
+    for name in ("one", "two", "three"):
+        machine.run(machine.format.create_snapshot(SnapshotInfo("", name)))
+        held.append(bytes(model))
+        if name != "two":
+            work(machine, model, rng)
+    start = bytes(machine.slots["file"])
+    machine.log.clear()
+    amended(machine, **changes)
+    log = list(machine.log)
+    states = [crashed(start, log, cut, rng) for cut in rng.sample(range(len(log)), min(8, len(log)))]
+    for state in [bytes(machine.slots["file"]), *states]:
+        again = judge(state, base, bytes(model))
+        for number, content in enumerate(held):
+            settle(again)
+            again.run(again.format.apply_snapshot(str(number + 1), None))
+            assert again.read(0, SIZE) == content
+        settle(again)
+        result = own_check(bytes(again.slots["file"]))
+        assert result.corruptions == 0, result.findings[:3]
+
+
+def test_a_snapshot_of_another_size_keeps_the_version() -> None:
+    machine, _ = worked(random.Random(3), None, cluster_size=512)
+    machine.run(machine.format.create_snapshot(SnapshotInfo("", "one")))
+    machine.run(machine.format.resize(2 * SIZE))
+    machine.log.clear()
+    with pytest.raises(UsageError, match="Internal snapshots prevent downgrade"):
+        amended(machine, compat="0.10")
+    assert not machine.log

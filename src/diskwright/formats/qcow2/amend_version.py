@@ -17,7 +17,7 @@ from ...contract import (
     Truncate,
     Write,
 )
-from ...errors import UsageError
+from ...errors import CorruptImage, UsageError
 from ...ondisk import big_endian_array
 from ..editing import ask, flush, unpin
 from . import header as hd
@@ -36,10 +36,15 @@ _BATCH = 1 << 20
 
 
 def upgrade(image: Qcow2) -> Procedure:
-    """Version 2 becomes version 3: only the header changes."""
+    """Version 2 becomes version 3: only the header changes, and the table of snapshots where an
+    entry is short."""
     if image.header.version > 2:
         return
     yield from announce(image)
+    if image.snapshot_table:
+        from .snapshots import complete
+
+        yield from complete(image)
     yield from flush(image)
     new = image.header.copy()
     new.version, new.refcount_order = 3, 4
@@ -64,6 +69,10 @@ def check_downgrade(image: Qcow2) -> Procedure:
         raise UsageError(
             f"Cannot downgrade an image with incompatible features {others:#x} set"
         )
+    for snapshot in image.snapshot_table:
+        known = image.size if snapshot.disk_size is None else snapshot.disk_size
+        if known != image.size or snapshot.vm_state_size >> 32:
+            raise UsageError("Internal snapshots prevent downgrade of image")
     if h.compression_type and (yield from _has_packed(image)):
         raise UsageError(
             "Cannot downgrade an image with zstd compression type and existing compressed clusters"
@@ -72,7 +81,7 @@ def check_downgrade(image: Qcow2) -> Procedure:
 
 def _has_packed(image: Qcow2) -> Procedure:
     """Whether any cluster is compressed."""
-    offsets = sorted({at for i in range(len(image.l1)) if (at := image.l2_offset(i))})
+    offsets = list((yield from _all_tables(image)))
     step = max(1, _BATCH >> image.cluster_bits)
     for start in range(0, len(offsets), step):
         part = offsets[start : start + step]
@@ -81,6 +90,32 @@ def _has_packed(image: Qcow2) -> Procedure:
                 return True
         yield Progress(start, len(offsets))
     return False
+
+
+def _all_tables(image: Qcow2) -> Procedure:
+    """Where the L2 tables are, of the disk and of all snapshots: offset -> index in the L1 table,
+    each once."""
+    from .snapshots import read_l1
+
+    found: dict[int, int] = {}
+    for i in range(len(image.l1)):
+        offset = image.l2_offset(i)
+        if offset:
+            found[offset] = i
+    for snapshot in image.snapshot_table:
+        l1 = yield from read_l1(image, snapshot)
+        for i, entry in enumerate(l1):
+            offset = entry & OFFSET
+            if offset & image.cluster_mask:
+                raise CorruptImage(
+                    f"L2 table offset {offset:#x} unaligned (L1 index: {i:#x})",
+                    field="L1 entry of a snapshot",
+                    offset=snapshot.l1_offset + 8 * i,
+                )
+            if offset:
+                found.setdefault(offset, i)
+        yield Progress(0, 1)
+    return found
 
 
 def downgrade(image: Qcow2) -> Procedure:
@@ -96,14 +131,10 @@ def downgrade(image: Qcow2) -> Procedure:
     yield from drop_bitmaps(image)
     yield from announce(image)
     backing_size = (yield Length("backing")) if image.has_backing else 0
-    done: set[int] = set()
-    for l1_index in range(len(image.l1)):
-        offset = image.l2_offset(l1_index)
-        if offset and offset not in done:
-            done.add(offset)
-            yield from _expand(image, offset, l1_index << image.l1_shift, backing_size)
-        if offset or l1_index % 8192 == 0:
-            yield Progress(l1_index, len(image.l1))
+    tables: dict[int, int] = yield from _all_tables(image)
+    for done, (offset, l1_index) in enumerate(tables.items()):
+        yield from _expand(image, offset, l1_index << image.l1_shift, backing_size)
+        yield Progress(done, len(tables))
     yield from flush(image)
     new = image.header.copy()
     new.version, new.refcount_order, new.tail = 2, 4, b""

@@ -192,6 +192,18 @@ def delete(image: Qcow2, snapshot: Snapshot) -> Procedure:
     yield from end(image)
 
 
+# -- another version of the format
+def complete(image: Qcow2) -> Procedure:
+    """Give each entry of the table the extra data that version 3 asks for."""
+    table = [
+        old if old.disk_size is not None else old._replace(disk_size=image.size)
+        for old in image.snapshot_table
+    ]
+    if table != image.snapshot_table:
+        (place,) = yield from _take(image, [len(encode_table(table))])
+        yield from _switch(image, table, place)
+
+
 # -- parts
 def begin(image: Qcow2) -> Procedure:
     """Say that counts and flags may disagree."""
@@ -277,4 +289,4 @@ def _switch(image: Qcow2, snapshots: list[Snapshot], place: int) -> Procedure:
     yield from lower.finish()
 
 
-__all__ = ["apply", "create", "delete", "find", "read_l1"]
+__all__ = ["apply", "complete", "create", "delete", "find", "read_l1"]
