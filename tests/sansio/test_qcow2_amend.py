@@ -309,7 +309,8 @@ def test_snapshots_keep_their_content(
     machine.log.clear()
     amended(machine, **changes)
     log = list(machine.log)
-    states = [crashed(start, log, cut, rng) for cut in rng.sample(range(len(log)), min(8, len(log)))]
+    cuts = rng.sample(range(len(log)), min(8, len(log)))
+    states = [crashed(start, log, cut, rng) for cut in cuts]
     for state in [bytes(machine.slots["file"]), *states]:
         again = judge(state, base, bytes(model))
         for number, content in enumerate(held):

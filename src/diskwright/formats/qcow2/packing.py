@@ -66,8 +66,10 @@ class Packing(Zeroing):
         if max(end for _, end, _ in chosen) << bits > 1 << self.packed_bits:
             raise NoSpace  # the descriptor has too few bits
         supply = [(c, zero) for start, end, zero in chosen for c in range(start, end)]
-        hosts, used, rest = self._place([length for _, length in ranges], supply)
-        for_tables = rest[: len(fresh)]
+        # Tables come first, as with plain data, unless data go on in the cluster before these.
+        front = [] if self.packed_end else supply[: len(fresh)]
+        hosts, used, rest = self._place([length for _, length in ranges], supply[len(front) :])
+        for_tables = front or rest[: len(fresh)]
 
         plan = Plan()
         state = plan.state = PackedState()
