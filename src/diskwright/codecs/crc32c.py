@@ -76,7 +76,7 @@ def _behind_zeroes(crc: int, count: int) -> int:
     level = 0
     while count:
         if count & 1:
-            crc = _times(_powers(level), crc)
+            crc = _times(crc, _power(level))
         count >>= 1
         level += 1
     return crc
@@ -93,27 +93,28 @@ def _byte_table() -> Sequence[int]:
 
 
 @cache
-def _powers(level: int) -> Sequence[int]:
-    """Where each of the 32 bits of a word goes when 2**level zeroes follow it."""
-    if level == 0:
-        return tuple(_by_bytes(1 << bit, b"\0") for bit in range(32))
-    half = _powers(level - 1)
-    return tuple(_times(half, value) for value in half)
+def _power(level: int) -> int:
+    """What 2**level zero bytes multiply by: x**(8 * 2**level), its highest power in bit 0."""
+    return 1 << 23 if level == 0 else _times(_power(level - 1), _power(level - 1))
 
 
-def _times(matrix: Sequence[int], value: int) -> int:
+def _times(a: int, b: int) -> int:
+    """The product of two polynomials modulo that of the checksum."""
     total = 0
-    while value:
-        low = value & -value
-        total ^= matrix[low.bit_length() - 1]
-        value ^= low
+    bit = 1 << 31
+    while a:
+        if a & bit:
+            total ^= b
+            a ^= bit
+        bit >>= 1
+        b = b >> 1 ^ (_POLYNOMIAL if b & 1 else 0)
     return total
 
 
 @cache
 def _word_tables(level: int) -> Sequence[Sequence[int]]:
     """The same by byte of the word, for all values of a byte."""
-    matrix = _powers(level)
+    matrix = [_times(1 << bit, _power(level)) for bit in range(32)]
     out = []
     for place in range(4):
         moved = [0] * 256
