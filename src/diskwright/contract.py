@@ -46,11 +46,12 @@ class MetaWrite(NamedTuple):
 
 
 class HostRange(NamedTuple):
-    """Host space that a format gives back."""
+    """Host space that a format gives back; with ``told`` False the child is not told of it."""
 
     slot: str
     offset: int
     length: int
+    told: bool = True
 
 
 class NeedMeta(NamedTuple):

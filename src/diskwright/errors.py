@@ -58,6 +58,9 @@ class MalformedImage(ImageError):
 class CorruptImage(ImageError):
     """The image is marked corrupt, or its metadata contradict each other."""
 
+    met_by: object = None
+    """Whose metadata they are (an engine), where a request met them."""
+
 
 class DamagedData(CorruptImage):
     """Stored data cannot be decoded.  The metadata are sound, so all else can be used as before."""

@@ -16,6 +16,9 @@ MIB = 1 << 20
 TARGETS = (
     ("raw", ""),
     ("qcow2", ""),
+    ("qcow2", "preallocation=full"),
+    ("qcow2", "data_file=data"),
+    ("qcow2", "data_file=data,data_file_raw=on,preallocation=falloc"),
     ("vhdx", "subformat=dynamic"),
     ("vhdx", "subformat=fixed,preallocation=full"),
     ("vmdk", "subformat=monolithicSparse"),

@@ -12,7 +12,7 @@ import pytest
 from machine import Machine
 from test_qcow2_cross import made, own_check
 
-from diskwright.errors import DiskError, ImageError, MalformedImage
+from diskwright.errors import CorruptImage, DiskError, ImageError, MalformedImage
 from diskwright.formats import qcow2
 
 FIELDS = [
@@ -177,7 +177,8 @@ def test_errors_name_field_and_offset() -> None:
     assert "field 'backing_file_size', offset 0x10" in str(caught.value)
 
 
-def test_a_broken_image_keeps_its_tables() -> None:
+@pytest.mark.parametrize("checked", [False, True])
+def test_a_broken_image_keeps_its_tables(checked: bool) -> None:
     """Counts of zero for everything do not make the allocator hand out the tables."""
     machine = made(1 << 20, cluster_size=4096)
     machine.write(0, b"x" * 100_000)
@@ -186,7 +187,13 @@ def test_a_broken_image_keeps_its_tables() -> None:
     (block,) = struct.unpack_from(">Q", file, h.reftable_offset)
     file[block : block + 4096] = bytes(4096)
     machine = Machine(bytes(file))
-    image = machine.open(qcow2.DRIVER)
+    if checked:
+        machine.open(qcow2.DRIVER)
+        with pytest.raises(CorruptImage, match="overlaps with qcow2_header"):
+            machine.write(500_000, b"y" * 300_000)
+        assert machine.slots["file"] == file
+        return
+    image = machine.open(qcow2.DRIVER, **{"overlap-check": "none"})
     before = image.l1[0], image.header.l1_offset
     machine.write(500_000, b"y" * 300_000)
     machine.flush()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..bitmaps import BitmapSet
 from ..contract import FastMap, Format, NeedMeta, Range, Table
-from ..errors import FlushFailed
+from ..errors import CorruptImage, FlushFailed
 from ..extents import Extent
 from .allocate import Allocator
 from .epochs import Epochs
@@ -190,10 +190,23 @@ class Engine:
     async def ask(self, question: Callable[[], T | NeedMeta], pins: list[Table]) -> T:
         """Repeat ``question`` until no table is missing.  They stay pinned until it succeeds."""
         while True:
-            answer = question()
+            try:
+                answer = question()
+            except CorruptImage as error:
+                error.met_by = error.met_by or self
+                raise
             if not isinstance(answer, NeedMeta):
                 return answer
             await self.need(answer, pins)
+
+    def map(self, ranges: Sequence[Range]) -> tuple[list[Extent], NeedMeta | None]:
+        """See :meth:`~diskwright.contract.Format.map`.  What is corrupt here is no fault of an
+        image above, through which it is read."""
+        try:
+            return self.format.map(ranges)
+        except CorruptImage as error:
+            error.met_by = error.met_by or self
+            raise
 
     async def map_range(self, offset: int, length: int) -> list[Extent]:
         """The extents of one range, in the caller's epoch."""
@@ -206,7 +219,7 @@ class Engine:
         todo = [(offset, length) for offset, length in ranges if length]
         try:
             while todo:
-                extents, miss = self.format.map(todo)
+                extents, miss = self.map(todo)
                 found += extents
                 done = 0
                 for extent in extents:

@@ -69,7 +69,8 @@ class Epochs:
     async def _punch(self, freed: list[HostRange]) -> None:
         """Make freed space read as zeroes if that is cheap, then hand it back."""
         by_slot: dict[str, list[HostRange]] = {}
-        for part in sorted(freed):
+        told = [part for part in freed if part.told]
+        for part in sorted(told):
             parts = by_slot.setdefault(part.slot, [])
             if parts and parts[-1].offset + parts[-1].length == part.offset:
                 parts[-1] = parts[-1]._replace(length=parts[-1].length + part.length)
@@ -81,7 +82,9 @@ class Epochs:
                 zeroed &= await self.punch(slot, parts)
         finally:
             self.engine.forget_units()
-            self.engine.format.release(freed, zeroed)
+            self.engine.format.release(told, zeroed)
+            if len(told) < len(freed):
+                self.engine.format.release([part for part in freed if not part.told], False)
             self.punching -= 1
             self.changed.notify()
 

@@ -132,9 +132,10 @@ class Procedures:
         if isinstance(request, Truncate):
             return await engine.slots[request.slot].truncate(request.size, request.preallocation)
         if isinstance(request, Punch):
-            zeroed = True
-            for slot in {part.slot for part in request.ranges}:
-                parts = [part for part in request.ranges if part.slot == slot]
+            told = [part for part in request.ranges if part.told]
+            zeroed = len(told) == len(request.ranges)
+            for slot in {part.slot for part in told}:
+                parts = [part for part in told if part.slot == slot]
                 zeroed &= await engine.epochs.punch(slot, parts)
             return zeroed
         if isinstance(request, Open):

@@ -132,7 +132,7 @@ class Reader:
                 left: list[tuple[int, memoryview]] = []
                 misses = []
                 for start, view in todo:
-                    extents, miss = engine.format.map([(start, len(view))])
+                    extents, miss = engine.map([(start, len(view))])
                     for extent in extents:
                         length = extent.length
                         self._take(gathered, extent, start, view[:length], zeroed)

@@ -23,6 +23,25 @@ class Tables:
         self.evicted = 0
         self._map: OrderedDict[_Key, Table] = OrderedDict()
         self._views: dict[int, View] = {}
+        self._default = budget
+        self._claims: dict[int, int | None] = {}
+
+    def claim(self, owner: int, size: int | None) -> None:
+        """``size`` bytes are meant for the tables of one format; None: it shares what is there by
+        default with all that ask for nothing.  The budget is what all ask for together."""
+        self._claims[owner] = size
+        self._add_up()
+
+    def withdraw(self, owner: int) -> None:
+        """A format was closed."""
+        self._claims.pop(owner, None)
+        self._add_up()
+
+    def _add_up(self) -> None:
+        sizes = set(self._claims.values())
+        shared = self._default if None in sizes or not sizes else 0
+        self.budget = shared + sum(size or 0 for size in self._claims.values())
+        self.trim()
 
     def view(self) -> View:
         """A part of the store for one format."""
@@ -95,6 +114,28 @@ class View:
         for key in [key for key in self._map if key[0] == self.owner]:
             self.store.weight -= self._map.pop(key).size
         self._dirty.clear()
+        self.generation += 1
+
+    def forget_unused(self) -> None:
+        """Drop what was not used since the last call of this.
+
+        A mark of no weight goes through the store; what was used lies behind it.  A format that
+        keeps shortcuts has to ask for its tables anew, so that those in use are not left before it.
+        """
+        mark = (self.owner, "", -1)
+        if mark in self._map:
+            unused = []
+            for key, table in self._map.items():
+                if key == mark:
+                    break
+                if key[0] == self.owner and not (table.dirty or table.pins or table.writeback):
+                    unused.append(key)
+            for key in unused:
+                self.store.weight -= self._map.pop(key).size
+            self._map.move_to_end(mark)
+        else:
+            self._map[mark] = table = Table(self.owner, "", -1, None, 0)
+            table.pins = 1
         self.generation += 1
 
     def busy(self) -> bool:

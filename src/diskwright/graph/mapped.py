@@ -8,7 +8,7 @@ from typing import Any
 
 from ..contract import Format, Limits, Procedure
 from ..engine.engine import Engine, Opener
-from ..engine.kernel import BaseDriver
+from ..engine.kernel import BaseDriver, Timer
 from ..engine.tables import Tables
 from ..errors import CorruptImage, DamagedData, DiskError, NodeClosed, NotSupported
 from ..extents import Extent
@@ -40,6 +40,7 @@ class MappedNode(Node):
         self._slots: dict[str, Node] = {}
         self.engine = Engine(driver, format, self._slots, tables or Tables(), opener)
         self.closed = False
+        self._cleaning: Timer | None = None
         self.creations: Any = None
         """Makes files beside the image (:class:`.creating.Creations`); None where nothing may."""
         for slot, child in children.items():
@@ -104,7 +105,10 @@ class MappedNode(Node):
                 from ..engine.flat import flat_of
 
                 self.engine.flat = flat_of(self)
-        return await self.engine.reader.read(offsets, lengths, into)
+        try:
+            return await self.engine.reader.read(offsets, lengths, into)
+        except CorruptImage as error:
+            raise await self._corrupt(error) from error
 
     async def write(
         self, offsets: Sequence[int], buffers: Sequence[Buffer], flags: int = 0
@@ -135,7 +139,10 @@ class MappedNode(Node):
         await self.engine.flush()
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
-        return await self.engine.extents(offset, length)
+        try:
+            return await self.engine.extents(offset, length)
+        except CorruptImage as error:
+            raise await self._corrupt(error) from error
 
     async def truncate(self, size: int, preallocation: str = "off", shrink: bool = True) -> None:
         self._writable()
@@ -150,11 +157,11 @@ class MappedNode(Node):
         self.changed()
 
     async def _corrupt(self, error: CorruptImage) -> CorruptImage:
-        """A write met metadata that it must not go by: let the format mark the image, so that
+        """Metadata were met that nothing must go by: let the format mark the image, so that
         nobody writes to it before it is repaired.  What was answered before still gets flushed.
         """
         mark = getattr(self.format, "mark_corrupt", None)
-        sound = isinstance(error, DamagedData)
+        sound = isinstance(error, DamagedData) or error.met_by is not self.engine
         procedure = mark() if mark is not None and not sound else None
         if procedure is None:
             return error
@@ -171,6 +178,22 @@ class MappedNode(Node):
             raise NodeClosed(f"node '{self.name}' is closed")
         if self.read_only:
             raise PermissionError(1, "Operation not permitted: the node is read-only")
+
+    # -- tables
+    def keep_tables(self) -> None:
+        """Give the format's tables the memory that its options ask for, and forget those that it
+        does not use for as long as they say.  Called once it is open, and closing ends it."""
+        format: Any = self.format
+        self.engine.tables.claim(self.engine.view.owner, getattr(format, "table_budget", None))
+        interval = getattr(format, "clean_interval", 0)
+        if interval:
+            self._cleaning = self.driver.later(interval, self._forget_unused)
+
+    def _forget_unused(self) -> None:
+        if not self.closed:
+            format: Any = self.format
+            self.engine.view.forget_unused()
+            self._cleaning = self.driver.later(format.clean_interval, self._forget_unused)
 
     # -- procedures
     async def run_procedure(
@@ -206,4 +229,7 @@ class MappedNode(Node):
                 await self.engine.shared.drain()
         finally:
             self.closed = True
+            if self._cleaning is not None:
+                self._cleaning.cancel()
             self.engine.view.clear()
+            self.engine.tables.withdraw(self.engine.view.owner)

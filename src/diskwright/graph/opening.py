@@ -236,6 +236,7 @@ class Opening:
             self.graph.refresh(node)
             await node.run_procedure(procedure, whole_image=False)
             node.engine.opener = None
+            node.keep_tables()
             if self.metadata_only:
                 offered.pop("data-file", None)
             for slot in offered:

@@ -28,8 +28,6 @@ def create_new(options: Mapping[str, Any]) -> Procedure:
     return create_image(options)
 
 
-_HINT = "Checked, without effect: the tables of a chain share one budget"
-
 DRIVER = Driver(
     name="qcow2",
     kind="format",
@@ -38,11 +36,18 @@ DRIVER = Driver(
         Option("lazy-refcounts", "bool", "Postpone refcount updates"),
         Option("compression-level", "int", "Level of what is written compressed (zlib: 1 to 9, "
                "zstd: 1 to 19)"),
-        Option("cache-size", "size", _HINT),
-        Option("l2-cache-size", "size", _HINT),
-        Option("l2-cache-entry-size", "size", _HINT),
-        Option("refcount-cache-size", "size", _HINT),
-        Option("cache-clean-interval", "int", _HINT),
+        Option("overlap-check", "str", "What nothing is written over: none, constant, cached, all "
+               "(.template, and parts of it by name: .main-header=off)", "cached"),
+        Option("pass-discard-request", "bool", "Give back space that the guest discards", True),
+        Option("pass-discard-snapshot", "bool", "Give back space that only snapshots held", True),
+        Option("pass-discard-other", "bool", "Give back any other space that becomes free", True),
+        Option("discard-no-unref", "bool", "Keep the clusters that the guest discards", False),
+        Option("cache-size", "size", "Memory for tables of all kinds"),
+        Option("l2-cache-size", "size", "Memory for L2 tables"),
+        Option("l2-cache-entry-size", "size", "Checked, without effect: whole tables are kept"),
+        Option("refcount-cache-size", "size", "Memory for refcount blocks"),
+        Option("cache-clean-interval", "int", "Seconds after which unused tables are dropped; 0: "
+               "never", 600),
     ),
     create_options=(
         Option("backing_file", "str", "File name of a base image"),

@@ -46,6 +46,7 @@ class Allocator(Mapping):
         self.reftable_offset = h.reftable_offset
         self._tables_at_open = None
         self._metadata = None
+        self._inactive_l2 = frozenset()
         self.reserved.remove(0, 1 << 62)
         self.reserved.add(0, 1)
         l1_end = h.l1_offset + 8 * h.l1_size
@@ -270,11 +271,15 @@ class Allocator(Mapping):
         broken image counts as free."""
         end = min(end, self.max_clusters)
         for a, b in self.quarantine.outside(start, end):
-            for c, d in self.reserved.outside(a, b):
-                for e, f in self._without_tables(c, d):
-                    split = min(max(self.fresh, e), f)
-                    self.free.add(e, split)
-                    self.clean.add(split, f)
+            vacant = [
+                run for c, d in self.reserved.outside(a, b) for run in self._without_tables(c, d)
+            ]
+            if vacant != [(a, b)]:
+                self.check_free(vacant, a, b)
+            for e, f in vacant:
+                split = min(max(self.fresh, e), f)
+                self.free.add(e, split)
+                self.clean.add(split, f)
 
     def _without_tables(self, start: int, end: int) -> list[Run]:
         """[start, end) without the tables that the image had when the search began: only a broken

@@ -95,6 +95,10 @@ class Core:
         self._wide_write: dict[int, array[int]] = {}
         self._generation = -1
         self._codec: Codec | None = None
+        self.freeing = "other"
+        """Why clusters are freed just now; see `discards`."""
+        self.keeps = False
+        """A discard keeps the host clusters (discard-no-unref)."""
         self.free = RunSet()
         self.clean = RunSet()
         self.quarantine = RunSet()
@@ -161,7 +165,7 @@ class Core:
         """Whether host space is given back to the file below when it becomes free by a ``request``
         of the guest, with a ``snapshot`` or for any ``other`` reason."""
         asked = self.options.get(f"pass-discard-{what}")
-        return what != "other" if asked is None else bool(asked)
+        return asked is None or bool(asked)
 
     # -- compressed clusters
     @property

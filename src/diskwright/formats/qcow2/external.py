@@ -225,9 +225,9 @@ class External(Writeback):
                 base = (l1_index << self.l1_shift) + (first << bits)
                 for i, entry in enumerate(old):
                     if entry & (COPIED | OFFSET):
-                        kept = kind == WRITE_ZERO and entry & COPIED
+                        kept = (kind == WRITE_ZERO or self.keeps) and entry & COPIED
                         new[i] = entry | ZERO_FLAG if kept else ZERO_FLAG
-                        if not kept:
+                        if kind != WRITE_ZERO:
                             at = base + (i << bits)
                             given_up.append((at, at + self.cluster_size))
                     elif not holes_stay:

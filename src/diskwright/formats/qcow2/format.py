@@ -12,6 +12,10 @@ from ...contract import Procedure
 from . import header as hd
 from .external import External
 
+_MOST_L2 = 32 << 20
+_LEAST_TABLES = 6  # two L2 tables and four refcount blocks, in clusters
+_CLEAN_INTERVAL = 600
+
 
 class Qcow2(External):
     """One open qcow2 image (the `Format` of the contract).
@@ -38,6 +42,27 @@ class Qcow2(External):
         if name is None or not self.header.incompatible & hd.DATA_FILE:
             return None
         return os.fsdecode(name)
+
+    @property
+    def table_budget(self) -> int | None:
+        """Bytes of memory that the options ask for; None where they do not.
+
+        The sizes of both kinds are added up, for all tables share one budget; one that is not
+        given counts as what QEMU's tools take by default.
+        """
+        names = ("cache-size", "l2-cache-size", "refcount-cache-size")
+        whole, l2, blocks = (self.options.get(name) for name in names)
+        if whole is None:
+            if l2 is None and blocks is None:
+                return None
+            cover = len(self.l1) << self.cluster_bits
+            whole = (min(_MOST_L2, cover) if l2 is None else l2) + (blocks or 0)
+        return max(int(whole), _LEAST_TABLES << self.cluster_bits)
+
+    @property
+    def clean_interval(self) -> int:
+        """Seconds after which tables that were not used are forgotten; 0: never."""
+        return int(self.options.get("cache-clean-interval", _CLEAN_INTERVAL))
 
     @property
     def dirty(self) -> bool:

@@ -6,25 +6,21 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 
-from ...contract import NeedMeta, Range, Table
+from ...contract import NeedMeta, Range
 from ...errors import CorruptImage
 from ...extents import Data, Extent, Hole, Packed, Zero
 from ...ondisk import big_endian_array
-from .core import COPIED, L2_LOAD, OFFSET, PACKED, SLOT, ZERO_FLAG, Core
+from .core import COPIED, L2_LOAD, OFFSET, PACKED, SLOT, ZERO_FLAG
 from .header import MAX_OFFSET
+from .overlap import Guard
 from .refblock import decode
-from .runs import Run
 
 # Tables asked for at once; a wider window asks again.
 _MOST_MISSES = 64
-# L1 and refcount table entries of an image whose tables are all known to `check_table`.
-_MOST_LISTED = 1 << 17
 
 
-class Mapping(Core):
+class Mapping(Guard):
     """`map`, `load` and the shortcuts."""
-
-    _metadata: frozenset[int] | None = None
 
     def load(self, slot: str, offset: int, data: bytes) -> None:
         """Decode a table that was asked for."""
@@ -46,92 +42,6 @@ class Mapping(Core):
         assert table is not None
         found: int = table.data[(guest >> self.cluster_bits & self.l2_mask) * self.stride]
         return bool(found & COPIED)
-
-    # -- overlaps
-    def check_table(self, table: Table) -> None:
-        """Raise CorruptImage when an L2 table has an entry that points at metadata: a write
-        through it would destroy them.  It can still be read through.
-
-        Looks once at every table that was loaded, when the first write comes; that is why the
-        shortcuts and `map` let nothing be written through a table before.
-        """
-        if table.offset in self._checked:
-            return
-        if self._metadata is None:
-            self._metadata = self._metadata_entries()
-        entries = table.data[:: self.stride]
-        if not self._metadata.isdisjoint(entries):
-            for index, entry in enumerate(entries):
-                # What was metadata when the image was opened need not be any more.
-                if entry in self._metadata and (what := self._overlap(entry & OFFSET)):
-                    raise CorruptImage(
-                        f"Preventing invalid write on metadata (overlaps with {what})",
-                        field="L2 entry",
-                        offset=table.offset + (index << self.entry_bits),
-                    )
-        self._checked.add(table.offset)
-
-    def is_metadata(self, host: int) -> bool:
-        """The cluster at ``host`` holds metadata that no bitmap and no guest may name."""
-        if self._metadata is None:
-            self._metadata = self._metadata_entries()
-        return not host or (host in self._metadata and self._overlap(host) is not None)
-
-    def packed_hosts(self, entry: int, table_offset: int, index: int) -> Run:
-        """The host clusters that a compressed cluster lets go when it is replaced.
-
-        Raises CorruptImage when they are metadata, which must not lose a reference.
-        """
-        if self._metadata is None:
-            self._metadata = self._metadata_entries()
-        run = self.hosts_of(entry)
-        for cluster in range(*run):
-            host = cluster << self.cluster_bits
-            what = self._overlap(host) if host in self._metadata else None
-            if what or not host:
-                raise CorruptImage(
-                    f"Preventing invalid free of metadata (overlaps with {what or 'header'})",
-                    field="L2 entry",
-                    offset=table_offset + (index << self.entry_bits),
-                )
-        return run
-
-    def _metadata_entries(self) -> frozenset[int]:
-        """Every standard L2 entry that would point at the L1 table, the refcount table or, in
-        images whose tables are few enough to list, at an L2 table or a refcount block.  The header
-        cannot be pointed at: a place of 0 is none."""
-        bits = self.cluster_bits
-        hosts: set[int] = set()
-        if self.reserved.total <= _MOST_LISTED:  # the L1 tables of hostile snapshots are long
-            for start, end in self.reserved:
-                hosts.update(range(start << bits, end << bits, self.cluster_size))
-        if len(self.l1) + len(self.reftable) <= _MOST_LISTED:
-            hosts.update(entry & OFFSET for entry in self.l1)
-            hosts.update(self.reftable)
-        hosts.discard(0)
-        flags = (0, COPIED, ZERO_FLAG, COPIED | ZERO_FLAG)
-        return frozenset([host | flag for host in hosts for flag in flags])
-
-    def _overlap(self, host: int) -> str | None:
-        """The structure that the cluster at ``host`` belongs to now."""
-        h = self.header
-        if h.l1_offset <= host < h.l1_offset + 8 * len(self.l1):
-            return "active L1 table"
-        if h.reftable_offset <= host < h.reftable_offset + 8 * len(self.reftable):
-            return "refcount table"
-        if h.snapshots_offset <= host < h.snapshots_offset + self.snapshot_bytes:
-            return "snapshot table"
-        if any(s.l1_offset <= host < s.l1_offset + 8 * s.l1_size for s in self.snapshot_table):
-            return "inactive L1 table"
-        if self.directory is not None:
-            place = self.directory.place
-            if place.offset <= host < place.offset + place.size:
-                return "bitmap directory"
-        if host in self.reftable:
-            return "refcount block"
-        if host in self.l1 or host | COPIED in self.l1:
-            return "active L2 table"
-        return None
 
     # -- shortcuts
     def _shortcut(self, l1_index: int, write: bool) -> array[int] | None:

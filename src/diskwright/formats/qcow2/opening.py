@@ -37,6 +37,7 @@ def open_image(image: Qcow2) -> Procedure:
     check_options(h, image.options)
     image.use_header(h)
     image.refuse_io, image.refuse_write = refusals(h)
+    image.keeps = bool(image.options.get("discard-no-unref"))
     bits = h.cluster_bits
     zero_beyond_end = image.options.get("zero_beyond_end", True)
     image.fresh = -(-length >> bits) if zero_beyond_end else _NO_END
@@ -51,6 +52,8 @@ def open_image(image: Qcow2) -> Procedure:
         yield from open_bitmaps(image)
         if image.directory is not None:
             image.reserve_structures()
+    if image.writable and not image.refuse_io:
+        yield from image.load_inactive()
     yield from _open_backing(image)
     if image.writable and not (image.refuse_io or image.refuse_write or checking):
         if h.incompatible & hd.DIRTY:
@@ -74,15 +77,14 @@ def read_header() -> Procedure:
 
 
 def check_options(h: hd.Header, options: Mapping[str, Any]) -> None:
-    """Raise UsageError for runtime options that contradict each other or the image.
-
-    The sizes of caches have no effect beyond that: all tables share one budget.
-    """
+    """Raise UsageError for runtime options that contradict each other or the image."""
     if options.get("lazy-refcounts") and h.version == 2:
         raise UsageError(
             "Lazy refcounts require a qcow2 image with at least qemu 1.1 compatibility level"
         )
     hd.check_level(h, options.get("compression-level"))
+    if options.get("discard-no-unref") and h.version == 2:
+        raise UsageError("discard-no-unref is only supported since qcow2 version 3")
     whole = options.get("cache-size")
     parts = [options.get(name) for name in ("l2-cache-size", "refcount-cache-size")]
     if whole is not None:

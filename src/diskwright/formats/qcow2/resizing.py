@@ -18,6 +18,7 @@ from ...contract import (
     Procedure,
     Progress,
     Punch,
+    Quiesce,
     Range,
     Table,
     Truncate,
@@ -310,6 +311,7 @@ def _preallocate(image: Qcow2, start: int, end: int, preallocation: str) -> Proc
             image.commit(plan)
             yield from flush(image)
             unpin(pins)
+            yield Quiesce()  # a large disk has more tables than should be kept
             start = stop
             yield Progress(start - first, end - first)
     except BaseException:

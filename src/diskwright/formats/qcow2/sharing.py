@@ -128,9 +128,11 @@ class Recounter:
                 self.touched.add(index)
             yield from self._have(members[0])
             if self.change < 0:
+                self.image.freeing = "snapshot"
                 for cluster in members:
                     for _ in range(found[cluster]):
                         self.image.free_later(cluster, cluster + 1)
+                self.image.freeing = "other"
             else:
                 self._raise(members, found)
 

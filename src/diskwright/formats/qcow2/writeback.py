@@ -11,7 +11,7 @@ from ...ondisk import big_endian_bytes
 from . import header as hd
 from .core import SLOT
 from .reserve import BEFORE
-from .runs import Run
+from .runs import Run, RunSet
 from .subplanning import Subclusters
 
 
@@ -53,11 +53,17 @@ class Writeback(Subclusters):
         self._freed: list[Run] = []
         self._freed_blocks: dict[int, Table] = {}
         self._old_tables = []
+        self._unpunched = RunSet()
+        """Of what is freed, what the file below is not told of."""
 
     def free_later(self, start: int, end: int) -> None:
         """Clusters that lose a reference.  Their refcount blocks are in memory, and pinned until
         `settle` has lowered the counts."""
         self.forget_end(start, end)
+        if not self.discards(self.freeing):
+            self._unpunched.add(start, end)
+        elif self._unpunched.starts:
+            self._unpunched.remove(start, end)
         freed = self._freed
         if freed and freed[-1][1] == start:
             freed[-1] = (freed[-1][0], end)
@@ -150,7 +156,14 @@ class Writeback(Subclusters):
         for start, end in token.runs:
             for a, b in self._lower(start, end):
                 self.quarantine.add(a, b)
-                out.append(HostRange(SLOT, a << bits, b - a << bits))
+                at = a
+                for c, d in [*self._unpunched.outside(a, b), (b, b)]:
+                    if at < c:
+                        out.append(HostRange(SLOT, at << bits, c - at << bits, False))
+                    if c < d:
+                        out.append(HostRange(SLOT, c << bits, d - c << bits))
+                    at = d
+                self._unpunched.remove(a, b)
         for table in token.blocks:
             table.pins -= 1
         return out

@@ -8,14 +8,16 @@ from collections.abc import Sequence
 
 from ...contract import (
     DISCARD,
+    OP_PUNCH,
     WRITE_ZERO,
     NeedMeta,
     Plan,
     Range,
+    Step,
     Table,
 )
 from .alloc import Choice
-from .core import COPIED, OFFSET, PACKED, ZERO_FLAG
+from .core import COPIED, OFFSET, PACKED, SLOT, ZERO_FLAG
 from .reserve import Reserver, State
 from .runs import Run
 
@@ -34,7 +36,8 @@ class Zeroing(Reserver):
             return None
         # Version 2 has no zero flag; without a backing file an unallocated cluster is as good.
         holes_stay = old_version or (kind == DISCARD and not self.has_backing)
-        mode = _DROP if old_version else _KEEP_ZERO if kind == WRITE_ZERO else _DROP_ZERO
+        keep = kind == WRITE_ZERO or self.keeps
+        mode = _DROP if old_version else _KEEP_ZERO if keep else _DROP_ZERO
         spans: list[tuple[int, int, int]] = []  # L1 index, first L2 index, end
         bits, l2_bits, l2_mask = self.cluster_bits, self.l2_bits, self.l2_mask
         for offset, length in ranges:
@@ -68,7 +71,30 @@ class Zeroing(Reserver):
             state.spans.append(
                 (tables[l1_index], first, stop, mode | _HOLES_STAY if holes_stay else mode)
             )
+        if self.keeps and kind != WRITE_ZERO and self.discards("request"):
+            plan.steps = self._punches(tables, spans)
         return self._finish(plan, tables, freed)
+
+    def _punches(
+        self, tables: dict[int, Table], spans: Sequence[tuple[int, int, int]]
+    ) -> list[Step]:
+        """Give back what the clusters hold that stay reserved.  Before their entries change: a
+        write that comes after them goes to the same places."""
+        steps: list[Step] = []
+        for l1_index, first, stop in spans:
+            data: array[int] = tables[l1_index].data
+            base = l1_index << self.l1_shift
+            for index in range(first, stop):
+                entry = data[index]
+                if not entry & COPIED or entry & PACKED or not entry & OFFSET:
+                    continue
+                guest, host = base + (index << self.cluster_bits), entry & OFFSET
+                last = steps[-1] if steps else None
+                if last is not None and last.host + last.length == host:
+                    steps[-1] = last._replace(length=last.length + self.cluster_size)
+                else:
+                    steps.append(Step(OP_PUNCH, guest, self.cluster_size, SLOT, host))
+        return steps
 
     def _losing(
         self, table: Table, first: int, stop: int, mode: int, freed: list[Run]
@@ -94,6 +120,13 @@ class Zeroing(Reserver):
                     freed.append((host, host + 1))
 
     def _commit_span(self, table: Table, first: int, stop: int, mode: int) -> None:
+        self.freeing = "request"
+        try:
+            self._change_span(table, first, stop, mode)
+        finally:
+            self.freeing = "other"
+
+    def _change_span(self, table: Table, first: int, stop: int, mode: int) -> None:
         data: array[int] = table.data
         holes_stay, mode = mode & _HOLES_STAY, mode & ~_HOLES_STAY
         before = data[first:stop].tobytes()
