@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ..errors import CorruptImage
 from ..extents import DATA, HOLE, INLINE, OPAQUE, PACKED, ZERO, Data, Packed
 from ..units import align_down, align_up
 from .kernel import Future, wait_all
@@ -67,7 +68,10 @@ class Reader:
     ) -> Sequence[Buffer]:
         """Read in the caller's epoch (and past a closed gate)."""
         if self.engine.flat is not None:
-            return await self.engine.flat.read(offsets, lengths, into)
+            try:
+                return await self.engine.flat.read(offsets, lengths, into)
+            except CorruptImage:
+                pass  # perhaps of a neighbour: a window is larger than what was asked for
         return await self.layered(offsets, lengths, into)
 
     async def layered(
