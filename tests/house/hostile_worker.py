@@ -169,6 +169,8 @@ def look(data: bytes, writable: bool, kind: str = "", repair: bool = False) -> N
         await node.run_procedure(procedure, whole_image=False)
         errors: list[Exception] = []
         steps = ("repair", "check", "grow", "shrink") if repair else ("info", "map", "check")
+        if kind == "snapshot":
+            steps += ("take", "apply", "delete") if writable else ("show",)
         for step in (*steps, "read", "close"):
             try:
                 if step == "info":
@@ -177,6 +179,8 @@ def look(data: bytes, writable: bool, kind: str = "", repair: bool = False) -> N
                     await map_all(node)
                 elif step == "check":
                     await node.run_procedure(format.check())
+                elif step in ("take", "apply", "delete", "show"):
+                    await node.run_procedure(snapshot_step(format, step))
                 elif step == "repair":
                     await node.run_procedure(format.check("all"))
                 elif step in ("grow", "shrink"):
@@ -200,6 +204,16 @@ def look(data: bytes, writable: bool, kind: str = "", repair: bool = False) -> N
         expected(error)
     finally:
         driver.close()
+
+
+def snapshot_step(format: Any, step: str) -> Any:
+    """The procedure that takes a snapshot, or does this with the first one."""
+    from diskwright.abilities import SnapshotInfo
+
+    if step == "take":
+        return format.create_snapshot(SnapshotInfo("", "new"))
+    first = format.snapshots[0].id if format.snapshots else None
+    return getattr(format, f"{step}_snapshot")(first, None)
 
 
 async def map_all(node: object) -> None:

@@ -47,7 +47,7 @@ def run_worker(kind: str, pairs: int, first: int = 0, every: int = 1, timeout: f
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_fields_at_their_borders(kind: str) -> None:
-    every = {"largest clusters": 48, "snapshot": 2, "dirty": 2, "packed": 2}
+    every = {"largest clusters": 48, "snapshot": 6, "dirty": 2, "packed": 2}
     run_worker(kind, pairs=60, every=every.get(kind, 1))
 
 

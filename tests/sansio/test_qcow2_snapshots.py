@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,13 @@ from machine import Machine
 from test_qcow2_cross import made, own_check, workload
 
 from diskwright.abilities import SnapshotInfo
+from diskwright.errors import (
+    CorruptImage,
+    MalformedImage,
+    NoSuchSnapshot,
+    NotSupported,
+    UsageError,
+)
 from diskwright.formats import qcow2
 
 
@@ -134,3 +142,153 @@ def test_random_steps(options: dict[str, Any], backing: bool, tmp_path: Path) ->
             disk.step(rng)
             disk.verify()
         disk.verify_with_qemu(tmp_path)
+
+
+# -- what is refused, before anything changes
+
+
+def entry_of(disk: Disk) -> int:
+    """Where the first entry of the snapshot table is."""
+    return int(disk.machine.format.header.snapshots_offset)
+
+
+def reopened(file: bytearray) -> Machine:
+    machine = Machine(bytes(file))
+    machine.open(qcow2.DRIVER)
+    return machine
+
+
+def full(width: int) -> Disk:
+    disk = Disk(1 << 20, cluster_size=4096, refcount_bits=width)
+    workload(disk.machine, disk.model, width, 10)
+    disk.machine.write(0, b"x" * 4096)
+    disk.model[:4096] = b"x" * 4096
+    return disk
+
+
+@pytest.mark.parametrize(("width", "most"), [(1, 0), (2, 2), (4, 14)])
+def test_narrow_counts_have_no_room(width: int, most: int) -> None:
+    disk = full(width)
+    for _ in range(most):
+        disk.create()
+    clean(disk.machine)
+    before = disk.file
+    with pytest.raises(NotSupported, match=f"reference counts of {width} bit"):
+        disk.create()
+    assert disk.file == before
+    # What the disk and the snapshot have in common needs no further count.
+    for snapshot_id in list(disk.held):
+        disk.apply(snapshot_id)
+    disk.verify()
+
+
+def test_names_and_their_limits() -> None:
+    disk = Disk(1 << 20, cluster_size=4096)
+    assert disk.create("a" * 65535) == "1"
+    assert disk.create("ü\udcff") == "2"
+    assert disk.machine.format.snapshots[1].name == "ü\udcff"
+    before = disk.file
+    with pytest.raises(UsageError):
+        disk.create("a" * 65536)
+    for action in ("apply_snapshot", "delete_snapshot", "show_snapshot"):
+        with pytest.raises(NoSuchSnapshot):
+            disk.run(getattr(disk.machine.format, action)("3", None))
+    assert disk.file == before
+    disk.delete("1")
+    assert disk.create() == "3"
+    disk.verify()
+
+
+def test_unknown_extra_data_stay() -> None:
+    disk = Disk(1 << 20, cluster_size=4096)
+    disk.create("one")
+    file = bytearray(disk.file)
+    at = entry_of(disk)
+    extra = struct.pack(">QQQ", 0, 1 << 20, 7) + b"unknown."
+    entry = file[at : at + 36] + struct.pack(">I", len(extra)) + extra + b"1one"
+    file[at : at + len(entry)] = entry
+    machine = reopened(file)
+    assert machine.format.snapshots[0].icount == 7
+    machine.run(machine.format.create_snapshot(SnapshotInfo("", "two")))
+    image = reopened(machine.slots["file"]).format
+    assert image.snapshot_table[0].extra == extra
+    assert [info.name for info in image.snapshots] == ["one", "two"]
+
+
+@pytest.mark.parametrize("length", [0, 8, 16])
+def test_short_extra_data(length: int) -> None:
+    """Version 2 may have none: the size is then that of the disk."""
+    disk = Disk(1 << 20, cluster_size=4096, compat="0.10")
+    disk.machine.write(0, b"first")
+    disk.model[:5] = b"first"
+    disk.create("one")
+    file = bytearray(disk.file)
+    at = entry_of(disk)
+    extra = struct.pack(">QQ", 0, 1 << 20)[:length]
+    entry = file[at : at + 36] + struct.pack(">I", length) + extra + b"1one"
+    file[at : at + 80] = entry.ljust(80, b"\0")
+    machine = reopened(file)
+    machine.write(0, b"other")
+    clean(machine)
+    machine.run(machine.format.apply_snapshot("1", None))
+    assert machine.read(0, 1 << 20) == bytes(disk.model)
+    machine.run(machine.format.delete_snapshot("1", None))
+    clean(machine)
+    assert own_check(bytes(machine.slots["file"])).findings == []
+
+
+@pytest.mark.parametrize(
+    ("offset", "data", "word"),
+    [
+        (36, struct.pack(">I", 1025), "extra"),
+        (0, struct.pack(">Q", 512), "offset invalid"),
+        (0, struct.pack(">Q", 1 << 40), "outside"),
+        (8, struct.pack(">I", 5 << 20), "too large"),
+        (48, struct.pack(">Q", 1 << 62), "disk is too large"),
+    ],
+)
+def test_damaged_entries(offset: int, data: bytes, word: str) -> None:
+    disk = Disk(1 << 20, cluster_size=4096)
+    disk.machine.write(0, b"data")
+    disk.create("one")
+    file = bytearray(disk.file)
+    at = entry_of(disk) + offset
+    file[at : at + len(data)] = data
+    found = own_check(bytes(file))
+    assert found.corruptions and found.uncovered and not found.leaks
+    if offset == 36:
+        with pytest.raises(MalformedImage, match=word):
+            reopened(file)
+        return
+    machine = reopened(file)
+    for action in ("apply_snapshot", "delete_snapshot", "show_snapshot"):
+        with pytest.raises((MalformedImage, CorruptImage), match=word):
+            machine.run(getattr(machine.format, action)("1", None))
+    assert machine.slots["file"] == file
+    assert machine.read(0, 4) == b"data"
+
+
+def test_version_2_is_not_resized() -> None:
+    disk = Disk(1 << 20, cluster_size=4096, compat="0.10")
+    disk.create()
+    with pytest.raises(NotSupported, match="Can't resize a v2 image which has snapshots"):
+        disk.resize(2 << 20)
+
+
+def test_compressed_clusters_are_shared(tmp_path: Path) -> None:
+    disk = Disk(1 << 20, cluster_size=4096)
+    data = b"".join(bytes([i]) * 4096 for i in range(40))
+    assert disk.machine.write_packed(0, data)
+    disk.model[: len(data)] = data
+    disk.create("one")
+    assert disk.machine.write_packed(len(data), data)
+    disk.model[len(data) : 2 * len(data)] = data
+    disk.create("two")
+    workload(disk.machine, disk.model, 1, 30)
+    disk.verify()
+    disk.apply("1")
+    workload(disk.machine, disk.model, 2, 10)
+    disk.delete("1")
+    if oracle.shutil.which("qemu-img"):
+        disk.verify_with_qemu(tmp_path)
+    disk.verify()

@@ -18,7 +18,7 @@ from ...errors import CorruptImage, NoSpace
 from ...ondisk import zeros
 from ...units import align_up
 from .core import OFFSET, REFBLOCK_LOAD, SLOT
-from .header import MAX_REFTABLE_BYTES
+from .header import MAX_L1_BYTES, MAX_REFTABLE_BYTES
 from .mapping import Mapping
 from .refblock import empty
 from .runs import Run
@@ -57,6 +57,8 @@ class Allocator(Mapping):
             first = h.snapshots_offset >> bits
             self.reserved.add(first, first + -(-self.snapshot_bytes >> bits))
         for snapshot in self.snapshot_table:
+            if 8 * snapshot.l1_size > MAX_L1_BYTES:
+                continue  # no snapshot can be read by such an entry
             first = snapshot.l1_offset >> bits
             self.reserved.add(first, first + -(-8 * snapshot.l1_size >> bits))
         if self.directory is not None:

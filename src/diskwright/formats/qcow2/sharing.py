@@ -7,10 +7,10 @@ time, and leave nothing dirty behind.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING
 
-from ...contract import MetaWrite, Procedure, Progress, Quiesce, Read, Table, Write
+from ...contract import Length, MetaWrite, Procedure, Progress, Quiesce, Read, Table, Write
 from ...errors import CorruptImage
 from ...ondisk import big_endian_array, big_endian_bytes
 from ..editing import ask, flush, unpin
@@ -260,8 +260,21 @@ def set_copied(image: Qcow2) -> Procedure:
 
 
 # -- before anything changes
+def check_counted(image: Qcow2, clusters: Iterable[int]) -> None:
+    """Raise CorruptImage where a cluster has no refcount block to count it."""
+    shift = image.block_shift
+    for index in {cluster >> shift for cluster in clusters}:
+        if not image.block_offset(index):
+            raise CorruptImage(
+                f"Clusters are in use that have no refcount block (index {index:#x})",
+                field="refcount table entry",
+                offset=image.header.reftable_offset + 8 * index,
+            )
+
+
 def survey(image: Qcow2, l1: Sequence[int], raises: bool) -> Procedure:
-    """Look at all that ``l1`` refers to.  Raises CorruptImage where an entry means nothing.
+    """Look at all that ``l1`` refers to.  Raises CorruptImage where an entry means nothing, or
+    names what is not in the file or not counted.
 
     ``raises``: every reference is about to be counted once more.  Returns whether all counts have
     room for that.
@@ -270,11 +283,18 @@ def survey(image: Qcow2, l1: Sequence[int], raises: bool) -> Procedure:
     most = (1 << image.refcount_bits) - 1
     full = set((yield from _nearly_full(image, most))) if raises else set()
     need = Counts()
+    length = yield Length(SLOT)
+    end = -(-length >> image.cluster_bits)
 
     def look(offset: int, raw: bytes) -> Procedure:
         found: Clusters = {offset >> image.cluster_bits: 1}
         for start in range(0, len(raw) >> 3, _SLICE):
             hosts(image, offset, raw, start, found)
+            if found and max(found) >= end:
+                raise CorruptImage(
+                    "A table names a cluster outside of the file", field="L2 table", offset=offset
+                )
+            check_counted(image, found)
             if full:
                 _note(found, full, image.block_shift, need)
             found.clear()

@@ -19,8 +19,8 @@ import struct
 from array import array
 from typing import TYPE_CHECKING
 
-from ...contract import Barrier, MetaWrite, Procedure, Quiesce, Read, Table, Write
-from ...errors import NotSupported, UsageError
+from ...contract import Barrier, Length, MetaWrite, Procedure, Quiesce, Read, Table, Write
+from ...errors import CorruptImage, MalformedImage, NotSupported, UsageError
 from ...ondisk import big_endian_array, big_endian_bytes, zeros
 from ..editing import ask, flush, unpin
 from . import header as hd
@@ -29,8 +29,8 @@ from .edit import announce
 from .resizing import size_fields
 from .rewrite import drop_clusters
 from .runs import Run
-from .sharing import Recounter, clear_copied, set_copied, survey
-from .snaptable import Snapshot, encode_table
+from .sharing import Recounter, check_counted, clear_copied, set_copied, survey
+from .snaptable import Snapshot, damage, encode_table
 
 if TYPE_CHECKING:
     from .format import Qcow2
@@ -58,7 +58,18 @@ def check_can_share(image: Qcow2) -> None:
 
 
 def read_l1(image: Qcow2, snapshot: Snapshot) -> Procedure:
-    """The L1 table of a snapshot, at most 32 MiB."""
+    """The L1 table of a snapshot, at most 32 MiB.  Raises MalformedImage, and CorruptImage for one
+    that is not in the file: nothing can be told of what it held."""
+    wrong = damage(image.header, snapshot)
+    if wrong is not None:
+        raise MalformedImage(wrong[1], field=wrong[0])
+    last = snapshot.l1_offset + 8 * snapshot.l1_size
+    if last > (yield Length(SLOT)):
+        raise CorruptImage(
+            "Snapshot L1 table is outside of the file",
+            field="l1_table_offset",
+            offset=snapshot.l1_offset,
+        )
     raw = yield Read(SLOT, [(snapshot.l1_offset, 8 * snapshot.l1_size)])
     return big_endian_array(64, raw[0])
 
@@ -178,6 +189,8 @@ def delete(image: Qcow2, snapshot: Snapshot) -> Procedure:
     check_can_share(image)
     l1 = yield from read_l1(image, snapshot)
     yield from survey(image, l1, raises=False)
+    own = _run(image, snapshot.l1_offset, 8 * snapshot.l1_size)
+    check_counted(image, range(*own))
     yield from announce(image)
     rest = [other for other in image.snapshot_table if other is not snapshot]
     place = 0
@@ -186,7 +199,7 @@ def delete(image: Qcow2, snapshot: Snapshot) -> Procedure:
     yield from begin(image)
     yield from _switch(image, rest, place)
     lower = Recounter(image, -1)
-    yield from lower.region(*_run(image, snapshot.l1_offset, 8 * snapshot.l1_size))
+    yield from lower.region(*own)
     yield from lower.l1(l1)
     yield from set_copied(image)
     yield from end(image)

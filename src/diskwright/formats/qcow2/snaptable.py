@@ -69,6 +69,22 @@ class Snapshot(NamedTuple):
         return out.ljust(align_up(len(out), 8), b"\0")
 
 
+def damage(h: hd.Header, snapshot: Snapshot) -> tuple[str, str, str] | None:
+    """What keeps a snapshot from being used, as (field, what is wrong, what a check says of it);
+    None: nothing that its entry says.  The L1 table is aligned, and at most 32 MiB long."""
+    offset, size = snapshot.l1_offset, snapshot.l1_size
+    if size * 8 > hd.MAX_L1_BYTES:
+        found = f"l1_size={size:#x}: L1 table is too large"
+        return "l1_size", "Snapshot L1 table too large", found
+    if offset % (1 << h.cluster_bits) or offset + 8 * size > hd.MAX_OFFSET:
+        found = f"l1_offset={offset:#x}: L1 table is not cluster aligned"
+        return "l1_table_offset", "Snapshot L1 table offset invalid", found
+    disk = snapshot.disk_size or 0
+    if disk >= 1 << 63 or hd.l1_bytes(h, disk) > hd.MAX_L1_BYTES:
+        return "disk size", "Snapshot's disk is too large", f"disk_size={disk:#x}: too large"
+    return None
+
+
 def described(snapshot: Snapshot) -> SnapshotInfo:
     """A table entry for callers; bytes that are not UTF-8 survive as surrogates."""
     return SnapshotInfo(
@@ -95,7 +111,7 @@ def read_table(image: Qcow2) -> Procedure:
     """The snapshots of an image and the length of their table in bytes: ``(list, length)``.
 
     Raises MalformedImage for a table that breaks a bound: 64 MiB in all, 1 KiB of extra data an
-    entry, L1 tables that are aligned and at most 32 MiB long.
+    entry.  What an entry says of its snapshot is looked at when that is used: see `damage`.
     """
     h = image.header
     found: list[Snapshot] = []
@@ -134,19 +150,11 @@ def _parse(h: hd.Header, data: bytes, at: int, place: int) -> tuple[Snapshot, in
         raise MalformedImage(
             "Too much extra metadata in snapshot table entry", field="extra_data_size", offset=place
         )
-    if l1_size * 8 > hd.MAX_L1_BYTES:
-        raise MalformedImage("Snapshot L1 table too large", field="l1_size", offset=place)
-    if l1_offset % (1 << h.cluster_bits) or l1_offset + 8 * l1_size > hd.MAX_OFFSET:
-        raise MalformedImage(
-            "Snapshot L1 table offset invalid", field="l1_table_offset", offset=place
-        )
     first = at + _ENTRY.size
     extra = data[first : first + extra_length]
     disk_size = icount = None
     if extra_length >= LEAST_EXTRA:
         state_size, disk_size = struct.unpack_from(">QQ", extra)
-        if disk_size >= 1 << 63 or hd.l1_bytes(h, disk_size) > hd.MAX_L1_BYTES:
-            raise MalformedImage("Snapshot's disk is too large", field="disk size", offset=place)
     if extra_length >= _EXTRA.size:
         (icount,) = struct.unpack_from(">Q", extra, LEAST_EXTRA)
         if icount == _NO_ICOUNT:
