@@ -10,7 +10,7 @@ from typing import Any
 
 import oracle
 import pytest
-from machine import Machine
+from machine import Machine, put
 from test_qcow2_cross import made, own_check, verify
 
 from diskwright.errors import CorruptImage, DamagedData, UsageError
@@ -155,7 +155,10 @@ def test_turns_with_qemu(backing: int | None, seed: int, tmp_path: Path) -> None
         their_turn(path, model, rng)
         if turn % 2 == 0:
             wanted = rng.choice([8 * CLUSTER + 1024, 13 * CLUSTER + 512])
-            oracle.ok("qemu-img", "resize", "-q", "-f", "qcow2", "--shrink", str(path), str(wanted))
+            done = oracle.run("qemu-img", "resize", "-q", "--shrink", str(path), str(wanted))
+            if "Failed to zero out new clusters" in done.stderr:
+                return  # it cannot grow behind a compressed cluster over a longer backing file
+            assert done.returncode == 0, done.stderr
             del model[wanted:]
             model.extend(bytes(wanted - len(model)))
         machine = Machine(path.read_bytes(), base)
@@ -371,6 +374,44 @@ def test_the_zero_flag_means_nothing() -> None:
     machine = broken(0, 1)
     assert machine.read(0, CLUSTER) == b"d" * CLUSTER
     assert "reserved bits set" in found(machine)
+
+
+@oracle.needs_qemu
+@pytest.mark.parametrize(
+    ("word", "value", "index", "reads"),
+    [
+        (1, 1 << 32 + 4, 0, b"d" * CLUSTER),
+        (1, 1, 3, bytes(CLUSTER)),
+        (1, 1, 1, b"p" * CLUSTER),
+        (0, 1, 0, b"d" * CLUSTER),
+        (0, 1 << 40, 0, bytes(CLUSTER)),
+        (0, 512, 0, bytes(CLUSTER)),
+        (0, 1 << 63, 0, b"d" * CLUSTER),
+        (0, 1 << 63, 1, b"p" * CLUSTER),
+    ],
+)
+def test_repair(word: int, value: int, index: int, reads: bytes, tmp_path: Path) -> None:
+    machine = broken(word, value, index)
+    file = bytes(machine.slots["file"])
+    log = len(machine.log)
+    result = machine.run(machine.format.check(fix="all"))
+    assert (result.corruptions, result.leaks, result.corruptions_fixed > 0) == (0, 0, True)
+    states = [bytearray(file)]
+    for kind, *rest in machine.log[log:]:
+        if kind == "write":
+            states.append(states[-1][:])
+            put(states[-1], *rest)
+    for state in states:  # whenever it ends, it can be done again
+        again = Machine(bytes(state))
+        again.open(qcow2.DRIVER, check=True)
+        again.run(again.format.check(fix="all"))
+        machine = Machine(bytes(again.slots["file"]))
+        machine.open(qcow2.DRIVER)
+        assert machine.read(index * CLUSTER, CLUSTER) == reads
+        assert machine.read((index != 1) * CLUSTER, 1) == (b"d" if index == 1 else b"p")
+    path = tmp_path / "image.qcow2"
+    path.write_bytes(machine.close())
+    oracle.check(path)
 
 
 @pytest.mark.parametrize("seed", range(20))

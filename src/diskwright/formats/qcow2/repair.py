@@ -23,6 +23,7 @@ from .mending import Mender
 from .rebuild import renew
 from .references import uncovered
 from .relink import Relinker
+from .submending import SubMender
 
 if TYPE_CHECKING:
     from .format import Qcow2
@@ -105,9 +106,8 @@ class Repairer:
         image.reserve_structures()
         image.cursor = max(start, found.counts.end)
         image.fresh = max(image.fresh, image.cursor)
-        relinker = Relinker(image, found)
-        if not image.extended:  # entries of two words are not mended
-            yield from relinker.run()
+        relinker = SubMender(image, found) if image.extended else Relinker(image, found)
+        yield from relinker.run()
         yield Quiesce()
         last = Mender(image, self._begin)
         last.lower = last.lift = last.all_flags = True
@@ -132,7 +132,8 @@ class Repairer:
         h = self.header
         if h.version < 3:
             return
-        if self.everything and self.covered:
+        # Of extended entries some damage may stay, and the image has to open all the same.
+        if self.everything and self.covered and not self.image.extended:
             h.incompatible |= hd.DIRTY
         h.autoclear &= hd.BITMAPS | hd.RAW_DATA_FILE
         yield Write([MetaWrite(SLOT, hd.FEATURES_OFFSET, h.features())])
