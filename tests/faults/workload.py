@@ -26,7 +26,7 @@ GROWN = 2 * MIB + 512 * 1024  # more than an L1 table of one cluster maps
 FULL = 2 * MIB - 12 * 1024  # what a refcount table of one cluster can count, nearly
 BASE = 64 * 1024
 LARGE = ("vhdx", "vhdx-differencing", "vmdk", "vmdk-zeroed", "vmdk-backing")
-KINDS = ("everything", "refcount table", *LARGE)
+KINDS = ("everything", "refcount table", "subclusters", *LARGE)
 
 
 class Wrong(AssertionError):
@@ -44,7 +44,7 @@ def opened(driver: Any, leaf: RecordingNode, backing: Node | None) -> tuple[Mapp
     return MappedNode(driver, "qcow2", format, slots, Tables(3000)), opening
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=3)
 def prepared(kind: str) -> tuple[bytes, bytes, bytes, int]:
     """(overlay, base, guest bytes, next free guest offset).  Of ``refcount table`` the overlay's
     refcount table is nearly full, so that the workload moves it."""
@@ -52,10 +52,14 @@ def prepared(kind: str) -> tuple[bytes, bytes, bytes, int]:
     full = FULL if kind == "refcount table" else 64 * 1024
     driver = Driver()
     base_leaf = RecordingNode(driver, qcow2_image(("cluster_size", CLUSTER), ("size", BASE)))
+    shape: tuple[tuple[str, Any], ...] = (("cluster_size", CLUSTER),)
+    if kind == "subclusters":
+        shape = (("cluster_size", 32 * CLUSTER), ("extended_l2", True))
+        full = 128 * 1024
     image = qcow2_image(
         ("backing_file", "base"),
         ("backing_fmt", "qcow2"),
-        ("cluster_size", CLUSTER),
+        *shape,
         ("refcount_bits", 64),
         ("size", size),
     )
