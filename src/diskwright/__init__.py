@@ -22,6 +22,7 @@ if TYPE_CHECKING:
         open,
         plan_repair,
         rebase,
+        salvage,
         undo,
     )
 
@@ -36,6 +37,7 @@ __all__ = [
     "check",
     "plan_repair",
     "undo",
+    "salvage",
     "convert",
     "compare",
     "commit",

@@ -95,6 +95,7 @@ if TYPE_CHECKING:
     check = awaitable(calls.check)
     plan_repair = awaitable(calls.plan_repair)
     undo = awaitable(calls.undo)
+    salvage = awaitable(calls.salvage)
     convert = awaitable(calls.convert)
     compare = awaitable(calls.compare)
     commit = awaitable(calls.commit)

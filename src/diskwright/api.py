@@ -38,7 +38,7 @@ T = TypeVar("T")
 
 OPERATIONS = (
     "info", "info_chain", "check", "plan_repair", "undo", "convert", "compare", "commit", "rebase",
-    "amend",
+    "amend", "salvage",
 )  # fmt: skip
 """Functions of :mod:`diskwright.ops.calls`, which is imported with the first of them."""
 
@@ -146,6 +146,7 @@ if TYPE_CHECKING:
     check = blocking(calls.check)
     plan_repair = blocking(calls.plan_repair)
     undo = blocking(calls.undo)
+    salvage = blocking(calls.salvage)
     convert = blocking(calls.convert)
     compare = blocking(calls.compare)
     commit = blocking(calls.commit)

@@ -250,6 +250,15 @@ class Length(NamedTuple):
     slot: str
 
 
+class DataRanges(NamedTuple):
+    """Sent back: list of the ranges of ``slot`` within these bytes that may hold more than zeroes,
+    ascending; the others are holes of the file."""
+
+    slot: str
+    offset: int
+    length: int
+
+
 class Truncate(NamedTuple):
     """Set the length of the child in ``slot``; ``preallocation`` of growth: off, falloc or full."""
 
@@ -325,6 +334,7 @@ Request = (
     | Barrier
     | Quiesce
     | Length
+    | DataRanges
     | Truncate
     | Punch
     | Open

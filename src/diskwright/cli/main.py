@@ -47,6 +47,7 @@ IMG_VERBS = {
 }
 OWN_VERBS = {
     "io": "Read and write by commands",
+    "salvage": "Copy what can be read out of a damaged image",
     "serve": "Serve a disk over NBD",
 }
 # Tools without verbs: the whole command line belongs to one module.

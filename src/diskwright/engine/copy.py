@@ -10,7 +10,7 @@ from itertools import groupby
 from typing import NamedTuple
 
 from ..contract import MAY_UNMAP
-from ..errors import DiskError, words
+from ..errors import CorruptImage, DiskError, words
 from .buffers import page_buffer, zero_runs
 from .kernel import BaseDriver, Cancelled, Future, wait_all
 from .node import Node
@@ -58,6 +58,7 @@ class CopyOptions(NamedTuple):
     (0: anything may be written); ``buffer`` is a multiple of it, the segments are rounded to it.
     ``rate``: bytes a second, 0 for no limit.  ``offload``: let the kernel copy between plain files.
     ``salvage``: a range that cannot be read becomes zeroes and is told to ``on_lost``.
+    ``damaged``: so does one that cannot be decoded, in units of so many bytes of the source.
     """
 
     sparse: int = 4096
@@ -70,6 +71,7 @@ class CopyOptions(NamedTuple):
     zero_flags: int = MAY_UNMAP
     offload: bool = False
     salvage: bool = False
+    damaged: int = 0
     units: int = 0
 
 
@@ -113,7 +115,7 @@ class Copier:
         target: Node,
         options: CopyOptions,
         on_progress: Callable[[int, bool], None] | None = None,
-        on_lost: Callable[[int, int, OSError], None] | None = None,
+        on_lost: Callable[[int, int, OSError | CorruptImage], None] | None = None,
     ) -> None:
         self.driver = driver
         self.target = target
@@ -256,9 +258,30 @@ class Copier:
                     await self._read_from(source, [one])
                 return
             part, view = held[0]
+            if self.options.damaged and isinstance(error, (OSError, CorruptImage)):
+                await self._piecewise(part, view)
+                return
             if not self.options.salvage or not isinstance(error, OSError):
                 raise CopyFailed("read", part.target_offset, error) from error
             await self._salvage(part, view)
+
+    async def _piecewise(self, part: Segment, view: memoryview) -> None:
+        """By allocation units: one that cannot be decoded is lost as a whole, and no smaller part
+        of it could be read."""
+        unit = max(self.options.damaged, 512)
+        start = 0
+        while start < part.length:
+            size = min(unit - (part.source_offset + start) % unit, part.length - start)
+            offset, piece = part.source_offset + start, view[start : start + size]
+            try:
+                await part.source.read([offset], [size], [piece])
+            except OSError:
+                await self._salvage(part._replace(source_offset=offset, length=size), piece)
+            except CorruptImage as failed:
+                piece[:] = bytes(size)
+                if self.on_lost is not None:
+                    self.on_lost(offset, size, failed)
+            start += size
 
     async def _salvage(self, part: Segment, view: memoryview) -> None:
         """Read what can be read, in sectors; the rest becomes zeroes and is reported."""
@@ -359,7 +382,7 @@ async def copy(
     segments: AsyncIterator[Segment],
     options: CopyOptions | None = None,
     on_progress: Callable[[int, bool], None] | None = None,
-    on_lost: Callable[[int, int, OSError], None] | None = None,
+    on_lost: Callable[[int, int, OSError | CorruptImage], None] | None = None,
 ) -> None:
     """Copy ``segments`` into ``target``; see :class:`CopyOptions`."""
     await Copier(driver, target, options or CopyOptions(), on_progress, on_lost).run(segments)

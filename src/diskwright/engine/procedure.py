@@ -10,6 +10,7 @@ from ..contract import (
     Barrier,
     Compute,
     Create,
+    DataRanges,
     GuestRead,
     GuestWrite,
     Length,
@@ -24,6 +25,7 @@ from ..contract import (
     Write,
 )
 from ..errors import NotSupported, Refused
+from ..extents import ZERO
 from .kernel import Cancelled, Future
 from .leases import WHOLE
 
@@ -129,6 +131,13 @@ class Procedures:
             return engine.view.clear()
         if isinstance(request, Length):
             return engine.slots[request.slot].size
+        if isinstance(request, DataRanges):
+            at, ranges = request.offset, []
+            for extent in await engine.slots[request.slot].extents(at, request.length):
+                if extent.kind != ZERO:
+                    ranges.append((at, extent.length))
+                at += extent.length
+            return ranges
         if isinstance(request, Truncate):
             return await engine.slots[request.slot].truncate(request.size, request.preallocation)
         if isinstance(request, Punch):

@@ -33,7 +33,14 @@ class Graph:
         """Further uses, by operations inside (a commit writes to a backing file)."""
         self.sparse: dict[Node, bool] = {}
         """What :func:`.status.sparse_below` found out, once for each node."""
+        self.salvage = False
+        """The next format that is opened is to make the best of a damaged image."""
         self._serial = 100
+
+    def told_once(self) -> dict[str, bool]:
+        """Options for the next format alone."""
+        salvage, self.salvage = self.salvage, False
+        return {"salvage": True} if salvage else {}
 
     # -- names
     def new_name(self) -> str:

@@ -272,6 +272,7 @@ class Opening:
             "metadata-only": self.metadata_only,
             "file-name": leaf.options.get("filename"),
             "secrets": self.graph.secrets,
+            **self.graph.told_once(),
         }
         if leaf.driver_name == "host_device":
             told["zero_beyond_end"] = False  # a device holds whatever it held before

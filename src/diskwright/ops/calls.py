@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .check import Checked
     from .compare import Comparison
     from .info import NodeInfo
+    from .salvage import Salvaged
     from .undo import Undone
 
 Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
@@ -188,6 +189,39 @@ async def undo(
     with _plain_errors():
         spec = spec_of(source, None, policy, map_paths=map_paths)
         return await undo(driver, spec, os.fsdecode(undo_file))
+
+
+async def salvage(
+    driver: BaseDriver,
+    source: Source,
+    target: Path,
+    target_format: str = "raw",
+    *,
+    format: str | None = None,
+    policy: str | None = None,
+    map_paths: MapPaths = None,
+    secrets: Keys = None,
+    options: Mapping[str, Any] | None = None,
+    force: bool = False,
+    force_share: bool = False,
+    on_progress: OnProgress | None = None,
+) -> Salvaged:
+    """Copy what can be read out of a damaged image into the new image ``target``.
+
+    ``options`` are creation options; with ``force`` the target may exist.  The result's ``map`` has
+    the parts that are lost or guessed, and why.  The source is never written to.
+    """
+    from .salvage import salvage
+
+    with _plain_errors():
+        return await salvage(
+            driver,
+            spec_of(source, format, policy, "writeback", force_share, map_paths, secrets),
+            spec_of(target, target_format, policy, map_paths=map_paths),
+            options,
+            force=force,
+            on_progress=on_progress,
+        )
 
 
 async def convert(
