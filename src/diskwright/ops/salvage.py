@@ -19,7 +19,7 @@ from .create import creatable, create
 from .images import ImageSpec
 from .mapfile import GUESSED, LOST, DamageMap
 
-_WINDOW = 64 << 20
+_WINDOW = 1 << 40
 _MOST_PARTS = 1 << 18
 _Part = tuple[int, int, str, str]  # start, end, state, why
 OnProgress = Callable[[int, int], None]
