@@ -17,6 +17,7 @@ from diskwright.testing.memory import POISON, RecordingNode
 from diskwright.testing.model import Mismatch, Model
 from diskwright.testing.scheduler import SeededDriver
 
+from .bitmaps import Followed
 from .kits import KINDS, Kit
 
 
@@ -61,6 +62,7 @@ class Workload:
         self.steps = steps or kit.steps
         self.stats: Counter[str] = Counter()
         self.last = 0
+        self.followed = Followed(self.node, random.Random(seed), self.driver.tick)
 
     def _node(self, driver: Any, leaves: list[RecordingNode], budget: int) -> Any:
         slots = dict(zip(("file", "data-file"), leaves, strict=False))
@@ -139,6 +141,7 @@ class Workload:
         await self.node.truncate(size)
         self.size = size
         self.sizes.append((begun, self.driver.tick(), size))
+        self.followed.resized(size)
         request.finish(self.driver.tick(), True, True)
 
     async def main(self) -> None:
@@ -147,6 +150,7 @@ class Workload:
         menu += [self._flush, self._flush]
         menu += [self._resize] * self.kit.may_resize()
         menu += [self._write_packed] * (6 * self.kit.packs)
+        menu += [self.followed.step] * (8 * self.kit.bitmaps)
         beside = None
         for _ in range(self.steps):
             action = self.rng.choice(menu)
@@ -191,7 +195,7 @@ class Workload:
         node, opening = self._node(driver, leaves, 1 << 20)
         format = self.kit.format
         dirty = format == "vhdx" or (format == "qcow2" and bool(image[79] & 1) and image[7] > 2)
-        content = driver.run(self._look(node, opening, what))
+        content = driver.run(self._look(node, opening, moment, what))
         sizes = [s for begun, ended, s in self.sizes if begun <= moment]
         settled = max(i for i, (_, ended, _) in enumerate(self.sizes) if ended <= moment)
         if len(content) not in {s for _, _, s in self.sizes[settled : len(sizes)]}:
@@ -205,13 +209,16 @@ class Workload:
             raise Mismatch(f"{what}: the raw data file is not what the disk reads")
         return Saved(self.kind, self.seed, moment, image, self.base, content, dirty, format, data)
 
-    async def _look(self, node: Any, opening: Any, what: str) -> bytes:
+    async def _look(self, node: Any, opening: Any, moment: int, what: str) -> bytes:
         await node.run_procedure(opening, whole_image=False)
         result = await node.run_procedure(node.format.check(), whole_image=False)
         if result.corruptions or result.check_errors:
             raise Mismatch(f"{what}: check: {result.findings[:4]}")
         self.stats["leaks"] += bool(result.leaks)
         (content,) = await node.read([0], [node.size])
+        if self.kit.bitmaps:
+            good = await self.followed.judge(node, bytes(content), moment, what)
+            self.stats["good bitmaps"] += good
         return bytes(content)
 
 

@@ -13,7 +13,7 @@ from races.packed import Recall
 KIB, MIB = 1 << 10, 1 << 20
 EXTERNAL = ("data-file", "raw-data-file", "data-file-backing")
 QCOW2 = ("plain", "backing", "lazy", "v2", "narrow", "wide", "zeroing", "packed",
-         "extended", "extended-packed", *EXTERNAL)  # fmt: skip
+         "extended", "extended-packed", *EXTERNAL, "bitmaps")  # fmt: skip
 VHDX = ("vhdx", "vhdx-4096", "vhdx-differencing")
 VMDK = ("vmdk", "vmdk-zeroed", "vmdk-backing", "sesparse", "sesparse-backing")
 KINDS = QCOW2 + VHDX + VMDK
@@ -33,9 +33,13 @@ class Kit:
         """What was discarded reads as zeroes."""
         self.others = True
         """Other programs can open it by itself."""
+        self.bitmaps = kind == "bitmaps"
+        """It has persistent dirty bitmaps."""
         self.packs = kind.endswith("packed")
         """Some writes are compressed, by a codec of our own."""
         self.pack_unit = 512
+        if self.bitmaps:
+            self.most = 150
         if kind in VHDX:
             self._vhdx(rng)
         elif kind.startswith("sesparse"):

@@ -141,13 +141,15 @@ async def bitmap(
     ``granularity`` is for what is added, ``source`` another image that merges take from.  Stops at
     the first that fails (ActionFailed); what was done before stays done.
     """
-    node: Any = await spec.open(driver, writable=True)
+    # No guest data are read or written, so nobody looks into the backing files: the source may
+    # well be an overlay of the image.
+    node: Any = await spec.open(driver, writable=True, backing=False)
     others: list[Node] = []
     try:
         if on_open is not None:
             on_open(node)
         if source is not None:
-            others.append(await source.open(driver))
+            others.append(await source.open(driver, backing=False))
         for action in actions:
             try:
                 await act(node, name, action, granularity, others[0] if others else node)
