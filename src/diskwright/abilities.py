@@ -66,6 +66,21 @@ class Codec(Protocol):
         ValueError when they are not there; never makes more than ``unit`` bytes."""
 
 
+class Transform(Protocol):
+    """What stands between the bytes of a file and those of the guest (a cipher), as the ``xform``
+    of extents and steps.  Pure, and runs in the pool.
+
+    ``places`` are (guest offset, host offset, length) of what follows each other in ``data``, whole
+    units of the format's ``cipher_unit``.
+    """
+
+    def decode(self, places: Sequence[tuple[int, int, int]], data: Buffer) -> Buffer:
+        """The guest's bytes, as many."""
+
+    def encode(self, places: Sequence[tuple[int, int, int]], data: Buffer) -> Buffer:
+        """The file's bytes, as many."""
+
+
 class Packs(Protocol):
     """What a format says that stores single units compressed (WRITE_PACKED)."""
 

@@ -64,8 +64,9 @@ class NeedMeta(NamedTuple):
 
 class Step(NamedTuple):
     """One movement that a plan asks for.  It may cover more than was asked; the engine fills the
-    rest by an ordinary read under the lease (so it may cover less only where the rest of the host
-    space is known to read as zeroes and the guest bytes there are zeroes too)."""
+    rest by an ordinary read under the lease, and behind the end of the disk with zeroes (so it may
+    cover less only where the rest of the host space is known to read as zeroes and the guest bytes
+    there are zeroes too)."""
 
     op: int
     guest: int
@@ -321,6 +322,13 @@ class GuestWrite(NamedTuple):
     data: bytes
 
 
+class Timed(NamedTuple):
+    """The same as Compute; sent back: the result, and the seconds of processor time it took."""
+
+    function: Callable[..., Any]
+    arguments: tuple[Any, ...] = ()
+
+
 class Progress(NamedTuple):
     """How far the procedure is; also gives way to other work."""
 
@@ -340,6 +348,7 @@ Request = (
     | Open
     | Create
     | Compute
+    | Timed
     | GuestRead
     | GuestWrite
     | Progress

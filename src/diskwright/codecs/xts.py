@@ -42,7 +42,8 @@ class Xts:
         half = len(key) // 2
         ciphers = library()
         self._new = ciphers.Cipher
-        self._aes = ciphers.algorithms.AES(key)
+        # IEEE 1619 has keys of 128 and of 256 bits; LUKS also has AES-192 in this mode.
+        self._aes = ciphers.algorithms.AES(key) if half != 24 else None
         self._mode = ciphers.modes.XTS
         self._data = Ecb(key[:half])
         self._tweak = Ecb(key[half:])
@@ -59,7 +60,7 @@ class Xts:
 
     def _run(self, runs: Runs, data: Buffer, forward: bool) -> Buffer:
         vectors = self._vectors(runs)
-        if len(data) <= _FEW * SECTOR:
+        if len(data) <= _FEW * SECTOR and self._aes is not None:
             return self._few(vectors, data, forward)
         cipher = self._data.encrypt if forward else self._data.decrypt
         first = self._tweak.encrypt(vectors)

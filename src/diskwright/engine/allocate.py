@@ -237,6 +237,7 @@ class Allocator:
                 holes += overlay.holes(step.guest, target)
                 sources.append(target)
                 at += step.length
+            holes = self._inside(holes)
             if holes:
                 for slot in {step.slot for step in steps}:
                     if self.engine.slots[slot].wants_events:
@@ -253,16 +254,28 @@ class Allocator:
             if len(self._stages) < _MOST_STAGES:
                 self._stages.append(view)
 
+    def _inside(self, holes: list[tuple[int, memoryview]]) -> list[tuple[int, memoryview]]:
+        """What of ``holes`` is on the disk; behind its end a step is filled with zeroes."""
+        size = self.engine.format.size
+        out = []
+        for guest, view in holes:
+            inside = min(max(size - guest, 0), len(view))
+            if inside < len(view):
+                view[inside:] = bytes(len(view) - inside)
+            if inside:
+                out.append((guest, view[:inside]))
+        return out
+
     async def put(self, steps: Sequence[Step], sources: Sequence[Buffer], *tags: str) -> None:
         """Write ``sources`` to the hosts of ``steps``, encoded, one column batch per slot."""
         engine = self.engine
+        if any([step.xform for step in steps]):
+            steps, sources = await engine.transformer.encoded(steps, sources)
         parts: dict[str, tuple[list[int], list[Buffer]]] = {}
         for step, source in zip(steps, sources, strict=True):
             columns = parts.get(step.slot)
             if columns is None:
                 columns = parts[step.slot] = ([], [])
-            for transform in step.xform:
-                source = transform.encode(step.guest, step.host, source)
             columns[0].append(step.host)
             columns[1].append(source)
         for slot in parts:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .flat import Flat
     from .pack import Packer
     from .packed import Unpacker
+    from .transform import Transformer
 
 T = TypeVar("T")
 
@@ -71,6 +72,7 @@ class Engine:
         """The whole chain as one map, while nobody writes to it."""
         self._unpacker: Unpacker | None = None
         self._packer: Packer | None = None
+        self._transformer: Transformer | None = None
         self.writer = Writer(self)
         self.zeroer = Zeroer(self)
         self.allocator = Allocator(self)
@@ -100,6 +102,15 @@ class Engine:
 
             self._packer = Packer(self)
         return self._packer
+
+    @property
+    def transformer(self) -> Transformer:
+        """For what is encrypted."""
+        if self._transformer is None:
+            from .transform import Transformer
+
+            self._transformer = Transformer(self)
+        return self._transformer
 
     def forget_units(self) -> None:
         """Host space may hold something else from now on: unpacked units are void."""

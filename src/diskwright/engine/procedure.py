@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,7 @@ from ..contract import (
     Quiesce,
     Read,
     Request,
+    Timed,
     Truncate,
     Write,
 )
@@ -157,6 +159,8 @@ class Procedures:
             return await engine.creator(request.slot, request.name)
         if isinstance(request, Compute):
             return await engine.driver.call(request.function, *request.arguments)
+        if isinstance(request, Timed):
+            return await engine.driver.call(_timed, *request)
         if isinstance(request, GuestRead):
             (data_read,) = await engine.reader.inside([request.offset], [request.length])
             return bytes(data_read)
@@ -167,6 +171,12 @@ class Procedures:
         if self.on_progress is not None:
             self.on_progress(request.done, request.total)
         return await engine.driver.turn()
+
+
+def _timed(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, float]:
+    start = time.thread_time()
+    result = function(*arguments)
+    return result, time.thread_time() - start
 
 
 async def wait_out(task: Future[Any]) -> None:

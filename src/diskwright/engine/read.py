@@ -103,26 +103,28 @@ class Reader:
         into: Sequence[memoryview] | None,
     ) -> Sequence[Buffer]:
         self.engine.check_bounds(zip(offsets, lengths, strict=True))
-        unit = self.engine.format.cipher_unit
+        mask = self.engine.format.cipher_unit - 1
         out: list[Buffer] = []
         views: Views = []
         starts: list[int] = []
+        around: list[tuple[memoryview, memoryview]] = []
         for i, (offset, length) in enumerate(zip(offsets, lengths, strict=True)):
-            if unit == 1 and into is not None:
+            if into is not None and not (offset | length) & mask:
                 views.append(into[i])
                 starts.append(offset)
                 continue
-            start = align_down(offset, unit)
-            buffer = memoryview(bytearray(align_up(offset + length, unit) - start))
+            start = align_down(offset, mask + 1)
+            buffer = memoryview(bytearray(align_up(offset + length, mask + 1) - start))
             views.append(buffer)
             starts.append(start)
-            out.append(buffer[offset - start : offset - start + length])
-        await self.fill(starts, views, zeroed=into is None or unit > 1)
-        if into is None:
-            return out
-        for target, source in zip(into, out, strict=False):
+            part = buffer[offset - start : offset - start + length]
+            out.append(part)
+            if into is not None:
+                around.append((into[i], part))
+        await self.fill(starts, views, zeroed=into is None)
+        for target, source in around:
             target[:] = source
-        return into
+        return out if into is None else into
 
     async def fill(self, starts: Sequence[int], views: Views, zeroed: bool) -> None:
         """Fill each view with the guest bytes from its start (aligned to the cipher's unit)."""
@@ -149,8 +151,9 @@ class Reader:
                 todo = left
                 for slot, columns in gathered.parts.items():
                     running.append(engine.driver.start(self._read(slot, *columns), io=True))
-                for extent, start, view in gathered.decode:
-                    running.append(engine.driver.start(self._decode(extent, start, view), io=True))
+                if gathered.decode:
+                    fill = engine.transformer.fill(gathered.decode)
+                    running.append(engine.driver.start(fill, io=True))
                 if gathered.packed:
                     fill = engine.unpacker.fill(gathered.packed)
                     running.append(engine.driver.start(fill, io=True))
@@ -202,14 +205,6 @@ class Reader:
             await self.engine.announce(
                 "file", "read_backing_aio" if slot == "backing" else "read_aio"
             )
-
-    async def _decode(self, extent: Data, start: int, view: memoryview) -> None:
-        child = self.engine.slots[extent.slot]
-        (raw,) = await child.read([extent.host], [extent.length])
-        data: Buffer = raw
-        for transform in reversed(extent.xform):
-            data = transform.decode(start, extent.host, data)
-        view[:] = data
 
 
 def clear(view: memoryview) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from ..contract import (
@@ -46,26 +46,30 @@ class Cipher:
         word = struct.pack("<Q", (sector * 0x9E3779B97F4A7C15 + self.key) & ((1 << 64) - 1))
         return int.from_bytes(word * 8, "little")
 
-    def _sectors(self, host: int, data: Any) -> list[tuple[int, int]]:
-        if host % SECTOR or len(data) % SECTOR:
-            raise AssertionError(f"a part of a cipher sector at {host:#x}+{len(data):#x}")
-        return [
-            (int.from_bytes(data[i : i + SECTOR], "little"), self._tweak((host + i) // SECTOR))
-            for i in range(0, len(data), SECTOR)
-        ]
+    def _sectors(
+        self, places: Sequence[tuple[int, int, int]], data: Any
+    ) -> Iterator[tuple[int, int]]:
+        at = 0
+        for _, host, length in places:
+            if host % SECTOR or length % SECTOR:
+                raise AssertionError(f"a part of a cipher sector at {host:#x}+{length:#x}")
+            for sector in range(host // SECTOR, (host + length) // SECTOR):
+                number = int.from_bytes(data[at : at + SECTOR], "little")
+                yield number, self._tweak(sector)
+                at += SECTOR
 
-    def encode(self, guest: int, host: int, data: Any) -> bytes:
+    def encode(self, places: Sequence[tuple[int, int, int]], data: Any) -> bytes:
         """The bytes for the disk."""
         return b"".join(
             ((((x << 13) | (x >> (_BITS - 13))) & _MASK) ^ t).to_bytes(SECTOR, "little")
-            for x, t in self._sectors(host, data)
+            for x, t in self._sectors(places, data)
         )
 
-    def decode(self, guest: int, host: int, data: Any) -> bytes:
+    def decode(self, places: Sequence[tuple[int, int, int]], data: Any) -> bytes:
         """The guest's bytes."""
         return b"".join(
             ((((x ^ t) >> 13) | ((x ^ t) << (_BITS - 13))) & _MASK).to_bytes(SECTOR, "little")
-            for x, t in self._sectors(host, data)
+            for x, t in self._sectors(places, data)
         )
 
 
@@ -109,7 +113,7 @@ class Crypt(Fixed):
     def image(plain: bytes, key: int = 9) -> bytes:
         """The image whose guest bytes are ``plain``."""
         padded = plain + bytes(-len(plain) % SECTOR)
-        return bytes(SECTOR) + Cipher(key).encode(0, SECTOR, padded)
+        return bytes(SECTOR) + Cipher(key).encode([(0, SECTOR, len(padded))], padded)
 
     def map(self, ranges: Sequence[Range]) -> tuple[list[Extent], NeedMeta | None]:
         return [Data("file", o + SECTOR, n, True, self.cipher) for o, n in ranges], None
