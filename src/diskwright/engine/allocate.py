@@ -269,7 +269,7 @@ class Allocator:
     async def put(self, steps: Sequence[Step], sources: Sequence[Buffer], *tags: str) -> None:
         """Write ``sources`` to the hosts of ``steps``, encoded, one column batch per slot."""
         engine = self.engine
-        if any([step.xform for step in steps]):
+        if any(step.xform for step in steps):
             steps, sources = await engine.transformer.encoded(steps, sources)
         parts: dict[str, tuple[list[int], list[Buffer]]] = {}
         for step, source in zip(steps, sources, strict=True):

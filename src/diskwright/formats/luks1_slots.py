@@ -84,7 +84,8 @@ def plan_header(options: Mapping[str, Any], detached: bool = False) -> tuple[Hea
     """
     name = options.get("key-secret")
     if name is None:
-        raise UsageError(f"Parameter '{options.get('prefix', '')}key-secret' is required for cipher")
+        prefix = options.get("prefix", "")
+        raise UsageError(f"Parameter '{prefix}key-secret' is required for cipher")
     passphrase = find(options.get("secrets"), str(name))
     hash_name = str(options.get("hash-alg") or "sha256")
     check_hash("hash-alg", hash_name)

@@ -35,11 +35,32 @@ def create_new(options: Mapping[str, Any]) -> Procedure:
     return create_image(options)
 
 
+_CIPHER = "Name of encryption cipher "
+_ENCRYPT = (
+    Option("encrypt.cipher-alg", "str", _CIPHER + "algorithm"),
+    Option("encrypt.cipher-mode", "str", _CIPHER + "mode"),
+    Option("encrypt.format", "str", "Encrypt the image, format choices: 'aes', 'luks'"),
+    Option("encrypt.hash-alg", "str", "Name of encryption hash algorithm"),
+    Option("encrypt.iter-time", "int", "Time to spend in PBKDF in milliseconds"),
+    Option("encrypt.ivgen-alg", "str", "Name of IV generator algorithm"),
+    Option("encrypt.ivgen-hash-alg", "str", "Name of IV generator hash algorithm"),
+    Option(
+        "encrypt.key-secret", "str", "ID of secret providing qcow AES key or LUKS passphrase"
+    ),
+    Option(
+        "encryption",
+        "bool",
+        "Encrypt the image with format 'aes'. (Deprecated in favor of encrypt.format=aes)",
+    ),
+)
+
 DRIVER = Driver(
     name="qcow2",
     kind="format",
     options=(
         Option("backing", "str", "Backing file to use instead of the one in the header"),
+        Option("encrypt.format", "str", "Encryption that the header must name: 'aes', 'luks'"),
+        Option("encrypt.key-secret", "str", "ID of the secret that unlocks the image"),
         Option("lazy-refcounts", "bool", "Postpone refcount updates"),
         Option("compression-level", "int", "Level of what is written compressed (zlib: 1 to 9, "
                "zstd: 1 to 19)"),
@@ -76,6 +97,7 @@ DRIVER = Driver(
         Option("data_file", "str", "File name of an external data file"),
         Option("data_file_raw", "bool", "The external data file must stay valid as a raw image"),
         Option("extended_l2", "bool", "Extended L2 tables", False),
+        *_ENCRYPT,
         Option("lazy_refcounts", "bool", "Postpone refcount updates", False),
         Option(
             "preallocation",

@@ -18,7 +18,7 @@ from ...errors import CorruptImage, NoSpace
 from ...ondisk import zeros
 from ...units import align_up
 from .core import OFFSET, REFBLOCK_LOAD, SLOT
-from .header import MAX_L1_BYTES, MAX_REFTABLE_BYTES
+from .header import EXT_ENCRYPTION, MAX_L1_BYTES, MAX_REFTABLE_BYTES
 from .mapping import Mapping
 from .refblock import empty
 from .runs import Run
@@ -56,6 +56,9 @@ class Allocator(Mapping):
         if self.snapshot_bytes:
             first = h.snapshots_offset >> bits
             self.reserved.add(first, first + -(-self.snapshot_bytes >> bits))
+        if h.crypt_method == 2 and (place := h.extension(EXT_ENCRYPTION)) is not None:
+            offset, length = int.from_bytes(place[:8], "big"), int.from_bytes(place[8:16], "big")
+            self.reserved.add(offset >> bits, -(-(offset + length) >> bits))
         for snapshot in self.snapshot_table:
             if 8 * snapshot.l1_size > MAX_L1_BYTES:
                 continue  # no snapshot can be read by such an entry

@@ -38,7 +38,7 @@ def amend(image: Qcow2, options: Mapping[str, Any], force: bool) -> Procedure:
         yield from survey(image, bits)
     if version < image.header.version:
         yield from check_downgrade(image)
-    stages = _stages(image, options, version, bits)
+    stages = _stages(image, options, version, bits, force)
     for number, stage in enumerate(stages):
         yield from _scaled(stage(), number, len(stages))
 
@@ -81,12 +81,15 @@ def _check_names(image: Qcow2, options: Mapping[str, Any]) -> None:
         raise UsageError("data-file can only be set for images that use an external data file")
     if options.get("data_file_raw") and not h.autoclear & hd.RAW_DATA_FILE:
         raise UsageError("data-file-raw cannot be set on existing images")
-    if any(key.startswith("encrypt.") for key in options) and not h.crypt_method:
+    encryption = any(key.startswith("encrypt.") for key in options)
+    if encryption and not h.crypt_method:
         raise UsageError("Can't amend encryption options - encryption not present")
+    if encryption and h.crypt_method != 2:
+        raise UsageError("Only LUKS encryption options can be amended")
 
 
 def _stages(
-    image: Qcow2, options: Mapping[str, Any], version: int, bits: int
+    image: Qcow2, options: Mapping[str, Any], version: int, bits: int, force: bool
 ) -> list[Stage]:
     """What is to be done, in an order in which each step is possible."""
     stages: list[Stage] = []
@@ -98,6 +101,10 @@ def _stages(
         stages.append(lambda: _change_data_file(image, options))
     if "lazy_refcounts" in options and version > 2:
         stages.append(lambda: _change_lazy(image, bool(options["lazy_refcounts"])))
+    if any(key.startswith("encrypt.") for key in options):
+        from .encryption import amend_encryption
+
+        stages.append(lambda: amend_encryption(image, options, force))
     if "size" in options and options["size"] != image.size:
         stages.append(lambda: image.resize(int(options["size"]), "off", True))
     if version < image.header.version:

@@ -167,6 +167,10 @@ class Core:
         asked = self.options.get(f"pass-discard-{what}")
         return asked is None or bool(asked)
 
+    def zeroes(self, guest: int, host: int, length: int) -> bytes:
+        """What reads as zeroes at ``guest``, stored at ``host``."""
+        return bytes(length)
+
     # -- compressed clusters
     @property
     def codec(self) -> Codec:

@@ -5,27 +5,24 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ...contract import Barrier, Create, Length, MetaWrite, Procedure, Progress, Truncate, Write
 from ...errors import DiskError, UnsupportedFeature, UsageError
 from ...ondisk import big_endian_bytes, zeros
 from ...units import align_up, is_power_of_two
 from . import header as hd
-from .core import COPIED, DATA_SLOT, SLOT
+from .core import COPIED, DATA_SLOT, SLOT, ZERO_FLAG
 from .refblock import empty
+
+if TYPE_CHECKING:
+    from .encryption import NewEncryption
 
 VERSIONS = {"0.10": 2, "v2": 2, "1.1": 3, "v3": 3}
 PREALLOCATIONS = ("off", "metadata", "falloc", "full")
 # Below this cluster size the table of feature names would crowd the header cluster.
 FEATURE_TABLE_CLUSTER = 8192
 _CHUNK = 1 << 20
-# Options of later versions: the value that asks for nothing.
-_NOT_YET = {
-    "encryption": (False, "encryption"),
-    "encrypt.format": (None, "encryption"),
-    "encrypt": (None, "encryption"),
-}
 
 
 def new_header(options: Mapping[str, Any]) -> hd.Header:
@@ -63,9 +60,6 @@ def new_header(options: Mapping[str, Any]) -> hd.Header:
 
 
 def _check_features(h: hd.Header, options: Mapping[str, Any]) -> None:
-    for name, (nothing, feature) in _NOT_YET.items():
-        if options.get(name, nothing) not in (nothing, False, None):
-            raise UnsupportedFeature(feature)
     refcount_bits = int(options.get("refcount_bits", 16))
     if not is_power_of_two(refcount_bits) or refcount_bits > 64:
         raise UsageError("Refcount width must be a power of two and may not exceed 64 bits")
@@ -174,11 +168,12 @@ def set_backing(h: hd.Header, name: str | None, fmt: str | None) -> None:
 class Layout:
     """Where the structures of a new image are, in clusters.
 
-    Header, refcount table, refcount blocks, L1, and for preallocated metadata the L2 tables and
-    (unless they have a file of their own) the data; without gaps.
+    Header, refcount table, refcount blocks, L1, encryption header (of ``encryption`` bytes), and
+    for preallocated metadata the L2 tables and (unless they have a file of their own) the data;
+    without gaps.
     """
 
-    def __init__(self, h: hd.Header, preallocated: bool) -> None:
+    def __init__(self, h: hd.Header, preallocated: bool, encryption: int = 0) -> None:
         bits = h.cluster_bits
         size = 1 << bits
         order = h.refcount_order if h.version > 2 else 4
@@ -187,7 +182,9 @@ class Layout:
         self.l2_tables = h.l1_size if preallocated else 0
         self.external = bool(h.incompatible & hd.DATA_FILE)
         self.data_clusters = -(-h.size >> bits) if preallocated and not self.external else 0
-        fixed = 1 + self.l1_clusters + self.l2_tables + self.data_clusters
+        self.encryption_clusters = -(-encryption >> bits)
+        fixed = 1 + self.l1_clusters + self.encryption_clusters + self.l2_tables
+        fixed += self.data_clusters
         blocks = table = 1
         while True:
             total = fixed + blocks + table
@@ -206,7 +203,8 @@ class Layout:
         self.reftable = 1
         self.first_block = 1 + table
         self.l1 = self.first_block + blocks
-        self.l2 = self.l1 + self.l1_clusters
+        self.encryption = self.l1 + self.l1_clusters
+        self.l2 = self.encryption + self.encryption_clusters
         self.data = 0 if self.external else self.l2 + self.l2_tables
         """The cluster in the file of the guest data that holds the first of them."""
 
@@ -220,8 +218,16 @@ def create_image(options: Mapping[str, Any]) -> Procedure:
     h = new_header(options)
     preallocation = options.get("preallocation") or "off"
     # A raw data file is the disk, so every entry points into it from the beginning.
-    layout = Layout(h, preallocation != "off" or bool(h.autoclear & hd.RAW_DATA_FILE))
+    mapped = preallocation != "off" or bool(h.autoclear & hd.RAW_DATA_FILE)
+    encryption = _encryption(options)
+    h.crypt_method = 0 if encryption is None else encryption.method
+    if h.crypt_method and h.version == 2 and mapped:
+        raise UsageError("Preallocation of an encrypted image requires compat=1.1")
+    layout = Layout(h, mapped, 0 if encryption is None else encryption.length)
     bits = h.cluster_bits
+    if encryption is not None and encryption.length:
+        place = encryption.pointer(layout.encryption << bits)
+        h.set_extension(hd.EXT_ENCRYPTION, place)
     h.reftable_offset = layout.reftable << bits
     h.reftable_clusters = layout.reftable_clusters
     h.l1_offset = layout.l1 << bits if h.l1_size else 0
@@ -232,6 +238,7 @@ def create_image(options: Mapping[str, Any]) -> Procedure:
         raise UsageError(
             f"Could not assign backing file '{name}' with format '{fmt}': No space left on device"
         ) from error
+    keys = b"" if encryption is None else (yield from encryption.make())
     kept = False
     if (yield Length(SLOT)):
         try:
@@ -250,7 +257,10 @@ def create_image(options: Mapping[str, Any]) -> Procedure:
         yield Write(batch)
         done += sum(len(write.data) for write in batch)
         yield Progress(done, max(done, whole))
-    if preallocation == "metadata" and not layout.external:
+    if keys:
+        room = layout.encryption_clusters << bits if kept else len(keys)
+        yield Write([MetaWrite(SLOT, layout.encryption << bits, keys.ljust(room, b"\0"))])
+    if keys or (preallocation == "metadata" and not layout.external):
         length = yield Length(SLOT)
         if length < layout.total << bits:
             yield Truncate(SLOT, layout.total << bits)
@@ -259,6 +269,14 @@ def create_image(options: Mapping[str, Any]) -> Procedure:
     room = 1 << bits if kept else min(1 << bits, align_up(len(header), 4096))
     yield Write([MetaWrite(SLOT, 0, header.ljust(room, b"\0"))])
     yield Barrier()
+
+
+def _encryption(options: Mapping[str, Any]) -> NewEncryption | None:
+    if not any(name.startswith("encrypt") and options[name] for name in options):
+        return None
+    from .encryption import new_encryption
+
+    return new_encryption(options)
 
 
 def _batches(writes: Iterator[MetaWrite]) -> Iterator[list[MetaWrite]]:
@@ -290,13 +308,15 @@ def _tables(h: hd.Header, layout: Layout, kept: bool) -> Iterator[MetaWrite]:
     l1 = zeros(64, h.l1_size)
     # Of extended entries the bitmap stays empty: there is host space, and a backing file shows.
     stride = 2 if h.incompatible & hd.EXTENDED_L2 else 1
+    # Zeroes in the file are none once they are decrypted.
+    flags = COPIED | (ZERO_FLAG if h.crypt_method and stride == 1 else 0)
     entries = size // 8 // stride
     for i in range(layout.l2_tables):
         at = (layout.l2 + i) << bits
         l1[i] = at | COPIED
         first = layout.data + i * entries
         count = min(entries, (-(-h.size >> bits)) - i * entries)
-        places = array("Q", range(first << bits | COPIED, first + count << bits | COPIED, size))
+        places = array("Q", range(first << bits | flags, first + count << bits | flags, size))
         table = zeros(64, entries * stride)
         table[: count * stride : stride] = places
         yield MetaWrite(SLOT, at, big_endian_bytes(table))

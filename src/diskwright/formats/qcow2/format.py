@@ -10,14 +10,14 @@ from ...abilities import SnapshotInfo
 from ...bitmaps import DirtyBitmap
 from ...contract import Procedure
 from . import header as hd
-from .external import External
+from .encrypted import Encrypted
 
 _MOST_L2 = 32 << 20
 _LEAST_TABLES = 6  # two L2 tables and four refcount blocks, in clusters
 _CLEAN_INTERVAL = 600
 
 
-class Qcow2(External):
+class Qcow2(Encrypted):
     """One open qcow2 image (the `Format` of the contract).
 
     ``backing_file`` and ``backing_format`` are what the header says, None without.
@@ -74,11 +74,6 @@ class Qcow2(External):
         """The corrupt bit on disk."""
         return bool(self.header.incompatible & hd.CORRUPT)
 
-    @property
-    def encrypted(self) -> bool:
-        """True when guest data are encrypted."""
-        return self.header.crypt_method != 0
-
     def info(self) -> dict[str, Any]:
         """The format-specific data, keyed as ``qemu-img info --output=json`` has them."""
         h = self.header
@@ -88,6 +83,7 @@ class Qcow2(External):
                 "compat": "0.10",
                 "compression-type": compression,
                 "refcount-bits": self.refcount_bits,
+                **self._encryption(),
             }
         else:
             out = {
@@ -101,10 +97,9 @@ class Qcow2(External):
                 if self.data_file is not None:
                     out["data-file"] = self.data_file
                 out["data-file-raw"] = self.raw_data
+            out |= self._encryption()
             out["corrupt"] = self.corrupt
             out["extended-l2"] = bool(h.incompatible & hd.EXTENDED_L2)
-        if self.encrypted:
-            out["encrypt"] = {"format": "aes" if h.crypt_method == 1 else "luks"}
         return out
 
     @property
@@ -122,6 +117,13 @@ class Qcow2(External):
         from .bitmapuse import describe
 
         return {"bitmaps": describe(self.directory)}
+
+    def _encryption(self) -> dict[str, Any]:
+        if not self.encrypted:
+            return {}
+        from .encryption import told
+
+        return {"encrypt": told(self)}
 
     # -- whole-image procedures, each imported when it is asked for
     def check(self, fix: str = "") -> Procedure:

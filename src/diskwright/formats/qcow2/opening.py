@@ -45,6 +45,10 @@ def open_image(image: Qcow2) -> Procedure:
         yield from _read_tables(image)
     if h.nb_snapshots:
         yield from _read_snapshots(image, checking)
+    if h.crypt_method or image.options.get("encrypt.format") is not None:
+        from .encryption import open_encryption
+
+        yield from open_encryption(image)
     yield from _open_data_file(image)
     if h.extension(hd.EXT_BITMAPS) is not None:
         from .bitmapuse import open_bitmaps
@@ -109,9 +113,7 @@ def check_options(h: hd.Header, options: Mapping[str, Any]) -> None:
 def refusals(h: hd.Header) -> tuple[str | None, str | None]:
     """The features that keep guest data from being read, and from being written."""
     read = write = None
-    if h.crypt_method:
-        read = "encryption"
-    elif h.incompatible & hd.EXTENDED_L2 and h.incompatible & hd.DATA_FILE:
+    if h.incompatible & hd.EXTENDED_L2 and h.incompatible & hd.DATA_FILE:
         read = "extended L2 entries with an external data file"
     if h.nb_snapshots and h.incompatible & hd.DATA_FILE:
         write = "internal snapshots with an external data file"

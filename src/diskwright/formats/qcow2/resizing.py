@@ -72,6 +72,8 @@ def resize(image: Qcow2, size: int, preallocation: str, shrink: bool) -> Procedu
         raise UsageError("The image size is too large (try using a larger cluster size)")
     if preallocation != "off" and image.has_backing and not image.extended:
         raise NotSupported("Preallocation cannot be used together with a backing file")
+    if preallocation != "off" and image.encrypted and image.header.version == 2:
+        raise NotSupported("Preallocation of an encrypted image requires compat=1.1")
     yield from before_resize(image, size)
     yield from announce(image)
     if size < image.size:
@@ -215,7 +217,7 @@ def _zero_tail(image: Qcow2, old: int, backing_size: int) -> Procedure:
     if extent.kind == DATA and owned:
         # Another program may have left anything there.
         if not image.external:
-            tail = bytes(unit - (old - base))
+            tail = image.zeroes(old, extent.host + 1, unit - (old - base))
             yield Write([MetaWrite(SLOT, extent.host + 1, tail)])
             yield Barrier()
     elif extent.kind in (DATA, PACKED) or (
@@ -311,6 +313,8 @@ def _preallocate(image: Qcow2, start: int, end: int, preallocation: str) -> Proc
             image.commit(plan)
             yield from flush(image)
             unpin(pins)
+            if image.encrypted and not image.extended:  # zeroes of the file are none of the guest
+                yield from _zero_clusters(image, start, stop)
             yield Quiesce()  # a large disk has more tables than should be kept
             start = stop
             yield Progress(start - first, end - first)
