@@ -56,8 +56,8 @@ class Allocator(Mapping):
         if self.snapshot_bytes:
             first = h.snapshots_offset >> bits
             self.reserved.add(first, first + -(-self.snapshot_bytes >> bits))
-        if h.crypt_method == 2 and (place := h.extension(EXT_ENCRYPTION)) is not None:
-            offset, length = int.from_bytes(place[:8], "big"), int.from_bytes(place[8:16], "big")
+        if h.crypt_method == 2 and (field := h.extension(EXT_ENCRYPTION)) is not None:
+            offset, length = int.from_bytes(field[:8], "big"), int.from_bytes(field[8:16], "big")
             self.reserved.add(offset >> bits, -(-(offset + length) >> bits))
         for snapshot in self.snapshot_table:
             if 8 * snapshot.l1_size > MAX_L1_BYTES:
