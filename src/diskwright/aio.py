@@ -28,8 +28,7 @@ from .graph.gate import Gate
 from .graph.node import Buffer, Node
 from .graph.opener import close_disk, create_image, discard_disk, open_disk
 from .graph.status import Status, all_status
-from .ops.gates import gate_of
-from .ops.secrets import kept
+from .ops.gates import gate_of, kept
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from diskwright.errors import UsageError
-from diskwright.ops.secrets import kept, secrets_of
+from diskwright.ops.gates import kept
+from diskwright.ops.secrets import secrets_of
 from diskwright.secrets import Secrets, find
 
 KEY = base64.b64encode(bytes(range(32))).decode()

@@ -16,9 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from ..engine.kernel import BaseDriver
 from ..errors import UsageError
-from .gates import gate_of
+from .gates import gate_of, kept
 from .images import ImageSpec, OpenFailed, close_all
-from .secrets import kept
 
 if TYPE_CHECKING:
     from ..findings import CheckResult

@@ -1,12 +1,17 @@
-"""The gate of a call: its policy, and what paths of other machines mean here."""
+"""What a call is given beside its options: its gate (policy, and what paths of other machines mean
+here), and its secrets."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING
 
 from ..errors import UsageError
 from ..graph.gate import Gate
+
+if TYPE_CHECKING:
+    from ..secrets import Secrets
 
 VARIABLE = "DISKWRIGHT_MAP_PATH"
 
@@ -41,3 +46,12 @@ def pairs(words: Iterable[str], by: str) -> dict[str, str]:
             raise UsageError(f"{by} expects FROM=TO, not '{word}'")
         out[prefix] = directory
     return out
+
+
+def kept(given: Mapping[str, bytes | str] | None) -> Secrets | None:
+    """What a program gave as ``secrets``; text is taken as UTF-8.  Raises UsageError."""
+    if given is None:
+        return None
+    from ..secrets import Secrets
+
+    return given if isinstance(given, Secrets) else Secrets(given)

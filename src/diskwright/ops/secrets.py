@@ -22,12 +22,3 @@ def secrets_of(definitions: Iterable[str | Mapping[str, Any]]) -> Secrets:
     for definition in definitions:
         found.define(definition, lambda path: Path(path).read_bytes())
     return found
-
-
-def kept(given: Mapping[str, bytes | str] | None) -> Secrets | None:
-    """What a program gave as ``secrets``; text is taken as UTF-8.  Raises UsageError."""
-    if given is None:
-        return None
-    from ..secrets import Secrets
-
-    return given if isinstance(given, Secrets) else Secrets(given)
