@@ -114,6 +114,8 @@ def test_no_metadata_are_taken_for_free(cluster: int, what: str, tmp_path: Path)
         ({"overlap-check.template": "all"}, True),
         ({"overlap-check.template": "none", "overlap-check.refcount-table": "on"}, True),
         ({"overlap-check.refcount-table": "off"}, False),
+        ({"overlap-check": "all", "overlap-check.refcount-table": "off"}, False),
+        ({"overlap-check": "none", "overlap-check.template": "none"}, False),
     ],
 )
 def test_what_is_looked_after(options: dict[str, str], stopped: bool, tmp_path: Path) -> None:
@@ -205,6 +207,7 @@ def test_a_corrupt_backing_file_marks_nothing_above(tmp_path: Path) -> None:
     ("options", "text"),
     [
         ({"overlap-check": "foo"}, "Unsupported value 'foo' for qcow2 option 'overlap-check'"),
+        ({"overlap-check": "none", "overlap-check.template": "all"}, "Conflicting values for"),
         ({"overlap-check.foo": "on"}, "does not support the option 'overlap-check.foo'"),
         ({"overlap-check.active-l1": "maybe"}, "expects 'on' or 'off'"),
         ({"cache-clean-interval": "-1"}, "Cache clean interval too big"),

@@ -182,6 +182,10 @@ def flatten(options: Mapping[str, Any], prefix: str = "", depth: int = 0) -> Opt
     return flat
 
 
+# Options that have a value and parts of their own; the value then has the empty name.
+_ALSO_PLAIN = frozenset({"overlap-check"})
+
+
 def nest(flat: Mapping[str, Any]) -> Options:
     """The reverse of :func:`flatten`; numbered keys that count from 0 become lists."""
     nested: Options = {}
@@ -191,10 +195,15 @@ def nest(flat: Mapping[str, Any]) -> Options:
             raise UsageError("The options are nested too deeply")
         inner = nested
         for part in parts[:-1]:
+            if part in _ALSO_PLAIN and isinstance(inner.get(part), str):
+                inner[part] = {"": inner[part]}
             inner = inner.setdefault(part, {})
             if not isinstance(inner, dict):
                 raise UsageError(f"'{key}' conflicts with the value given for '{part}'")
         if isinstance(inner.get(parts[-1]), dict):
+            if parts[-1] in _ALSO_PLAIN:
+                inner[parts[-1]][""] = value
+                continue
             raise UsageError(f"'{key}' conflicts with its own parts")
         inner[parts[-1]] = value
     return {key: _lists(value) for key, value in nested.items()}

@@ -45,8 +45,14 @@ def protected(options: Mapping[str, Any]) -> frozenset[str]:
     Raises UsageError with the words of qemu's tools.
     """
     given = options.get("overlap-check")
-    parts = dict(given) if isinstance(given, dict) else {"template": given or "cached"}
-    template = str(parts.pop("template", "cached"))
+    parts = dict(given) if isinstance(given, dict) else {"": given or "cached"}
+    plain, named = parts.pop("", None), parts.pop("template", None)
+    if plain is not None and named is not None and plain != named:
+        raise UsageError(
+            f"Conflicting values for qcow2 options 'overlap-check' ('{plain}') and "
+            f"'overlap-check.template' ('{named}')"
+        )
+    template = str(plain or named or "cached")
     if template not in TEMPLATES:
         raise UsageError(
             f"Unsupported value '{template}' for qcow2 option 'overlap-check'. Allowed are any of "
