@@ -44,16 +44,10 @@ class Workload:
         self.driver = SeededDriver(seed, eager=None)
         self.kit = kit = Kit(kind, rng)
         self.size, self.base = kit.size, kit.base
-        self.leaf = RecordingNode(
-            self.driver, kit.image(), delay=10, zeroes_discards=kit.zeroes_discards
-        )
-        self.leaves = [self.leaf]
-        if (data := kit.data()) is not None:
-            self.leaves.append(
-                RecordingNode(
-                    self.driver, data, delay=10, zeroes_discards=kit.zeroes_discards
-                )
-            )
+        self.leaves = [
+            RecordingNode(self.driver, file, delay=10, zeroes_discards=kit.zeroes_discards)
+            for file in kit.files()
+        ]
         self.node, self.opening = self._node(self.driver, self.leaves, kit.budget)
         whole = max(*kit.sizes, kit.size)
         self.model = Model(self.base[: self.size].ljust(whole, b"\0"), self.driver.tick)
@@ -65,7 +59,7 @@ class Workload:
         self.followed = Followed(self.node, random.Random(seed), self.driver.tick)
 
     def _node(self, driver: Any, leaves: list[RecordingNode], budget: int) -> Any:
-        slots = dict(zip(("file", "data-file"), leaves, strict=False))
+        slots = dict(zip(self.kit.slots, leaves, strict=True))
         if self.base:
             slots["backing"] = RecordingNode(driver, self.base)
         format, opening = self.kit.open()

@@ -15,7 +15,7 @@ EXTERNAL = ("data-file", "raw-data-file", "data-file-backing")
 QCOW2 = ("plain", "backing", "lazy", "v2", "narrow", "wide", "zeroing", "packed",
          "extended", "extended-packed", *EXTERNAL, "bitmaps")  # fmt: skip
 VHDX = ("vhdx", "vhdx-4096", "vhdx-differencing")
-VMDK = ("vmdk", "vmdk-zeroed", "vmdk-backing", "sesparse", "sesparse-backing")
+VMDK = ("vmdk", "vmdk-zeroed", "vmdk-backing", "vmdk-split", "sesparse", "sesparse-backing")
 KINDS = QCOW2 + VHDX + VMDK
 
 
@@ -122,6 +122,9 @@ class Kit:
         self.sizes = [12 * self.unit, 30 * self.unit, 30 * self.unit + 1024]
         self.lengths = [1, 512, 4096, 5000, self.unit, 3 * self.unit, 4 * self.unit + 512]
         self.budget, self.most = 4200, 120
+        if self.kind == "vmdk-split":
+            self.size -= self.size % self.unit
+            self.others = False  # it is not one file
         if self.kind == "vmdk-zeroed":
             self.create["zeroed_grain"] = True
         if self.kind == "vmdk-backing":
@@ -141,15 +144,36 @@ class Kit:
             self.base = random_base(rng, rng.choice([60 * self.unit, 30 * self.unit + 512]))
             self.exact_discard = False
 
-    def image(self) -> bytes:
-        """A new image."""
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """What the files of `files` fill."""
+        if self.kind == "vmdk-split":
+            return "file", "extent.0", "extent.1"
+        return ("file", "data-file") if self.kind in EXTERNAL else ("file",)
+
+    def files(self) -> list[bytes]:
+        """A new image: its own file first."""
+        if self.kind == "vmdk-split":
+            return self._split()
+        image = self._image()
+        return [image, bytes(self.size)] if self.kind in EXTERNAL else [image]
+
+    def _split(self) -> list[bytes]:
+        """A descriptor and two sparse extents, which are images themselves."""
+        first = 8 * self.unit
+        sizes = [first, self.size - first]
+        extents = [new_image("vmdk", ("size", size)) for size in sizes]
+        lines = [f'RW {size >> 9} SPARSE "{name}"' for size, name in zip(sizes, "ab", strict=True)]
+        text = [
+            "# Disk DescriptorFile", "version=1", "CID=12345678", "parentCID=ffffffff",
+            'createType="custom"', *lines, "#DDB", 'ddb.adapterType = "ide"', "",
+        ]  # fmt: skip
+        return ["\n".join(text).encode(), *extents]
+
+    def _image(self) -> bytes:
         if self.kind.startswith("sesparse"):
             return sesparse.image(self.size)
         return new_image(self.format, *sorted(self.create.items()))
-
-    def data(self) -> bytes | None:
-        """Its new data file; None for an image without one."""
-        return bytes(self.size) if self.kind in EXTERNAL else None
 
     def open(self) -> tuple[Any, Any]:
         """(format, opening procedure)."""
