@@ -57,7 +57,7 @@ class Checker(Walker):
     def run(self) -> Procedure:
         """The whole check; returns the CheckResult."""
         result = self.result
-        result.uncovered = uncovered(self.header)
+        result.uncovered = uncovered(self.image)
         yield from self.walk()
         yield from self.compare()
         if self.uncopied or self.counts.shared or result.corruptions or result.leaks:
@@ -180,9 +180,7 @@ class Checker(Walker):
         for start in range(0, len(tables), self.batch):
             part = tables[start : start + self.batch]
             raws = yield from self.read([(offset, self.size) for offset in part], "l2_load")
-            found: list[list[Piece]] = yield Compute(
-                pieces_of, (raws, self.size, self.stride == 2)
-            )
+            found: list[list[Piece]] = yield Compute(pieces_of, (raws, self.size, self.stride == 2))
             for table in found:
                 for piece in table:
                     if isinstance(piece, Loose):

@@ -6,10 +6,15 @@ import re
 from array import array
 from collections.abc import Iterator
 
+from ...errors import CorruptImage
+
 CHUNK_BITS = 16
 CHUNK = 1 << CHUNK_BITS
 MOST_CHUNKS = 1024
 """Chunks that a check keeps at once: 64 MiB of counts, 64 Mi host clusters."""
+
+_MOST_KEPT = 2 * MOST_CHUNKS
+"""The same where all of them are needed at once, as a repair does."""
 
 _USED = re.compile(rb"[^\0]+")
 _SEVERAL = re.compile(rb"[^\0\1]")
@@ -25,7 +30,8 @@ class Counts:
     A chunk is bytes until one of its counts is 255, then it is an array of 64-bit integers.
     ``most``: how many bytes' worth of chunks are kept.  When there would be more, the highest are
     given up: the counts are then those of the clusters before ``limit`` alone, and whoever counts
-    begins anew at ``first`` = ``limit``, as often as there is something left.  None: all are kept.
+    begins anew at ``first`` = ``limit``, as often as there is something left.  None: all are kept,
+    and CorruptImage is raised where they are too many for that.
     """
 
     def __init__(self, most: int | None = None, first: int = 0) -> None:
@@ -57,6 +63,8 @@ class Counts:
         if self.most is not None and self._weight >= self.most and number > max(self.chunks):
             self.limit = number
             return None
+        elif self.most is None and self._weight >= _MOST_KEPT:
+            raise CorruptImage("The clusters in use are too many to be kept in memory at once")
         self._room(1)
         chunk = self.chunks[number] = bytearray(CHUNK)
         return chunk

@@ -35,14 +35,14 @@ _READ_BYTES = 1 << 20
 _SLICE = 8192
 
 
-def uncovered(h: hd.Header) -> list[str]:
-    """What a check of an image with this header does not look at."""
-    out = []
-    if h.crypt_method == 2:
-        out.append("encryption header")
-    if h.incompatible & hd.DATA_FILE:
-        out.append("external data file")
-    return out
+def uncovered(image: Qcow2) -> list[str]:
+    """What a check of the image cannot look at."""
+    from .snaptable import damage
+
+    h = image.header
+    lost = image.snapshot_damage is not None
+    lost |= any(damage(h, snapshot) is not None for snapshot in image.snapshot_table)
+    return ["internal snapshots"] if lost else []
 
 
 class Walker(TableWalk):
@@ -99,6 +99,16 @@ class Walker(TableWalk):
         result.total_clusters = -(-h.size >> self.bits)
         self._structures(refcounts)
         self.active, self.inactive = {}, {}
+        yield from self._features()
+        for start in range(0, len(self.image.l1), _SLICE):
+            self._count_l1(self.image.l1[start : start + _SLICE], self.active, True)
+            yield Progress(start, len(self.image.l1))
+        yield from self.walk_tables()
+        if refcounts:
+            yield from self._refcount_blocks()
+
+    def _features(self) -> Procedure:
+        h = self.header
         if h.nb_snapshots:
             from .snapwalk import count_snapshots
 
@@ -107,12 +117,6 @@ class Walker(TableWalk):
             from .bitmapwalk import count_bitmaps
 
             yield from count_bitmaps(self)
-        for start in range(0, len(self.image.l1), _SLICE):
-            self._count_l1(self.image.l1[start : start + _SLICE], self.active, True)
-            yield Progress(start, len(self.image.l1))
-        yield from self.walk_tables()
-        if refcounts:
-            yield from self._refcount_blocks()
 
     def walk_on(self, refcounts: bool = True) -> Procedure:
         """Count the references to clusters behind those that were counted; says nothing that the
@@ -234,3 +238,10 @@ class Walker(TableWalk):
                 if count > 1:
                     self.unsound = True
                     self.result.corruption(f"refcount block {index} refcount={count}")
+
+
+class Structures(Walker):
+    """Counts what is neither an L2 table nor what one refers to."""
+
+    def _count_l1(self, entries: array[int], offsets: dict[int, None], active: bool) -> None:
+        pass

@@ -8,43 +8,46 @@ that names a place outside the file reads as zeroes, and so it does afterwards.
 
 from __future__ import annotations
 
-import struct
 from array import array
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from ...contract import Barrier, MetaWrite, Procedure, Progress, Read, Table, Write
-from ...errors import CorruptImage
+from ...contract import Barrier, MetaWrite, Procedure, Progress, Write
 from ...ondisk import big_endian_array, big_endian_bytes
-from ..editing import ask, flush, unpin
-from . import header as hd
 from .checking import Checker
-from .core import COPIED, OFFSET, PACKED, REFTABLE_OFFSET_MASK, SLOT, ZERO_FLAG
-from .counts import Counts
+from .core import COPIED, OFFSET, PACKED, SLOT, ZERO_FLAG
 from .mending import write_entries
+from .places import Places, Root
 
 if TYPE_CHECKING:
     from .format import Qcow2
 
-_BATCH_BYTES = 1 << 20
 _SLICE = 4096
-# Bytes of copies beyond as many as the file has: more would be an image made to fill a disk.
-_MOST_COPIES = 4 << 30
 
 _KEEP, _COPY, _ZEROES = range(3)
+FULL_ZEROES = 0xFFFFFFFF << 32
+"""The bitmap of an extended entry all of whose subclusters read as zeroes."""
 
 
-class Relinker:
-    """One pass over all tables, with counts that can be relied on; ``found``: the walk before."""
+class Relinker(Places):
+    """One pass over all tables, with counts that can be relied on; ``found``: the walk before.
+
+    Without snapshots every guest cluster gets a host cluster of its own.  With them a cluster may
+    be shared, as its count and its flags will say, and only what lies over metadata is copied.
+
+    What LUKS encrypts reads as something else elsewhere, so there no guest cluster is copied:
+    clusters are shared, tables give way to guest clusters, and an entry that names metadata, which
+    read as noise, becomes a zero cluster.
+    """
 
     def __init__(self, image: Qcow2, found: Checker) -> None:
-        self.image = image
-        self.header = image.header
-        self.found = found
-        self.bits, self.size = image.cluster_bits, image.cluster_size
-        self.end = found.file_clusters
-        self.claims = Counts()
-        self.zero = ZERO_FLAG if self.header.version > 2 else 0
+        super().__init__(image, found)
+        self.fixed = image.header.crypt_method == 2
+        self.sharing = self.fixed or bool(image.snapshot_table)
+        self.stride = found.stride
+        self.external = found.external
+        extended = self.stride == 2
+        self.zero = ZERO_FLAG if self.header.version > 2 and not extended else 0
         self.moved: dict[int, int] = {}
         """New places of guest clusters by (place of the L2 entry), not yet in the table."""
         self.taken: set[int] = set()
@@ -53,123 +56,68 @@ class Relinker:
         """L2 tables that are the L1 table, as they were before that was changed."""
         self.common: set[int] = set()
         """Places of tables that several L1 entries name."""
-        self.copies = 0
-        self.mended = 0
 
     def run(self) -> Procedure:
         """Mend all entries."""
         yield from self._l1_place()
+        if self.image.snapshot_table:
+            yield from self._snapshot_places()
+        self.claims = yield from self._structures()
         yield from self._tables()
 
-    # -- space
-    def _take(self, count: int) -> Procedure:
-        """``count`` clusters whose counts are durable."""
-        self.copies += count
-        self._bound(self.copies)
-        image = self.image
-        pins: list[Table] = []
-        chosen = yield from ask(image, lambda: image.choose(count), pins)
-        image.take(chosen)
-        yield from flush(image)
-        unpin(pins)
-        out = [cluster for start, stop, _ in chosen for cluster in range(start, stop)]
-        for cluster in out:
-            self.claims.add(cluster)
-        return out
-
-    def _bound(self, copies: int) -> None:
-        if copies > self.end + (_MOST_COPIES >> self.bits):
-            raise CorruptImage("Could not repair image: too many of its clusters lie over others")
-
-    def _copy(self, pairs: Iterable[tuple[int, int]]) -> Procedure:
-        """Copy host clusters: (from, to)."""
-        step = max(1, _BATCH_BYTES >> self.bits)
-        todo = list(pairs)
-        for start in range(0, len(todo), step):
-            part = todo[start : start + step]
-            raws = yield Read(SLOT, [(old << self.bits, self.size) for old, _ in part])
-            yield Write(
-                [
-                    MetaWrite(SLOT, new << self.bits, raw, "cow_write")
-                    for (_, new), raw in zip(part, raws, strict=True)
-                ]
-            )
-            yield Progress(start, len(todo))
-
-    def _l1_place(self) -> Procedure:
-        """An L1 table that the file does not hold as a whole gets a new place."""
-        image, h = self.image, self.header
-        length = 8 * h.l1_size
-        if not h.l1_size or (h.l1_offset + length - 1) >> self.bits < self.end:
-            return
-        count = -(-length >> self.bits)
-        pins: list[Table] = []
-        start: int = yield from ask(image, lambda: image.take_region(count), pins)
-        yield from flush(image)
-        unpin(pins)
-        data = big_endian_bytes(image.l1).ljust(count << self.bits, b"\0")
-        yield Write([MetaWrite(SLOT, start << self.bits, data, "l1_grow_write_table")])
-        yield Barrier()
-        h.l1_offset = start << self.bits
-        fields = struct.pack(">IQ", h.l1_size, h.l1_offset)
-        yield Write([MetaWrite(SLOT, hd.L1_OFFSET, fields, "l1_grow_activate_table")])
-        yield Barrier()
-        image.reserve_structures()
-        self.mended += 1
-        self.found.result.say(f"Repairing L1 table: it is at {h.l1_offset:#x} now")
-
-    # -- claims
-    def _claim(self, start: int, end: int) -> None:
-        for cluster in range(start, end):
-            self.claims.add(cluster)
-
-    def _claim_structures(self) -> None:
-        h, bits = self.header, self.bits
-        self._claim(0, 1)
-        self._claim(h.l1_offset >> bits, -(-(h.l1_offset + 8 * h.l1_size) >> bits))
-        first = h.reftable_offset >> bits
-        self._claim(first, first + h.reftable_clusters)
-        for entry in self.image.reftable:
-            if entry & REFTABLE_OFFSET_MASK:
-                self.claims.add(entry >> bits)
-
     def _tables(self) -> Procedure:
-        """Everything that the L1 table names."""
-        self._claim_structures()
-        l1, claims = self.image.l1, self.claims
-        changed: list[int] = []
-        shared: set[int] = set()
-        places: list[tuple[int, int]] = []
-        for index in range(len(l1)):
-            if index % _SLICE == 0:
-                yield Progress(index, len(l1))
-            if not l1[index]:
-                continue
-            new = yield from self._l1_entry(l1[index])
-            if new != l1[index]:
-                self._say(f"L1 entry {index}", l1[index], new)
-                l1[index] = new
-                changed.append(index)
-            place = new & OFFSET
-            if place:
-                places.append((index, place))
-                if claims.get(place >> self.bits):
-                    shared.add(index)
-                else:
+        """Everything that the L1 tables name."""
+        claims = self.claims
+        roots: list[Root] = yield from self._roots()
+        owners: dict[int, int] = {}  # the last L1 table that named an L2 table
+        changed: list[list[int]] = [[] for _ in roots]
+        places: list[tuple[int, int, int, bool]] = []  # number of the root, index, place, shared
+        for number, root in enumerate(roots):
+            l1 = root.entries
+            for index in range(len(l1)):
+                if index % _SLICE == 0:
+                    yield Progress(index, len(l1))
+                if not l1[index]:
+                    continue
+                new = yield from self._l1_entry(l1[index])
+                if new != l1[index]:
+                    self._say(f"L1 entry {index}", l1[index], new)
+                    l1[index] = new
+                    changed[number].append(index)
+                place = new & OFFSET
+                if not place:
+                    continue
+                if owners.get(place, number) != number:
+                    owners[place] = number  # snapshots share tables
+                    continue
+                shared = bool(claims.get(place >> self.bits)) or self._is_guests(place)
+                places.append((number, index, place, shared))
+                if not shared:
                     claims.add(place >> self.bits)
-        if self.found.counts.shared:
-            yield from self._over_structures(dict(places[::-1]).values())
-        # Only now is the L1 table changed: guest clusters and tables may have lain over it.
-        first = self.header.l1_offset
-        for place in {place for _, place in places if 0 <= place - first < 8 * len(l1)}:
-            self.kept[place] = yield from self._read_table(place)
-        yield from write_entries(self.header.l1_offset, l1, changed, "l1_update")
-        if self.found.result.compressed_clusters:
-            yield from self._claim_packed({place: None for _, place in places})
-        self.common = {place for index, place in places if index in shared}
-        for done, (index, place) in enumerate(places):
-            yield from self._mend_table(index, place, index in shared)
+                    owners[place] = number
+        if self.found.counts.shared and not (self.external or self.fixed):
+            yield from self._over_structures(
+                {index: place for index, (_, _, place, _) in enumerate(places)}.values()
+            )
+        # Only now are L1 tables changed: guest clusters and tables may have lain over them.
+        for root in roots:
+            first = root.offset
+            for place in {p for _, _, p, _ in places if 0 <= p - first < 8 * len(root.entries)}:
+                self.kept[place] = yield from self._read_table(place)
+        for root, indexes in zip(roots, changed, strict=True):
+            yield from write_entries(root.offset, root.entries, indexes, "l1_update")
+        if self.found.result.compressed_clusters and not self.sharing:
+            yield from self._claim_packed({place: None for _, _, place, _ in places})
+        self.common = {place for _, _, place, shared in places if shared}
+        for done, (number, index, place, shared) in enumerate(places):
+            yield from self._mend_table(roots[number], index, place, shared)
             yield Progress(done, len(places))
+
+    def _is_guests(self, place: int) -> bool:
+        """A table lies over what cannot be copied."""
+        found = self.found
+        tables = found.inactive.get(place, 0) + (place in found.active)
+        return self.fixed and found.counts.get(place >> self.bits) > tables
 
     def _l1_entry(self, entry: int) -> Procedure:
         """What an L1 entry ought to be; 0 for one that names no table."""
@@ -190,7 +138,7 @@ class Relinker:
             return False
         table = yield from self._read_table(cluster << self.bits)
         for start in range(0, len(table), _SLICE):
-            for entry in table[start : start + _SLICE]:
+            for entry in table[start : start + _SLICE : self.stride]:
                 if entry & PACKED:
                     return False
                 if entry and (self._entry(entry) != (_KEEP, entry) or not entry & OFFSET):
@@ -208,7 +156,7 @@ class Relinker:
     def _read_table(self, place: int) -> Procedure:
         if place in self.kept:
             return self.kept[place][:]
-        (raw,) = yield Read(SLOT, [(place, self.size)], "l2_load")
+        (raw,) = yield from self.found.read([(place, self.size)], "l2_load")
         return big_endian_array(64, raw)
 
     def _claim_packed(self, places: Iterable[int]) -> Procedure:
@@ -216,10 +164,10 @@ class Relinker:
         for place in places:
             table = yield from self._read_table(place)
             for start in range(0, len(table), _SLICE):
-                for entry in table[start : start + _SLICE]:
+                for entry in table[start : start + _SLICE : self.stride]:
                     if entry & PACKED:
                         first, stop = self.image.hosts_of(entry)
-                        self._claim(first, min(stop, self.end))
+                        self.claims.add_run(first, min(stop, self.end))
                 yield Progress(start, len(table))
 
     def _over_structures(self, places: Iterable[int]) -> Procedure:
@@ -230,11 +178,12 @@ class Relinker:
         for place in seen:
             table = yield from self._read_table(place)
             for start in range(0, len(table), _SLICE):
-                for index, entry in enumerate(table[start : start + _SLICE], start):
+                part = table[start : start + _SLICE : self.stride]
+                for index, entry in enumerate(part):
                     _, new = (_KEEP, 0) if entry & PACKED else self._entry(entry)
                     host = 0 if new & self.zero else new & OFFSET
                     if host and self.claims.get(host >> self.bits):
-                        found.append((place, index, host >> self.bits))
+                        found.append((place, start + index * self.stride, host >> self.bits))
                 self._bound(len(found))
                 yield Progress(start, len(table))
         if not found:
@@ -247,10 +196,7 @@ class Relinker:
         yield from self._link(found)
 
     def _link(self, found: list[tuple[int, int, int]]) -> Procedure:
-        hard = Counts()
-        self.claims, kept = hard, self.claims
-        self._claim_structures()
-        self.claims = kept
+        hard = yield from self._structures()
         by_table: dict[int, list[int]] = {}
         for place, index, _ in found:
             by_table.setdefault(place, []).append(index)
@@ -272,6 +218,8 @@ class Relinker:
         host = new & OFFSET
         if not host:
             return _KEEP, new
+        if self.external:
+            return _KEEP, (self.zero if host & (self.size - 1) else new)
         lost = host >> self.bits >= self.end
         if host & (self.size - 1):
             host &= -self.size
@@ -282,7 +230,7 @@ class Relinker:
             return _KEEP, new
         if self.zero:
             return _KEEP, ZERO_FLAG
-        return (_ZEROES if self.header.backing_file else _KEEP), 0
+        return (_ZEROES if self.header.backing_file and self.stride == 1 else _KEEP), 0
 
     def _packed_entry(self, entry: int) -> tuple[int, int]:
         """The same for a compressed one, which may be cut off by the end of the file."""
@@ -292,14 +240,14 @@ class Relinker:
         if host >= end:
             if self.zero:
                 return _KEEP, ZERO_FLAG
-            return (_ZEROES if self.header.backing_file else _KEEP), 0
+            return (_ZEROES if self.header.backing_file and self.stride == 1 else _KEEP), 0
         if host + length > end:
             shift = self.image.packed_bits
             sectors = (end - 1 >> 9) - (host >> 9)
             new = PACKED | sectors << shift | host
         return _KEEP, new
 
-    def _mend_table(self, l1_index: int, place: int, shared: bool) -> Procedure:
+    def _mend_table(self, root: Root, l1_index: int, place: int, shared: bool) -> Procedure:
         """Mend the entries of one L2 table; one that is ``shared`` is written to a new place."""
         table = yield from self._read_table(place)
         changed: list[int] = []
@@ -311,7 +259,7 @@ class Relinker:
         if sources or shared:
             yield from self._give_places(table, sources, changed)
         if shared:
-            yield from self._move_table(l1_index, table)
+            yield from self._move_table(root, l1_index, table)
         else:
             if place in self.common:  # it is read again for the next L1 entry
                 for index, _ in sources:
@@ -328,7 +276,7 @@ class Relinker:
         sources: list[tuple[int, int]],
     ) -> None:
         claims = self.claims
-        for index in range(*span):
+        for index in range(*span, self.stride):
             entry = table[index]
             at = place + 8 * index
             if self.moved and at in self.moved:
@@ -345,10 +293,13 @@ class Relinker:
                 sources.append((index, -1))
                 continue
             if not new & PACKED and (host := (new & OFFSET) >> self.bits):
-                if not claims.get(host):
-                    claims.add(host)
-                elif new & self.zero:
-                    new = ZERO_FLAG
+                if self.external:
+                    pass
+                elif not claims.get(host):
+                    if not self.sharing:
+                        claims.add(host)
+                elif new & self.zero or self.fixed:
+                    new = self.zero
                 else:
                     sources.append((index, host))
                     continue
@@ -356,6 +307,11 @@ class Relinker:
                 self._say(f"L2 entry {index} at {place:#x}", entry, new)
                 table[index] = new
                 changed.append(index)
+                if self.stride == 2 and not new & OFFSET:
+                    # What was at a place that is none reads as zeroes.
+                    bitmap = FULL_ZEROES if entry & PACKED else table[index + 1]
+                    table[index + 1] = (bitmap | bitmap << 32) & FULL_ZEROES
+                    changed.append(index + 1)
 
     def _give_places(
         self, table: array[int], sources: list[tuple[int, int]], changed: list[int]
@@ -376,15 +332,15 @@ class Relinker:
                 changed.append(index)
         yield Barrier()
 
-    def _move_table(self, l1_index: int, table: array[int]) -> Procedure:
+    def _move_table(self, root: Root, l1_index: int, table: array[int]) -> Procedure:
         (cluster,) = yield from self._take(1)
         place = cluster << self.bits
         yield Write([MetaWrite(SLOT, place, big_endian_bytes(table), "l2_alloc_write")])
         yield Barrier()
-        l1 = self.image.l1
+        l1 = root.entries
         self._say(f"L1 entry {l1_index}", l1[l1_index], place | COPIED)
         l1[l1_index] = place | COPIED
-        yield from write_entries(self.header.l1_offset, l1, [l1_index], "l1_update")
+        yield from write_entries(root.offset, l1, [l1_index], "l1_update")
 
     def _say(self, what: str, old: int, new: int) -> None:
         self.mended += 1

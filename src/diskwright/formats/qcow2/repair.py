@@ -16,14 +16,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ...contract import Barrier, MetaWrite, Procedure, Quiesce, Write
+from ...contract import Barrier, MetaWrite, Procedure, Progress, Quiesce, Write
 from . import header as hd
-from .core import OFFSET, SLOT
+from .bitmapmend import mend_bitmaps
+from .core import SLOT
 from .mending import Mender
 from .rebuild import renew
-from .references import uncovered
+from .references import Structures, uncovered
 from .relink import Relinker
-from .submending import SubMender
 
 if TYPE_CHECKING:
     from .format import Qcow2
@@ -46,17 +46,21 @@ class Surveyor(Mender):
             self.beyond = max(self.beyond, last + 1)
         return inside
 
-    def overlaid(self) -> bool:
-        """Something else lies over the header, the L1 table or an L2 table.  No count makes that
-        right, for tables are written in place."""
+    def overlaid(self) -> Procedure:
+        """Whether something else lies over metadata.  No count makes that right, for tables are
+        written in place."""
         if not self.counts.shared:
             return False
-        h, bits, get = self.header, self.bits, self.counts.get
-        last = (h.l1_offset + 8 * h.l1_size - 1) >> bits
-        return (
-            get(0) > 1
-            or any(get(cluster) > 1 for cluster in range(h.l1_offset >> bits, last + 1))
-            or any(entry & OFFSET and get((entry & OFFSET) >> bits) > 1 for entry in self.image.l1)
+        structures = Structures(self.image)
+        yield from structures.walk(refcounts=False)
+        for start, stop in structures.counts.used(0, self.file_clusters):
+            if any(self.counts.get(cluster) > 1 for cluster in range(start, stop)):
+                return True
+            yield Progress(start, self.file_clusters)
+        return any(
+            self.counts.get(table >> self.bits)
+            > self.inactive.get(table, 0) + (table in self.active)
+            for table in {**self.active, **self.inactive}
         )
 
 
@@ -67,17 +71,16 @@ class Repairer:
         self.image = image
         self.header = image.header
         self.everything = everything
-        # Entries of snapshots' tables are not mended, so nothing may be that they share.
-        self.covered = not uncovered(image.header) and not image.header.nb_snapshots
+        self.covered = not uncovered(image)
         self.begun = False
 
     def run(self) -> Procedure:
         """Returns the CheckResult."""
         found = Surveyor(self.image, self._begin)
         result = found.result
-        result.uncovered = uncovered(self.header)
+        result.uncovered = uncovered(self.image)
         yield from found.walk()
-        pointers = bool(result.corruptions) or found.overlaid()
+        pointers = bool(result.corruptions) or (yield from found.overlaid())
         renewed = self.everything and self.covered and (found.unsound or found.countless())
         found.lower = not (self.everything and (pointers or renewed))
         found.lift = self.everything and not (found.unsound or renewed)
@@ -102,11 +105,13 @@ class Repairer:
             counts = Surveyor(image, self._begin)
             yield from counts.walk(refcounts=False)
             yield from renew(image, counts.counts, found.file_clusters, start)
+            del counts
+        bitmaps = yield from mend_bitmaps(image, found)
         yield Quiesce()
         image.reserve_structures()
         image.cursor = max(start, found.counts.end)
         image.fresh = max(image.fresh, image.cursor)
-        relinker = SubMender(image, found) if image.extended else Relinker(image, found)
+        relinker = Relinker(image, found)
         yield from relinker.run()
         yield Quiesce()
         last = Mender(image, self._begin)
@@ -116,7 +121,7 @@ class Repairer:
         yield from last.check_copied()
         remaining = last.result
         result.corruptions_fixed += max(result.corruptions - remaining.corruptions, 0)
-        result.corruptions_fixed = max(result.corruptions_fixed, min(relinker.mended, 1))
+        result.corruptions_fixed = max(result.corruptions_fixed, min(relinker.mended + bitmaps, 1))
         result.leaks_fixed += max(result.leaks - remaining.leaks, 0)
         result.corruptions, result.leaks = remaining.corruptions, remaining.leaks
         for text in remaining.findings:

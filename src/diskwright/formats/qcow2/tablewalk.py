@@ -70,9 +70,7 @@ class TableWalk:
         for start in range(0, len(offsets), self.batch):
             part = offsets[start : start + self.batch]
             raws = yield from self.read([(offset, self.size) for offset in part], "l2_load")
-            found: list[list[Piece]] = yield Compute(
-                pieces_of, (raws, self.size, self.stride == 2)
-            )
+            found: list[list[Piece]] = yield Compute(pieces_of, (raws, self.size, self.stride == 2))
             for done, (offset, table) in enumerate(zip(part, found, strict=True), start):
                 if known is None and self.spans is not None:
                     low, high = span(table, self.size, self.image.packed_bits)
