@@ -360,6 +360,16 @@ def extended_at_l1(f: File) -> None:
     f.put(f.entry(3), f.l1 | COPIED)
 
 
+@damage("extended", "subclusters are both data and zeroes", "the data stay")
+def extended_both(f: File) -> None:
+    f.put(f.entry(3) + 8, 1 << 35 | (1 << 32) - 1)
+
+
+@damage("extended", "subclusters of no cluster hold data", "they are not allocated")
+def extended_nowhere(f: File) -> None:
+    f.put(f.entry(100) + 8, 0xFF)
+
+
 # -- external data file
 @damage("data-file", "an entry has reserved bits (data file)", "the bits are cleared")
 def external_reserved(f: File) -> None:

@@ -274,9 +274,7 @@ def test_header_tail_survives() -> None:
         ("compression_type=zstd", None),
     ],
 )
-def test_later_features_show_in_info(
-    options: str, feature: str | None, tmp_path: Path
-) -> None:
+def test_later_features_show_in_info(options: str, feature: str | None, tmp_path: Path) -> None:
     path = tmp_path / "image.qcow2"
     options = options.replace("data.raw", str(tmp_path / "data.raw"))
     oracle.ok("qemu-img", "create", "-q", "-f", "qcow2", "-o", options, str(path), "2M")

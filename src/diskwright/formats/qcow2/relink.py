@@ -18,6 +18,7 @@ from .checking import Checker
 from .core import COPIED, OFFSET, PACKED, SLOT, ZERO_FLAG
 from .mending import write_entries
 from .places import Places, Root
+from .submapping import ALL
 
 if TYPE_CHECKING:
     from .format import Qcow2
@@ -286,6 +287,8 @@ class Relinker(Places):
                     sources.append((index, (entry & OFFSET) >> self.bits))
                 self.taken.add(at)
                 continue
+            if self.stride == 2:
+                self._mend_bitmap(table, index, changed)
             if not entry:
                 continue
             kind, new = self._packed_entry(entry) if entry & PACKED else self._entry(entry)
@@ -309,9 +312,24 @@ class Relinker(Places):
                 changed.append(index)
                 if self.stride == 2 and not new & OFFSET:
                     # What was at a place that is none reads as zeroes.
-                    bitmap = FULL_ZEROES if entry & PACKED else table[index + 1]
+                    bitmap = ALL if entry & PACKED else table[index + 1]
                     table[index + 1] = (bitmap | bitmap << 32) & FULL_ZEROES
                     changed.append(index + 1)
+
+    def _mend_bitmap(self, table: array[int], index: int, changed: list[int]) -> None:
+        """What the bitmap of an extended entry may not say: data where there is no cluster or a
+        compressed one, and both data and zeroes (then the data stay)."""
+        entry, old = table[index], table[index + 1]
+        if entry & PACKED:
+            new = 0
+        elif not entry & OFFSET:
+            new = old & FULL_ZEROES
+        else:
+            new = old & ~((old & old >> 32) << 32)
+        if new != old:
+            self._say(f"subclusters of L2 entry {index // 2}", old, new)
+            table[index + 1] = new
+            changed.append(index + 1)
 
     def _give_places(
         self, table: array[int], sources: list[tuple[int, int]], changed: list[int]
