@@ -255,7 +255,11 @@ def test_damaged_entries(offset: int, data: bytes, word: str) -> None:
     at = entry_of(disk) + offset
     file[at : at + len(data)] = data
     found = own_check(bytes(file))
-    assert found.corruptions and found.uncovered and not found.leaks
+    assert found.corruptions
+    if word == "outside":  # what such a table named is lost, and counts as leaked
+        assert found.leaks and not found.uncovered
+    else:
+        assert found.uncovered and not found.leaks
     if offset == 36:
         with pytest.raises(MalformedImage, match=word):
             reopened(file)
