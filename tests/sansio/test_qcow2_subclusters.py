@@ -385,7 +385,7 @@ def test_the_zero_flag_means_nothing() -> None:
         (1, 1, 1, b"p" * CLUSTER),
         (0, 1, 0, b"d" * CLUSTER),
         (0, 1 << 40, 0, bytes(CLUSTER)),
-        (0, 512, 0, bytes(CLUSTER)),
+        (0, 512, 0, b"d" * CLUSTER),
         (0, 1 << 63, 0, b"d" * CLUSTER),
         (0, 1 << 63, 1, b"p" * CLUSTER),
     ],
