@@ -34,6 +34,8 @@ class Salvaged(Qcow2):
         super().__init__({**options, "writable": False})
         self.geometry = Geometry(16, 0, 3)
         self.marks = Marks()
+        self.as_it_is = False
+        """It is read by its own tables alone: what is lost shows when it is read."""
         self.remarks: list[str] = []
         """What was found out about the image, as sentences."""
         self.l1_lost = Reasons()
@@ -56,6 +58,9 @@ class Salvaged(Qcow2):
     # -- tables
     def load(self, slot: str, offset: int, data: bytes) -> None:
         """Decode an L2 table, without entries that cannot be right."""
+        if self.as_it_is:
+            super().load(slot, offset, data)
+            return
         entries = big_endian_array(64, data)
         self.scrub(offset, entries)
         self.tables.put(slot, offset, entries, self.cluster_size)
@@ -112,6 +117,8 @@ class Salvaged(Qcow2):
     def notes(self, start: int, length: int) -> Iterator[Note]:
         """What of a range is lost or guessed, in order; asked once it has been mapped.  A lost part
         of a table whose place is guessed comes with both."""
+        if self.as_it_is:
+            return
         end = start + length
         for l1_index in range(start >> self.l1_shift, ((end - 1) >> self.l1_shift) + 1):
             first = l1_index << self.l1_shift

@@ -34,7 +34,7 @@ from .evidence import (
     vote,
     winner,
 )
-from .opening import read_header, refusals
+from .opening import open_image, read_header, refusals
 from .placing import Placer
 from .salvage import Salvaged
 from .snaptable import read_table
@@ -101,7 +101,10 @@ class Salvage:
         refused = refusals(h)[0]
         if refused:
             raise UnsupportedFeature(f"salvage with {refused}")
-        image.refuse_io = None
+        if h.crypt_method or h.incompatible & (hd.EXTENDED_L2 | hd.DATA_FILE):
+            image.as_it_is = True
+            self.say("Tables of this kind are not searched for: it is read by those it names")
+            return (yield from open_image(image))
         image.geometry = Geometry(h.cluster_bits, self.length, h.version)
         image.metadata.use(0)
         image.marks.use(0)
