@@ -148,7 +148,11 @@ def size(name: str, value: Any) -> int:
         )
         if found < 1 << 64:
             return found
-    raise UsageError(f"Parameter '{name}' expects a non-negative number below 2^64")
+    raise UsageError(
+        f"Parameter '{name}' expects a non-negative number below 2^64\n"
+        "Optional suffix k, M, G, T, P or E means kilo-, mega-, giga-, tera-, peta-\n"
+        "and exabytes, respectively."
+    )
 
 
 def checked(driver: Driver, options: Mapping[str, Any]) -> Options:

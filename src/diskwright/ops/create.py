@@ -98,7 +98,8 @@ def create_options(fmt: str, filename: str | None) -> tuple[Option, ...]:
     if filename is not None:
         protocol = registry.driver(str(parse(filename)[0]["driver"]))
         for option in protocol.create_options:
-            options.setdefault(option.name, option)
+            if option.name not in options or options[option.name].own:
+                options[option.name] = option
     return tuple(options.values())
 
 

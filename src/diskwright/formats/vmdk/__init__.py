@@ -61,7 +61,8 @@ DRIVER = Driver(
         Option("backing_file", "str", "File name of a base image"),
         Option("backing_fmt", "str", "Must be 'vmdk' if present"),
         Option("compat6", "bool", "VMDK version 6 image", False),
-        Option("compression_level", "int", "Level of zlib in streamOptimized images (1 to 9)"),
+        Option("compression_level", "int", "Level of zlib in streamOptimized images (1 to 9)",
+               own=True),
         Option("hwversion", "str", "VMDK hardware version"),
         Option(
             "preallocation",
