@@ -155,6 +155,22 @@ bench --flush-interval=3 a.raw
 bench -w --flush-interval=3 -d 5 a.raw
 bench
 foo
+measure
+measure --size 1G
+measure --size x
+measure --size 1G -O qcow2 --output json
+measure -O qcow2 -o cluster_size=512,refcount_bits=64 --size 1G
+measure -O qcow2 a.raw
+measure -O qcow2 top.qcow2
+measure -O qcow2 -o cluster_size=4k top.qcow2
+measure -O qcow2 -o preallocation=full top.qcow2
+measure -O raw top.qcow2
+measure -O qcow2 -o foo=1 top.qcow2
+measure -O vmdk top.qcow2
+measure -O foo top.qcow2
+measure --size 1G top.qcow2
+measure -l nobody -O qcow2 base.qcow2
+measure --image-opts -O qcow2 driver=qcow2,file.filename=mid.qcow2
 """.strip().splitlines()
 
 

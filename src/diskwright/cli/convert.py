@@ -105,8 +105,9 @@ def _refused(args: Args, fmt: str) -> None:
         raise UsageError("-o has no effect when skipping image creation")
 
 
-def _snapshot(call: Call, args: Args) -> Any:
-    text = args.get("source-snapshot")
+def snapshot_of(call: Call, args: Args, key: str) -> Any:
+    """The snapshot that option ``key`` selects; None without."""
+    text = args.get(key)
     if text is None:
         return None
     from ..ops.snapshots import Selector
@@ -124,7 +125,7 @@ def _convert(call: Call, args: Args, fmt: str, options: dict[str, Any], progress
     if len(args.operands) < 2:
         raise UsageError("Must specify image file name")
     *names, target_name = args.operands
-    snapshot = _snapshot(call, args)
+    snapshot = snapshot_of(call, args, "source-snapshot")
     source_cache = cache_mode(args, "source-cache", "writeback", "Invalid source cache option")
     sources = [spec(args, name, format_key="source-format", cache=source_cache) for name in names]
     from ..ops import convert as ops

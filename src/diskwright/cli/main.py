@@ -41,6 +41,7 @@ IMG_VERBS = {
     "create": "Make a new image",
     "info": "Show what an image is",
     "map": "Show what is where in an image",
+    "measure": "Tell how large a new image will be",
     "rebase": "Change an image's backing file",
     "resize": "Change the size of a disk",
     "snapshot": "List, take, apply or delete an image's own snapshots",

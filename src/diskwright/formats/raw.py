@@ -187,6 +187,7 @@ DRIVER = Driver(
         ),
     ),
     open=open_format,
+    measure=lambda options: (0, 1),
     create=create,
     capabilities=frozenset({"discard", "resize", "zero"}),
 )

@@ -35,6 +35,13 @@ def create_new(options: Mapping[str, Any]) -> Procedure:
     return create_image(options)
 
 
+def measure(options: Mapping[str, Any]) -> tuple[int, int]:
+    """See :func:`.creation.measure`."""
+    from .creation import measure
+
+    return measure(options)
+
+
 _CIPHER = "Name of encryption cipher "
 _ENCRYPT = (
     Option("encrypt.cipher-alg", "str", _CIPHER + "algorithm"),
@@ -132,6 +139,7 @@ DRIVER = Driver(
     ),
     open=open_format,
     create=create_new,
+    measure=measure,
     capabilities=frozenset(
         {
             "backing", "bitmaps", "change_backing", "check", "compress", "discard", "make_empty",

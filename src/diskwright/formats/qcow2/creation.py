@@ -209,6 +209,14 @@ class Layout:
         """The cluster in the file of the guest data that holds the first of them."""
 
 
+def measure(options: Mapping[str, Any]) -> tuple[int, int]:
+    """Bytes that an image of ``size`` has beside its data when all of it is allocated, and the size
+    of a cluster.  Raises UsageError."""
+    h = new_header({**options, "data_file": None, "data_file_raw": False})
+    layout = Layout(h, preallocated=True)
+    return (layout.total - layout.data_clusters) << h.cluster_bits, 1 << h.cluster_bits
+
+
 def create_image(options: Mapping[str, Any]) -> Procedure:
     """Write an image of ``size`` bytes (rounded up to 512) into slot ``file``.
 
