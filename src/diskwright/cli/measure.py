@@ -34,7 +34,7 @@ def main(call: Call, argv: list[str]) -> int:
     wanted = output_format(args)
     if len(args.operands) > 1:
         raise UsageError("At most one filename argument is allowed.")
-    secrets(args)
+    keys = secrets(args)
     if args.operands and "size" in args:
         raise UsageError("--size N cannot be used together with a filename.")
     if not args.operands and "size" not in args:
@@ -52,7 +52,7 @@ def main(call: Call, argv: list[str]) -> int:
     if "size" in given:
         option_size("size", given.pop("size"))
     try:
-        options = ops.check(fmt, given)
+        options = ops.check(fmt, given, keys)
     except UsageError as error:
         call.error(str(error))
         raise call.fail(f"Invalid options for file format '{fmt}'") from error

@@ -28,12 +28,15 @@ class Measured(NamedTuple):
     bitmaps: int | None = None
 
 
-def check(fmt: str, options: Mapping[str, Any]) -> dict[str, Any]:
-    """The creation options complete and typed.  Raises UsageError, NotSupported."""
+def check(
+    fmt: str, options: Mapping[str, Any], secrets: Mapping[str, bytes] | None = None
+) -> dict[str, Any]:
+    """The creation options complete and typed, with the secrets that they name.  Raises UsageError,
+    NotSupported."""
     found = creatable(fmt)
     if found.measure is None:
         raise NotSupported(f"Block driver '{fmt}' does not support size measurement")
-    return create_options(found, {**options, "size": 0})
+    return {**create_options(found, {**options, "size": 0}), "secrets": secrets}
 
 
 def of_size(fmt: str, options: Mapping[str, Any], size: int, used: int = -1) -> Measured:

@@ -213,7 +213,8 @@ def measure(options: Mapping[str, Any]) -> tuple[int, int]:
     """Bytes that an image of ``size`` has beside its data when all of it is allocated, and the size
     of a cluster.  Raises UsageError."""
     h = new_header({**options, "data_file": None, "data_file_raw": False})
-    layout = Layout(h, preallocated=True)
+    encryption = _encryption(options)
+    layout = Layout(h, True, 0 if encryption is None else encryption.length)
     return (layout.total - layout.data_clusters) << h.cluster_bits, 1 << h.cluster_bits
 
 
