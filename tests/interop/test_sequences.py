@@ -110,7 +110,9 @@ class Sequence:
         self.sizes[name], self.clusters[name] = size, shape.cluster_size
         words = ["create", "-q", "-f", self.formats[name]]
         if self.formats[name] == "qcow2":
-            words += ["-o", shape.options()]
+            extended = shape.compat != "0.10" and shape.cluster_size >= 16384
+            extended = extended and self.rng.random() < 0.5
+            words += ["-o", shape.options() + (",extended_l2=on" if extended else "")]
         if parent is not None:
             words += ["-b", parent, "-F", self.formats[parent]]
         self.parents[name] = parent

@@ -173,7 +173,9 @@ async def _keep(
     old = top.child("backing")
     below = None if new is None else _within(old, new)
     total = top.size
-    unit = max(int(top.format.unit), 512)
+    whole = top.format.unit
+    # What is not compressed may be told apart by smaller units than are allocated.
+    unit = max(whole if compress else getattr(top.format, "zero_unit", whole), 512)
     window = max(WINDOW, unit)
 
     async def changed() -> AsyncIterator[Segment]:
