@@ -267,6 +267,10 @@ class Qcow2Case(Case):
             self.heavy = 32768
             if "p" in kind:
                 self.exact_discard = False  # a part of a compressed cluster stays
+        self.snapshots = "s" in kind
+        if self.snapshots:
+            self.crashes = 4
+        self.resizes = not ("s" in kind and "2" in kind)
         if "2" in kind:
             options["compat"] = "0.10"
             # There is no zero flag to hide a backing file with, so a discard does nothing.
@@ -498,6 +502,7 @@ CASES: dict[str, Callable[[random.Random], Case]] = {
     "qcow2-in-raw": lambda rng: Qcow2Case(rng, "ob"),
     "qcow2-packed": lambda rng: Qcow2Case(rng, "rp"),
     "qcow2-compress": lambda rng: Qcow2Case(rng, "bc"),
+    "qcow2-snapshots": lambda rng: Qcow2Case(rng, rng.choice(["s", "sb", "sl", "s2", "sp", "sr"])),
     "qcow2-chain": lambda rng: Qcow2Case(rng, "h"),
     "qcow2-subclusters": lambda rng: Qcow2Case(rng, "xb"),
     "qcow2-subclusters-packed": lambda rng: Qcow2Case(rng, "xp"),

@@ -14,7 +14,6 @@ from ...contract import Length, MetaWrite, Procedure, Progress, Quiesce, Read, T
 from ...errors import CorruptImage
 from ...ondisk import big_endian_array, big_endian_bytes
 from ..editing import ask, flush, unpin
-from . import header as hd
 from .core import COPIED, OFFSET, PACKED, SLOT
 from .counts import Counts
 from .refblock import RefBlock, decode
@@ -31,11 +30,6 @@ _PART = 4096
 _CLEAR = bytes(value & 0x7F for value in range(256))
 
 Clusters = dict[int, int]  # host cluster: references
-
-
-def stride(image: Qcow2) -> int:
-    """Words of 8 bytes that an L2 entry has."""
-    return 2 if image.header.incompatible & hd.EXTENDED_L2 else 1
 
 
 def tables_of(image: Qcow2, l1: Sequence[int]) -> list[int]:
@@ -67,7 +61,7 @@ def hosts(image: Qcow2, offset: int, raw: bytes, start: int, out: Clusters) -> N
     Raises CorruptImage for an entry that means nothing.
     """
     bits, mask = image.cluster_bits, image.cluster_mask
-    step = stride(image)
+    step = image.stride
     entries = big_endian_array(64, raw[start << 3 : start + _SLICE << 3])
     if entries.count(0) == len(entries):
         return
@@ -163,7 +157,7 @@ class Recounter:
 # -- flags
 def clear_copied(image: Qcow2, l1: Sequence[int]) -> Procedure:
     """Clear COPIED in the L2 tables that ``l1`` names; the caller lets a barrier follow."""
-    step = 8 * stride(image)
+    step = 8 * image.stride
 
     def look(offset: int, raw: bytes) -> Procedure:
         flags = raw[0::step]
@@ -235,7 +229,7 @@ class _Flags:
         bits, shift, mask = image.cluster_bits, image.block_shift, image.cluster_mask
         inside = image.per_block - 1
         table = big_endian_array(64, raw)
-        for index in range(0, len(table), stride(image)):
+        for index in range(0, len(table), image.stride):
             entry = table[index]
             host = entry & OFFSET
             if not host or entry & PACKED or host & mask:

@@ -90,7 +90,6 @@ def create(image: Qcow2, new: Snapshot) -> Procedure:
         raise UsageError(f"An image has at most {hd.MAX_SNAPSHOTS} snapshots")
     if not (yield from survey(image, image.l1, raises=True)):
         raise _no_room(image)
-    yield from announce(image)
     new = new._replace(
         id=_next_id(image.snapshot_table),
         l1_size=len(image.l1),
@@ -155,7 +154,6 @@ def apply(image: Qcow2, snapshot: Snapshot) -> Procedure:
         raise _no_room(image)
     lost = _without(mine, table)
     yield from survey(image, lost, raises=False)
-    yield from announce(image)
     (place,) = yield from _take(image, [8 * len(table)])
     yield from _write_l1(place, table, image.cluster_size)
     yield from clear_copied(image, gained)
@@ -191,11 +189,8 @@ def delete(image: Qcow2, snapshot: Snapshot) -> Procedure:
     yield from survey(image, l1, raises=False)
     own = _run(image, snapshot.l1_offset, 8 * snapshot.l1_size)
     check_counted(image, range(*own))
-    yield from announce(image)
     rest = [other for other in image.snapshot_table if other is not snapshot]
-    place = 0
-    if rest:
-        (place,) = yield from _take(image, [len(encode_table(rest))])
+    (place,) = yield from _take(image, [len(encode_table(rest))])
     yield from begin(image)
     yield from _switch(image, rest, place)
     lower = Recounter(image, -1)
@@ -246,8 +241,10 @@ def _run(image: Qcow2, offset: int, length: int) -> Run:
 
 
 def _take(image: Qcow2, lengths: list[int]) -> Procedure:
-    """Take a region for each length in bytes and count it; their offsets (0 for no bytes).  Of what
-    does not all fit nothing is kept."""
+    """Take a region for each length in bytes and count it; their offsets (0 for no bytes).
+
+    Of what does not all fit nothing is kept; nothing has been written then.
+    """
     pins: list[Table] = []
     taken: list[Run] = []
     places = []
@@ -265,6 +262,7 @@ def _take(image: Qcow2, lengths: list[int]) -> Procedure:
             image.give_back(*run)
         unpin(pins)
         raise
+    yield from announce(image)
     yield from flush(image)
     unpin(pins)
     return places
