@@ -32,11 +32,11 @@ def directory(file: bytes) -> int:
     return found
 
 
-def check(file: bytes) -> tuple[list[str], int, int]:
+def check(file: bytes, *uncovered: str) -> tuple[list[str], int, int]:
     machine = Machine(bytes(file))
     machine.open(qcow2.DRIVER, check=True)
     result = machine.run(machine.format.check())
-    assert result.uncovered == []
+    assert result.uncovered == list(uncovered)
     return result.findings, result.corruptions, result.leaks
 
 
@@ -77,8 +77,9 @@ def test_an_entry_outside_the_file(image: bytearray) -> None:
 @pytest.mark.parametrize(("at", "value"), [(4, 1), (8, 1 << 24), (17, 200 << 24), (18, 0)])
 def test_a_directory_that_means_nothing(image: bytearray, at: int, value: int) -> None:
     struct.pack_into(">I", image, directory(image) + at, value)
-    findings, corruptions, leaks = check(image)
-    assert corruptions >= 1 and leaks >= 1
+    # Of what such a directory names nothing may be freed.
+    findings, corruptions, leaks = check(image, "persistent dirty bitmaps")
+    assert corruptions >= 1 and leaks == 0
     assert findings[0].startswith("ERROR bitmap directory")
 
 
@@ -100,5 +101,5 @@ def test_a_directory_that_means_nothing(image: bytearray, at: int, value: int) -
 def test_an_extension_that_means_nothing(image: bytearray, at: int, data: bytes) -> None:
     start = image.find(EXTENSION) + at
     image[start : start + len(data)] = data
-    findings, corruptions, _ = check(image)
+    findings, corruptions, _ = check(image, "persistent dirty bitmaps")
     assert corruptions >= 1 and findings[0].startswith("ERROR bitmap directory")

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
 _SLICE = 64 << 10
 
 
+# What nobody can tell the clusters of any more: none is freed then.
+_UNCOVERED = "persistent dirty bitmaps"
+
+
 def count_bitmaps(walker: Walker) -> Procedure:
     """Count what the bitmap directory, the tables and their entries refer to.
 
@@ -32,11 +36,13 @@ def count_bitmaps(walker: Walker) -> Procedure:
         if place is None:
             return
         if not walker.add_region(place.offset, place.size):
+            walker.result.uncovered.append(_UNCOVERED)
             return
         (raw,) = yield Read(SLOT, [(place.offset, place.size)])
         entries = parse_directory(raw, place, h)
     except MalformedImage as error:
         walker.result.corruption(f"bitmap directory: {error}")
+        walker.result.uncovered.append(_UNCOVERED)
         return
     for done, entry in enumerate(entries):
         if walker.add_region(entry.table_offset, entry.table_size * 8):
