@@ -26,6 +26,10 @@ class CheckResult:
         self.fragmented_clusters = 0
         self.compressed_clusters = 0
         self.image_end_offset = 0
+        self.passes = 0
+        """How often the tables were gone through, where a check counts that."""
+        self.bytes_read = 0
+        """Bytes of tables that were read, in all passes."""
         self.findings: list[str] = []
         self.uncovered: list[str] = []
 
@@ -58,6 +62,9 @@ class CheckResult:
             value = getattr(self, key.replace("-", "_"))
             if value:
                 out[key] = value
+        if self.passes > 1:
+            out["passes"] = self.passes
+            out["bytes-read"] = self.bytes_read
         if self.uncovered:
             out["uncovered"] = list(self.uncovered)
         return out

@@ -62,6 +62,7 @@ class Checker(Walker):
         yield from self.compare()
         if self.uncopied or self.counts.shared or result.corruptions or result.leaks:
             yield from self.check_copied()
+        result.passes, result.bytes_read = self.passes, self.bytes_read
         return result
 
     # -- counts
