@@ -11,7 +11,7 @@ import pytest
 
 import diskwright
 from diskwright.errors import CorruptImage, UsageError
-from interop.tools import run
+from interop.tools import OURS, run
 
 Peer = Callable[[str], str]
 KIB, MIB = 1 << 10, 1 << 20
@@ -317,3 +317,21 @@ def test_unused_tables_are_forgotten(tmp_path: Path) -> None:
         assert disk.read(0, 5) == b"again"
     with diskwright.open(str(path), options={"cache-clean-interval": 0}) as disk:
         assert disk.node._cleaning is None  # type: ignore[attr-defined]
+
+
+def test_reopen(peer: Peer, tmp_path: Path) -> None:
+    """What belongs together is given anew as a whole; what is refused changes nothing."""
+    path = made(tmp_path)
+    words = [
+        "reopen -o overlap-check=constant",
+        "reopen -o overlap-check.template=all",
+        "reopen -o cache-size=1M,l2-cache-size=64k",
+        "reopen -o refcount-cache-size=64k,l2-cache-size=64k",
+        "reopen -o overlap-check=blubb",
+        "write -q 0 64k",
+    ]
+    arguments = [part for word in words for part in ("-c", word)]
+    theirs = run([peer("qemu-io"), *arguments, path], status=(0, 1))
+    ours = run([*OURS, "io", *arguments, path], status=(0, 1))
+    assert "Unsupported value 'blubb' for qcow2 option 'overlap-check'" in theirs
+    assert ours.partition(": ")[2] == theirs.partition(": ")[2]

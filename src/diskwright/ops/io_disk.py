@@ -215,14 +215,24 @@ async def run_reopen(session: Session, name: str, words: list[str]) -> bool:
     await opened.close()
     session.opened = None
     opened.writable, opened.cache = writable, cache
-    opened.options = names.merged(opened.options, options)
+    opened.options = names.merged(_without(opened.options, options), options)
     try:
         await session.open(opened)
-    except OpenFailed:
+    except OpenFailed as error:
         opened.writable, opened.cache, opened.options = before
         await session.open(opened)
-        raise
+        raise Complaint(explain(error.cause), "report") from error
     return True
+
+
+# Options that say one thing together: who gives some of them anew, gives them all.
+_TOGETHER = ({"overlap-check"}, {"cache-size", "l2-cache-size", "refcount-cache-size"})
+
+
+def _without(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """``old`` without what belongs together with something in ``new``."""
+    given = {name for group in _TOGETHER if group & new.keys() for name in group}
+    return {name: value for name, value in old.items() if name not in given}
 
 
 def _reopen_mode(opened: Opened, options: dict[str, Any], read: bool, write: bool) -> bool:
