@@ -101,6 +101,47 @@ def test_crash_states(options: dict[str, Any], action: str) -> None:
         explore(options, bool(seed), action, seed)
 
 
+@pytest.mark.parametrize("action", ["create", "apply", "delete"])
+@pytest.mark.parametrize("options", [KINDS[0], KINDS[3], KINDS[4]], ids=str)
+def test_every_write_fails_once(options: dict[str, Any], action: str) -> None:
+    """What an I/O error leaves behind is a good image, whichever write it met."""
+    made = prepared(options, random.Random(action), None)
+    which, held = next(iter(made.held)), dict(made.held)
+    before = bytes(made.model)
+    start, failures = made.file, 0
+    for turn in range(1000):
+        machine = Machine(start)
+        image = machine.open(qcow2.DRIVER)
+        left, write = [turn], machine.pwrite
+
+        def fails(offset: int, data: bytes, left: Any = left, write: Any = write) -> None:
+            left[0] -= 1
+            if left[0] < 0:
+                raise OSError(5, "Input/output error")
+            write(offset, data)
+
+        machine.pwrite = fails  # type: ignore[method-assign]
+        try:
+            if action == "create":
+                machine.run(image.create_snapshot(SnapshotInfo("", "new")))
+            elif action == "apply":
+                machine.run(image.apply_snapshot(which, None))
+            else:
+                machine.run(image.delete_snapshot(which, None))
+        except OSError:
+            failures += 1
+        again = Machine(bytes(machine.slots["file"]))
+        image = again.open(qcow2.DRIVER)
+        assert told(bytes(again.slots["file"])) == [], turn
+        assert again.read(0, image.size) in (before, held[which])
+        for info in image.snapshots:
+            known = held.get(info.id, before)
+            assert shown(bytes(again.slots["file"]), info.id) == known
+        if left[0] >= 0:
+            break
+    assert failures > 5
+
+
 def nothing(*_: Any) -> Any:
     return
     yield
