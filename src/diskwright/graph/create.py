@@ -146,6 +146,8 @@ async def prepare(
         given.setdefault("backing_fmt", found.name)
     if given.get("backing_file"):
         size = await _look_at_backing(driver, filename, found, given, size, check_backing, gate)
+    if size is None and given.get("detached-header"):
+        size = 0  # the disk is another file
     if size is None:
         raise UsageError("Image creation needs a size parameter")
     given["size"] = size

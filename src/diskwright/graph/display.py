@@ -8,7 +8,7 @@ from ..errors import UsageError
 from .graph import leaf_of, primary
 from .names import directory_of, protocol_of
 from .node import Node
-from .options import child_option, numbered
+from .options import FILES, child_option, numbered
 
 # Options that change how a disk is handled, never what it holds: a name need not tell them.
 # Drivers that are not listed tell all of theirs.
@@ -73,7 +73,7 @@ def description(node: Node) -> dict[str, Any]:
 
 def _fills_slot(option: str) -> bool:
     """True for an option of a format that is a child, given where the image may name one."""
-    return option in ("backing", "data-file") or numbered(option)
+    return option in ("backing", *FILES) or numbered(option)
 
 
 def display_name(node: Node) -> str:

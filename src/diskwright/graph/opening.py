@@ -15,7 +15,7 @@ from .guard import GuardedNode
 from .mapped import MappedNode
 from .names import Options
 from .node import Node
-from .options import Mode, checked, child_option, take_children, take_common
+from .options import FILES, Mode, checked, child_option, take_children, take_common
 from .perms import ALL
 from .probe import PROBE_BYTES
 
@@ -191,8 +191,7 @@ class Opening:
             told = self._told(mode, below)
             if backing is not _UNSAID or not self.backing:
                 told["backing"] = "given" if isinstance(backing, dict | str) else None
-            if "data-file" in offered:
-                told["data-file"] = "given"
+            told.update((slot, "given") for slot in FILES if slot in offered)
             format, procedure = found.open({**given, **told})
             guarded = probed or mode.writethrough or mode.detect_zeroes != "off"
             kind = GuardedNode if guarded else MappedNode

@@ -20,6 +20,8 @@ CACHE_MODES = {
     "unsafe": (False, True, False),
 }
 
+FILES = ("data-file", "header")
+"""Options that are a node each, beside those that every format has."""
 NUMBERED = {"extents": "extent."}
 """Options that are lists of nodes, and how the slots begin that these fill."""
 
@@ -87,8 +89,9 @@ def take_children(options: Options) -> dict[str, Any]:
     """Take the options that stand for other nodes (beside ``file`` and ``backing``) out of
     ``options``, by slot: ``extents.3`` is slot ``extent.3``."""
     found: dict[str, Any] = {}
-    if isinstance(options.get("data-file"), dict | str):
-        found["data-file"] = options.pop("data-file")
+    for slot in FILES:
+        if isinstance(options.get(slot), dict | str):
+            found[slot] = options.pop(slot)
     for option, prefix in NUMBERED.items():
         value = options.get(option)
         if isinstance(value, list):

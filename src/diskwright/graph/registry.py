@@ -28,6 +28,7 @@ class Entry(NamedTuple):
 BUILTIN: dict[str, Entry] = {
     "raw": Entry("format", "diskwright.formats.raw"),
     "qcow2": Entry("format", "diskwright.formats.qcow2"),
+    "luks": Entry("format", "diskwright.formats.luks"),
     "vhdx": Entry("format", "diskwright.formats.vhdx"),
     "vmdk": Entry("format", "diskwright.formats.vmdk"),
     "file": Entry("protocol", "diskwright.protocols.file"),
