@@ -254,21 +254,15 @@ def merge(material: bytes, length: int, stripes: int, hash_name: str) -> bytes:
 
 
 def _folded(noise: bytes, length: int, hash_name: str) -> bytes:
-    state = bytes(length)
-    for at in range(0, len(noise), length):
-        state = _diffused(_xor(state, noise[at : at + length]), hash_name)
-    return state
-
-
-def _diffused(data: bytes, hash_name: str) -> bytes:
     step = digest_bytes(hash_name)
-    out = b"".join(
-        hashlib.new(hash_name, struct.pack(">I", i) + data[at : at + step]).digest()[
-            : len(data) - at
-        ]
-        for i, at in enumerate(range(0, len(data), step))
-    )
-    return out
+    parts = [(struct.pack(">I", i), at) for i, at in enumerate(range(0, length, step))]
+    new = hashlib.new
+    state = bytes(length)
+    for start in range(0, len(noise), length):
+        data = _xor(state, noise[start : start + length])
+        hashes = [new(hash_name, head + data[at : at + step]).digest() for head, at in parts]
+        state = b"".join(hashes)[:length]
+    return state
 
 
 def _xor(a: bytes, b: bytes) -> bytes:

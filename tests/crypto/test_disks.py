@@ -1,0 +1,226 @@
+"""Encrypted disks: both directions with QEMU's tools, cryptsetup as a second judge, key slots, and
+headers that break the specification."""
+
+from __future__ import annotations
+
+import random
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import diskwright
+from diskwright.errors import DiskError, MalformedImage, UnsupportedFeature, UsageError
+from diskwright.formats import luks1
+
+pytest.importorskip("cryptography.hazmat.primitives.ciphers")
+QEMU = shutil.which("qemu-img")
+needs_qemu = pytest.mark.skipif(QEMU is None, reason="qemu-img is not installed")
+SECRETS = {"s0": "hunter2", "s1": "second"}
+OBJECT = ["--object", "secret,id=s0,data=hunter2"]
+SIZE = (1 << 20) + 3 * 512
+
+SPECS: list[dict[str, Any]] = [
+    {},
+    {"cipher-alg": "aes-128", "hash-alg": "sha1", "ivgen-alg": "plain"},
+    {"cipher-alg": "aes-192", "hash-alg": "sha224"},
+    {"cipher-mode": "cbc", "ivgen-alg": "essiv", "hash-alg": "sha512"},
+    {"cipher-alg": "aes-128", "cipher-mode": "cbc", "ivgen-alg": "plain64", "hash-alg": "sha384"},
+]
+AES = {"format": "aes"}
+
+
+def source(path: Path, fmt: str) -> dict[str, Any]:
+    key = "key-secret" if fmt == "luks" else "encrypt.key-secret"
+    return {"driver": fmt, "file": {"driver": "file", "filename": str(path)}, key: "s0"}
+
+
+def image_opts(path: Path, fmt: str) -> str:
+    key = "key-secret" if fmt == "luks" else "encrypt.key-secret"
+    return f"driver={fmt},file.filename={path},{key}=s0"
+
+
+def options(fmt: str, spec: dict[str, Any]) -> dict[str, Any]:
+    given = {"key-secret": "s0", **({} if spec == AES else {"iter-time": 5}), **spec}
+    if fmt == "luks":
+        return given
+    return {f"encrypt.{name}": value for name, value in {"format": "luks", **given}.items()}
+
+
+def made(path: Path, fmt: str = "luks", **spec: Any) -> dict[str, Any]:
+    diskwright.create(path, fmt, SIZE, options(fmt, spec), secrets=SECRETS)
+    return source(path, fmt)
+
+
+def qemu(*words: Any) -> None:
+    done = subprocess.run([str(QEMU), *map(str, words)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def scribble(disk: Any, model: bytearray, seed: int) -> None:
+    rng = random.Random(seed)
+    for _ in range(12):
+        length = rng.choice([1, 7, 512, 700, 4096, 65536, 300_000])
+        offset = rng.randrange(len(model) - length + 1)
+        data = rng.randbytes(length) if rng.random() < 0.8 else bytes(length)
+        if any(data):
+            disk.write(offset, data)
+        else:
+            disk.zero(offset, length, unmap=rng.random() < 0.5)
+        model[offset : offset + length] = data
+        assert disk.read(offset, length) == data
+
+
+@needs_qemu
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("fmt", ["luks", "qcow2"])
+def test_both_directions(tmp_path: Path, fmt: str, spec: dict[str, Any]) -> None:
+    ours, theirs, plain = tmp_path / "ours", tmp_path / "theirs", tmp_path / "plain"
+    model = bytearray(SIZE)
+    with diskwright.open(made(ours, fmt, **spec), writable=True, secrets=SECRETS) as disk:
+        if fmt == "luks":
+            disk.write(0, bytes(SIZE))
+        scribble(disk, model, 1)
+    qemu("convert", *OBJECT, "--image-opts", image_opts(ours, fmt), "-O", "raw", plain)
+    assert plain.read_bytes() == model
+    words = ",".join(f"{k}={v}" for k, v in options(fmt, spec).items())
+    qemu("convert", *OBJECT, "-f", "raw", "-O", fmt, "-o", words, plain, theirs)
+    with diskwright.open(source(theirs, fmt), writable=True, secrets=SECRETS) as disk:
+        assert disk.read(0, SIZE) == model
+        scribble(disk, model, 2)
+    qemu("convert", *OBJECT, "--image-opts", image_opts(theirs, fmt), "-O", "raw", plain)
+    assert plain.read_bytes() == model
+
+
+@needs_qemu
+@pytest.mark.parametrize(
+    "more",
+    [{}, {"compat": "0.10"}, {"cluster_size": 512}, {"extended_l2": True},
+     {"preallocation": "metadata"}],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("spec", [{}, AES], ids=["luks", "aes"])
+def test_with_other_features(tmp_path: Path, spec: dict[str, Any], more: dict[str, Any]) -> None:
+    if more.get("preallocation") and more.get("compat"):
+        pytest.skip("zero flags are of version 3")
+    path, plain = tmp_path / "disk", tmp_path / "plain"
+    diskwright.create(path, "qcow2", SIZE, {**options("qcow2", spec), **more}, secrets=SECRETS)
+    model = bytearray(SIZE)
+    with diskwright.open(source(path, "qcow2"), writable=True, secrets=SECRETS) as disk:
+        assert disk.read(0, SIZE) == model
+        scribble(disk, model, 3)
+    qemu("check", *OBJECT, "--image-opts", image_opts(path, "qcow2"))
+    # What is behind the end of the disk must be zero when another program shows it.
+    qemu("resize", *OBJECT, "--image-opts", image_opts(path, "qcow2"), SIZE + 65536)
+    qemu("convert", *OBJECT, "--image-opts", image_opts(path, "qcow2"), "-O", "raw", plain)
+    assert plain.read_bytes() == model + bytes(65536)
+
+
+@pytest.mark.skipif(shutil.which("cryptsetup") is None, reason="cryptsetup is not installed")
+def test_cryptsetup_opens_it(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    made(path)
+    words = ["cryptsetup", "open", "--test-passphrase", "--key-file", "-", str(path)]
+    assert subprocess.run(words, input=b"hunter2", capture_output=True).returncode == 0
+    assert subprocess.run(words, input=b"wrong", capture_output=True).returncode == 2
+
+
+@pytest.mark.parametrize("fmt", ["luks", "qcow2"])
+def test_without_the_right_secret(tmp_path: Path, fmt: str) -> None:
+    where = made(tmp_path / "disk", fmt)
+    prefix = "" if fmt == "luks" else "encrypt."
+    with pytest.raises(UsageError, match="Invalid password, cannot unlock any keyslot"):
+        diskwright.open(where, secrets={"s0": "wrong"})
+    with pytest.raises(UsageError, match="No secret with id 's0'"):
+        diskwright.open(where)
+    with pytest.raises(UsageError, match=f"'{prefix}key-secret' is required for cipher"):
+        diskwright.open(tmp_path / "disk")
+    found = diskwright.info(tmp_path / "disk")
+    assert found.encrypted
+    assert "hunter2" not in repr(found)
+
+
+@pytest.mark.parametrize(
+    "spec, error",
+    [
+        ({"cipher-alg": "serpent-256"}, UnsupportedFeature),
+        ({"cipher-alg": "foo"}, UsageError),
+        ({"cipher-mode": "ctr"}, UnsupportedFeature),
+        ({"hash-alg": "md5"}, UnsupportedFeature),
+        ({"ivgen-alg": "essiv", "ivgen-hash-alg": "sha1"}, UsageError),
+    ],
+    ids=str,
+)
+def test_what_is_refused_by_name(tmp_path: Path, spec: dict[str, Any], error: Any) -> None:
+    with pytest.raises(error):
+        made(tmp_path / "disk", "luks", **spec)
+    assert not (tmp_path / "disk").exists()
+
+
+def test_the_splitter() -> None:
+    key = random.Random(1).randbytes(24)
+    for name in ("sha1", "sha256", "sha512"):
+        assert luks1.merge(luks1.split(key, 50, name), 24, 50, name) == key
+
+
+@pytest.mark.parametrize(
+    "offset, value",
+    [
+        (6, b"\0\2"),  # the version
+        (40, b"xts-\xff"),  # not text
+        (104, struct.pack(">I", 1)),  # the disk inside the header
+        (104, struct.pack(">I", 0xFFFFFFFF)),  # the disk behind the end
+        (108, struct.pack(">I", 0)),  # no key
+        (108, struct.pack(">I", 1 << 31)),  # a huge one
+        (164, struct.pack(">I", 0xFFFFFFFF)),  # hashing for days
+        (208, b"\0\0\0\0"),  # no state
+        (212, struct.pack(">I", 0xFFFFFFFF)),
+        (248, struct.pack(">I", 0)),  # key material over the header
+        (248, struct.pack(">I", 0xFFFFFFFF)),
+        (248, struct.pack(">I", 512)),  # over that of the next slot
+        (252, struct.pack(">I", 0)),
+        (252, struct.pack(">I", 0xFFFFFFFF)),
+    ],
+)
+def test_hostile_headers(tmp_path: Path, offset: int, value: bytes) -> None:
+    path = tmp_path / "disk"
+    where = made(path)
+    with path.open("r+b") as file:
+        file.seek(offset)
+        file.write(value)
+    with pytest.raises((MalformedImage, UnsupportedFeature)):
+        diskwright.open(where, secrets=SECRETS)
+    with pytest.raises(DiskError):
+        diskwright.info(path, format="luks")
+
+
+@pytest.mark.parametrize("fmt", ["luks", "qcow2"])
+def test_key_slots(tmp_path: Path, fmt: str) -> None:
+    path = tmp_path / "disk"
+    where = made(path, fmt)
+    prefix = "" if fmt == "luks" else "encrypt."
+
+    def amend(force: bool = False, **words: Any) -> None:
+        given = {prefix + name.replace("_", "-"): value for name, value in words.items()}
+        diskwright.amend(where, given, secrets=SECRETS, force=force)
+
+    def opens(secret: str) -> bool:
+        try:
+            diskwright.open(where, secrets={"s0": secret}).close()
+        except UsageError:
+            return False
+        return True
+
+    with pytest.raises(UsageError, match="the only active keyslot 0"):
+        amend(state="inactive", keyslot=0)
+    amend(state="active", new_secret="s1", iter_time=5, keyslot=6)
+    assert opens("hunter2") and opens("second")
+    with pytest.raises(UsageError, match="Refusing to overwrite active keyslot 6"):
+        amend(state="active", new_secret="s1", keyslot=6)
+    amend(state="inactive", old_secret="s1")
+    assert opens("hunter2") and not opens("second")
+    amend(state="inactive", keyslot=0, force=True)
+    assert not opens("hunter2")
