@@ -149,6 +149,11 @@ class _Job:
 
         Where the map itself fails, smaller pieces are asked for, down to a unit, which is lost.
         """
+        unmapped = getattr(self.format, "unmapped", None)
+        if unmapped is not None and self.node.child("backing") is None:
+            end = unmapped(offset)
+            if end > offset:  # a disk may be much larger than what its tables hold
+                return [], end
         count = length
         while True:
             try:

@@ -113,6 +113,16 @@ class Salvaged(Qcow2):
             self._noted += len(notes) - len(self._notes.get(offset, ()))
             self._notes[offset] = notes
 
+    def unmapped(self, offset: int) -> int:
+        """Where the next table's range begins from ``offset`` on; ``offset`` itself when it is in
+        one."""
+        index = offset >> self.l1_shift
+        if self.as_it_is or (index < len(self.l1) and self.l1[index]):
+            return offset
+        while index < len(self.l1) and not self.l1[index]:
+            index += 1
+        return min(index << self.l1_shift, self.size) if index < len(self.l1) else self.size
+
     # -- what is known
     def notes(self, start: int, length: int) -> Iterator[Note]:
         """What of a range is lost or guessed, in order; asked once it has been mapped.  A lost part
