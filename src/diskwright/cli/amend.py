@@ -35,7 +35,7 @@ def main(call: Call, argv: list[str]) -> int:
     given = args.all("options")
     if not given:
         raise UsageProblem("Must specify options (-o)")
-    if any(wants_list(text) for text in given):
+    if wants_list(given):
         return _list(call, args)
     name = _named(args)
     options = collect(given)

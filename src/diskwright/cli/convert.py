@@ -53,7 +53,7 @@ def main(call: Call, argv: list[str]) -> int:
         args.options.append(("image-opts", ""))
     given = args.all("target-options")
     fmt = args.get("target-format") or "raw"
-    if any(wants_list(text) for text in given):
+    if wants_list(given):
         return list_options(call, fmt, args.operands[-1] if args.operands else None)
     progress = Progress.wanted(call, args)
     complete = False
@@ -95,6 +95,8 @@ def _refused(args: Args, fmt: str) -> None:
     if "copy-range-offloading" in args:
         if "sparse-size" in args:
             raise UsageError("Cannot enable copy offloading when -S is used")
+        if "compress" in args:
+            raise UsageError("Cannot enable copy offloading when -c is used")
         if "salvage" in args:
             raise UsageError("Cannot use copy offloading in salvaging mode")
     if "target-image-opts" in args and "target-format" in args:

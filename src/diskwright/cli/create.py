@@ -35,7 +35,7 @@ def main(call: Call, argv: list[str]) -> int:
     fmt = args.get("format") or "raw"
     given = args.all("options")
     filename = args.operands[0] if args.operands else None
-    if any(wants_list(text) for text in given):
+    if wants_list(given):
         return list_options(call, fmt, filename)
     if filename is None:
         raise UsageProblem("Expecting image file name")
@@ -96,9 +96,14 @@ def _create(
     )
 
 
-def wants_list(text: str) -> bool:
-    """Whether ``-o`` asks for the list of options."""
-    return any(part in ("help", "?") for part in text.replace(",,", "").split(","))
+def wants_list(given: list[str]) -> bool:
+    """Whether ``-o`` asks for the list of options.  Raises UsageError for one that is no list."""
+    for text in given:
+        tail = len(text) - len(text.rstrip(","))
+        if text[:1] in ("", ",") or tail % 2:
+            raise UsageError(f"Invalid option list: {text}")
+    parts = [part for text in given for part in text.replace(",,", "").split(",")]
+    return "help" in parts or "?" in parts
 
 
 def list_options(call: Call, fmt: str, filename: str | None) -> int:

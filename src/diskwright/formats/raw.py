@@ -184,6 +184,7 @@ DRIVER = Driver(
             "Preallocation mode (allowed values: off, falloc, full)",
             "off",
             PREALLOCATIONS,
+            own=True,
         ),
     ),
     open=open_format,
