@@ -200,6 +200,8 @@ async def _make(
     options = {key: value for key, value in settings.options.items() if key != "size"}
     if settings.compress:
         _check_compression(fmt)
+        if any(key.startswith("encrypt") and value for key, value in options.items()):
+            raise UsageError("Compression and encryption not supported at the same time")
     try:
         _refuse_itself(nodes, name, name)
         plan = await one_pass(driver, name, fmt, total, options, target.gate, target.cache)
