@@ -135,7 +135,7 @@ async def convert(
                 raise OpenFailed(target.name, error) from error
         # A target that was just made encrypted is opened by the secret that it was made with.
         keys = {k: v for k, v in settings.options.items() if k.endswith("key-secret")}
-        given = {**keys, **_level(target, settings)} if settings.create else None
+        given = {**keys, **_level(target, settings)} if settings.create else {}
         out = await target.open(driver, writable=True, options=given or None)
         try:
             if not settings.create and out.size < total:
@@ -207,14 +207,13 @@ async def _make(
         plan = await one_pass(driver, name, fmt, total, options, target.gate, target.cache)
         if plan is not None:
             return plan, ()
-        gate = target.gate
         return None, await create(
             driver,
             name,
             fmt,
             total,
             options,
-            gate=gate,
+            gate=target.gate,
             look_at_backing=False,
             on_new=on_new,
             secrets=target.secrets,
