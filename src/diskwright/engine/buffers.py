@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import mmap
-from collections.abc import Iterator
 
 from ..units import align_down
 
@@ -30,7 +29,7 @@ def is_zero(view: memoryview) -> bool:
     return all(_ZEROES.startswith(view[at : at + step]) for at in range(0, length, step))
 
 
-def zero_runs(view: memoryview, block: int) -> Iterator[tuple[int, int, bool]]:
+def zero_runs(view: memoryview, block: int) -> list[tuple[int, int, bool]]:
     """Runs of zero and of other blocks in ``view``: (start, end, zero), in order and alternating.
 
     ``block`` is a multiple of 8, in bytes, counted from the start of the view; the last one may be
@@ -40,41 +39,38 @@ def zero_runs(view: memoryview, block: int) -> Iterator[tuple[int, int, bool]]:
     whole = align_down(length, block)
     first = view[:whole].cast("Q")[:: block // 8].tolist() if whole else []
     if 0 not in first and whole == length:
-        if length:
-            yield 0, length, False
-        return
+        return [(0, length, False)] if length else []
     if is_zero(view):
-        yield 0, length, True
-        return
+        return [(0, length, True)]
     if whole < length:
         first.append(0)  # the short one is always looked at
-    start, state = 0, None
-    for begin, zero in _changes(view, block, first):
-        if zero is not state:
-            if state is not None:
-                yield start, begin * block, state
-            start, state = begin * block, zero
-    if state is not None:
-        yield start, length, state
-
-
-def _changes(view: memoryview, block: int, first: list[int]) -> Iterator[tuple[int, bool]]:
-    """(index of a block, zero) wherever that may change; ``first`` has a word of each block."""
-    test = _ZEROES.startswith if block <= len(_ZEROES) else is_zero
-    index, count = 0, len(first)
-    while index < count:
-        begin = index
-        if first[index]:
-            yield begin, False
-            try:
-                index = first.index(0, index)
-            except ValueError:
-                return
-            continue
-        while index < count and not first[index]:
-            index += 1
-        if is_zero(view[begin * block : index * block]):
-            yield begin, True
-            continue
-        for at in range(begin, index):
-            yield at, test(view[at * block : (at + 1) * block])
+    first.append(1)  # ends the last run
+    runs: list[tuple[int, int, bool]] = []
+    done = at = end = 0  # blocks told, looked at, and where those that begin with zeroes end
+    count = len(first) - 1
+    find = first.index
+    while at < count:
+        try:
+            at = find(0, at)
+        except ValueError:
+            break
+        if at >= end:
+            end = at + 1
+            while not first[end]:
+                end += 1
+        stop = end
+        if not is_zero(view[at * block : stop * block]):
+            # Some of them only begin with zeroes: those before the first such one are a run.
+            stop = at
+            while is_zero(view[stop * block : (stop + 1) * block]):
+                stop += 1
+            if stop == at:
+                at += 1
+                continue
+        if done < at:
+            runs.append((done * block, at * block, False))
+        runs.append((at * block, min(stop * block, length), True))
+        done = at = stop
+    if done < count:
+        runs.append((done * block, length, False))
+    return runs

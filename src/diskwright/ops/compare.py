@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -105,19 +106,21 @@ class _Cursor:
 
     def __init__(self, nodes: tuple[Node, Node], side: int) -> None:
         self.nodes, self.side = nodes, side
-        self.last: Status | None = None
+        self.known: deque[Status] = deque()
 
     async def at(self, offset: int) -> Status:
         """The status from ``offset`` on."""
-        last = self.last
-        if last is None or not last.start <= offset < last.start + last.length:
+        known = self.known
+        while known and offset >= known[0].start + known[0].length:
+            known.popleft()
+        if not known:
             node = self.nodes[self.side]
             length = node.size - offset
             try:
-                last = self.last = (await block_status(node, offset, length))[0]
+                known.extend(await block_status(node, offset, length))
             except (OSError, DiskError) as error:
                 raise ReadFailed(self.side, offset, length, error, True) from error
-        return last.part(offset, last.start + last.length)
+        return known[0].part(offset, known[0].start + known[0].length)
 
 
 async def _read(
