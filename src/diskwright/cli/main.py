@@ -39,6 +39,7 @@ IMG_VERBS = {
     "compare": "Tell whether two disks have the same content",
     "convert": "Copy disks into a new image",
     "create": "Make a new image",
+    "dd": "Copy a part of a disk into a new image",
     "info": "Show what an image is",
     "map": "Show what is where in an image",
     "measure": "Tell how large a new image will be",

@@ -14,7 +14,6 @@ from ..errors import DiskError, ImageInUse, UsageError
 from ..graph import registry
 from ..graph.creating import remove
 from ..graph.graph import chain, leaf_of, primary
-from ..graph.names import parse
 from ..graph.node import Node
 from ..graph.opener import close_disk, discard_disk
 from ..graph.perms import CONSISTENT_READ, WRITE_UNCHANGED
@@ -23,6 +22,7 @@ from ..units import SECTOR, align_up
 from .convert_bitmaps import check_source, check_target, copy_bitmaps
 from .create import create
 from .images import ImageSpec, OpenFailed, close_all
+from .itself import refuse_itself
 from .snapshots import Selector, show
 from .sources import SPARSE, Sources
 from .streaming import Pass, limited, one_pass, salvaged, write_pass
@@ -130,7 +130,7 @@ async def convert(
                 return await _one_pass(driver, nodes, plan, settings, tell, made, durable)
         elif isinstance(target.reference, str):
             try:
-                _refuse_itself(nodes, target.reference, target.name)
+                refuse_itself(nodes, target.reference, target.name)
             except ImageInUse as error:
                 raise OpenFailed(target.name, error) from error
         # A target that was just made encrypted is opened by the secret that it was made with.
@@ -203,7 +203,7 @@ async def _make(
         if any(key.startswith("encrypt") and value for key, value in options.items()):
             raise UsageError("Compression and encryption not supported at the same time")
     try:
-        _refuse_itself(nodes, name, name)
+        refuse_itself(nodes, name, name)
         plan = await one_pass(driver, name, fmt, total, options, target.gate, target.cache)
         if plan is not None:
             return plan, ()
@@ -244,27 +244,6 @@ async def _show(nodes: list[Node], wanted: Selector) -> None:
         await show(nodes[0], wanted)
     except DiskError as error:
         raise SnapshotFailed(f"Failed to load snapshot: {error}") from error
-
-
-def _refuse_itself(nodes: list[Node], reference: str, name: str) -> None:
-    """Raise ImageInUse when a source is read from the very file that would be written."""
-    where = parse(reference)[0]
-    path = where.get("filename") if where.get("driver") in ("file", "host_device") else None
-    if path is None:
-        return
-    try:
-        wanted = os.stat(path)
-    except OSError:
-        return
-    for top in nodes:
-        for layer in chain(top):
-            held = leaf_of(layer).options.get("filename")
-            try:
-                found = os.stat(held) if held else None
-            except OSError:
-                continue
-            if found is not None and os.path.samestat(found, wanted):
-                raise ImageInUse(name, "write")
 
 
 async def _copy(
@@ -343,9 +322,11 @@ class _Count:
 
     @classmethod
     async def of(cls, source: Sources, tell: _Told) -> _Count:
-        """Look through the source first, where somebody is to be told how far it is."""
+        """Look through the source first, where somebody is to be told how far it is, or (while
+        salvaging) of which parts nobody can say what they are."""
         told = tell.on_progress
-        return cls(await source.data() if told is not None else 0, told)
+        looked = told is not None or source.on_unknown is not None
+        return cls(await source.data() if looked else 0, told)
 
     def moved(self, length: int, zero: bool) -> None:
         """So many bytes were copied, or told to be zeroes."""
