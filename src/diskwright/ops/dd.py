@@ -37,18 +37,18 @@ class OutputFailed(DiskError):
 class Part(NamedTuple):
     """The part of a disk to copy, in blocks of ``block`` bytes, at least 1.
 
-    ``count``: how many of the disk's blocks there are to copy, counted from its beginning; None:
+    ``blocks``: how many of the disk's blocks there are to copy, counted from its beginning; None:
     all.  ``skip``: how many of those are left out at the beginning.
     """
 
     block: int = BLOCK
-    count: int | None = None
+    blocks: int | None = None
     skip: int = 0
 
     def range(self, size: int) -> tuple[int, int, bool]:
         """First byte and end of the part in a disk of ``size`` bytes, and whether there is that
         much to be skipped (otherwise the part is empty)."""
-        end = size if self.count is None else min(size, self.count * self.block)
+        end = size if self.blocks is None else min(size, self.blocks * self.block)
         start = self.skip * self.block
         return min(start, end), end, start <= end
 
