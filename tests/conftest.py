@@ -11,6 +11,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -27,6 +28,11 @@ PACKAGES = {
     "7z": "p7zip-full",
     "strace": "strace",
 }
+
+# How long an example takes depends on what else the machine does; and what CI finds wrong must be
+# wrong again at the next attempt.
+settings.register_profile("suite", deadline=None, derandomize=os.environ.get("CI") == "true")
+settings.load_profile("suite")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -46,14 +52,30 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """In CI a test that skips for want of a program has failed: all of them can be installed."""
+    """In CI a test that skips for want of a program or a library has failed: all of them can be
+    installed."""
     report = yield
+    fail_for_want(report)
+    return report
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_make_collect_report(
+    collector: pytest.Collector,
+) -> Generator[None, pytest.CollectReport, pytest.CollectReport]:
+    """The same where a whole module skips."""
+    report = yield
+    fail_for_want(report)
+    return report
+
+
+def fail_for_want(report: pytest.TestReport | pytest.CollectReport) -> None:
     if report.skipped and isinstance(report.longrepr, tuple) and os.environ.get("CI") == "true":
         reason = report.longrepr[2]
-        if "not installed" in reason:
+        # The second are the words of pytest.importorskip.
+        if "not installed" in reason or "could not import" in reason:
             report.outcome = "failed"
-            report.longrepr = f"{item.nodeid}: {reason}"
-    return report
+            report.longrepr = f"{report.nodeid}: {reason}"
 
 
 def must_be_there() -> bool:

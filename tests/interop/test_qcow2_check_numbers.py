@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.skipif(shutil.which("qemu-img") is None, reason="no qemu-img")
+pytestmark = pytest.mark.skipif(
+    shutil.which("qemu-img") is None, reason="qemu-img is not installed"
+)
 KEYS = (
     "image-end-offset", "total-clusters", "check-errors", "corruptions", "leaks",
     "allocated-clusters", "fragmented-clusters", "compressed-clusters",

@@ -16,7 +16,7 @@ from machine import Machine, put
 from diskwright.findings import CheckResult
 from diskwright.formats import qcow2
 
-pytestmark = pytest.mark.skipif(oracle.shutil.which("qemu-img") is None, reason="no qemu-img")
+pytestmark = oracle.needs_qemu
 PAGE = Path(__file__).parents[2] / "docs/formats/qcow2.md"
 
 
