@@ -123,7 +123,7 @@ def test_our_file_is_not_larger(peer: Peer, tmp_path: Path) -> None:
 
 def test_a_stream_goes_through_a_pipe(tmp_path: Path) -> None:
     """Nothing is ever revisited."""
-    from diskwright.formats.vmdk.stream_writer import StreamOptimized
+    from diskwright.formats.vmdk.stream.writer import StreamOptimized
 
     data = source(tmp_path / "source.raw", 3 << 20, 9)
     reading, writing = os.pipe()

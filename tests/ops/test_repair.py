@@ -14,7 +14,7 @@ import diskwright
 from cli.support import Result, ours
 from diskwright.contract import Procedure
 from diskwright.errors import NotSupported, UsageError
-from diskwright.formats.qcow2 import checking
+from diskwright.formats.qcow2.check import checking
 from diskwright.formats.qcow2.format import Qcow2
 from ops.tools import FLAWED, known
 

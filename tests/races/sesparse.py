@@ -7,8 +7,8 @@ from typing import Any
 
 from diskwright.contract import Procedure, Quiesce
 from diskwright.formats.vmdk.format import Vmdk
-from diskwright.formats.vmdk.sesparse import open_sesparse
-from diskwright.formats.vmdk.sesparse_header import Header, Region
+from diskwright.formats.vmdk.sesparse.header import Header, Region
+from diskwright.formats.vmdk.sesparse.part import open_sesparse
 
 SECTOR = 512
 GRAINS = 512  # there is room for

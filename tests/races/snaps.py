@@ -8,7 +8,7 @@ from diskwright.abilities import SnapshotInfo
 from diskwright.contract import Procedure
 from diskwright.errors import NotSupported
 from diskwright.formats.qcow2.format import Qcow2
-from diskwright.formats.qcow2.snapshots import read_l1
+from diskwright.formats.qcow2.snapshots.procedures import read_l1
 from diskwright.graph.mapped import MappedNode
 from diskwright.testing.toy import Toy
 

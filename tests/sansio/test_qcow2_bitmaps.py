@@ -230,7 +230,10 @@ def forgotten(self: Any, bitmap: Any, old: Any) -> Any:
 
 @pytest.mark.parametrize(
     ("where", "name", "mutant"),
-    [("bitmapuse.Directory", "in_use_writes", never), ("bitmapstore.Storing", "_add", forgotten)],
+    [
+        ("bitmaps.use.Directory", "in_use_writes", never),
+        ("bitmaps.store.Storing", "_add", forgotten),
+    ],
 )
 def test_mutants_do_not_survive(
     where: str, name: str, mutant: Any, monkeypatch: pytest.MonkeyPatch

@@ -16,7 +16,8 @@ from test_qcow2_snapshots import Disk, clean, shown
 from diskwright.abilities import SnapshotInfo
 from diskwright.errors import CorruptImage
 from diskwright.formats import qcow2
-from diskwright.formats.qcow2 import sharing, snapshots
+from diskwright.formats.qcow2.snapshots import procedures as snapshots
+from diskwright.formats.qcow2.snapshots import sharing
 
 KINDS: list[dict[str, Any]] = [
     {"cluster_size": 512},

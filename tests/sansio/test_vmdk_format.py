@@ -22,7 +22,7 @@ from diskwright.extents import Data, Zero
 from diskwright.formats import vmdk
 from diskwright.formats.vmdk import cid, creation
 from diskwright.formats.vmdk.descriptor import parse
-from diskwright.formats.vmdk.sparse_layout import new_hosted
+from diskwright.formats.vmdk.sparse.layout import new_hosted
 
 SECTOR = 512
 MIB = 1 << 20

@@ -21,10 +21,10 @@ from diskwright.errors import (
 from diskwright.extents import DATA, HOLE, ZERO, Data
 from diskwright.findings import CheckResult
 from diskwright.formats.vmdk.format import Vmdk
-from diskwright.formats.vmdk.sesparse import new_sesparse, open_sesparse
-from diskwright.formats.vmdk.sesparse_header import new_header
-from diskwright.formats.vmdk.sesparse_map import entry_of, grain_of
-from diskwright.formats.vmdk.sesparse_space import fill, next_clear, next_set
+from diskwright.formats.vmdk.sesparse.header import new_header
+from diskwright.formats.vmdk.sesparse.map import entry_of, grain_of
+from diskwright.formats.vmdk.sesparse.part import new_sesparse, open_sesparse
+from diskwright.formats.vmdk.sesparse.space import fill, next_clear, next_set
 
 MIB = 1 << 20
 GRAIN = 4096

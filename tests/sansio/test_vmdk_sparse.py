@@ -15,9 +15,9 @@ from diskwright.errors import CorruptImage, ImageError, NoSpace, UnsupportedFeat
 from diskwright.extents import Data, Hole, Zero
 from diskwright.findings import CheckResult
 from diskwright.formats import vmdk
-from diskwright.formats.vmdk import checking
-from diskwright.formats.vmdk.space import Runs, Space
-from diskwright.formats.vmdk.sparse import SparsePart
+from diskwright.formats.vmdk.sparse import check as checking
+from diskwright.formats.vmdk.sparse.part import SparsePart
+from diskwright.formats.vmdk.sparse.space import Runs, Space
 from house import tinyvmdk
 from house.tinyvmdk import SECTOR, Reading
 

@@ -18,8 +18,8 @@ from diskwright.errors import CorruptImage, ImageError, UnsupportedFeature, Usag
 from diskwright.extents import HOLE, PACKED, ZERO, Packed
 from diskwright.findings import CheckResult
 from diskwright.formats.vmdk import DRIVER
-from diskwright.formats.vmdk.stream import GrainCodec, longest
-from diskwright.formats.vmdk.stream_writer import StreamOptimized
+from diskwright.formats.vmdk.stream.part import GrainCodec, longest
+from diskwright.formats.vmdk.stream.writer import StreamOptimized
 
 MIB = 1 << 20
 GRAIN = 65536

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 def open_format(options: Mapping[str, Any]) -> tuple[Qcow2, Procedure]:
     """A format and the procedure that fills it in; see :func:`.opening.open_image`.
 
-    With ``salvage`` among the options one that reads what is left (:mod:`.salvage`).
+    With ``salvage`` among the options one that reads what is left (:mod:`.salvage.reading`).
     """
     if options.get("salvage"):
-        from .salvaging import open_salvaged
+        from .salvage.opening import open_salvaged
 
         return open_salvaged(options)
     from .format import Qcow2

@@ -12,8 +12,8 @@ from ...errors import DiskError, UnsupportedFeature, UsageError
 from ...ondisk import big_endian_bytes, zeros
 from ...units import align_up, is_power_of_two
 from . import header as hd
-from .core import COPIED, DATA_SLOT, SLOT, ZERO_FLAG
-from .refblock import empty
+from .machine.core import COPIED, DATA_SLOT, SLOT, ZERO_FLAG
+from .machine.refblock import empty
 
 if TYPE_CHECKING:
     from .encryption import NewEncryption

@@ -18,7 +18,7 @@ from ...secrets import find
 from ..luks1 import Header as Luks
 from ..luks1_slots import Place, amend, area, make_keys, plan_header, read_header, unlock
 from . import header as hd
-from .core import SLOT
+from .machine.core import SLOT
 
 if TYPE_CHECKING:
     from .format import Qcow2

@@ -10,7 +10,7 @@ from ...abilities import SnapshotInfo
 from ...bitmaps import DirtyBitmap
 from ...contract import Procedure
 from . import header as hd
-from .encrypted import Encrypted
+from .machine.encrypted import Encrypted
 
 _MOST_L2 = 32 << 20
 _LEAST_TABLES = 6  # two L2 tables and four refcount blocks, in clusters
@@ -107,14 +107,14 @@ class Qcow2(Encrypted):
         """The internal snapshots, in the order of the table."""
         if not self.snapshot_table:
             return ()
-        from .snaptable import described
+        from .snapshots.table import described
 
         return [described(snapshot) for snapshot in self.snapshot_table]
 
     def _bitmaps_info(self) -> dict[str, Any]:
         if self.directory is None:
             return {}
-        from .bitmapuse import describe
+        from .bitmaps.use import describe
 
         return {"bitmaps": describe(self.directory)}
 
@@ -130,13 +130,13 @@ class Qcow2(Encrypted):
         """Compare the reference counts with the references; returns a CheckResult.
 
         ``fix``: "leaks" gives back what nothing refers to, "all" mends everything; see
-        :mod:`.repair`.
+        :mod:`.repair.procedure`.
         """
         if fix:
-            from .repair import repair
+            from .repair.procedure import repair
 
             return repair(self, fix)
-        from .checking import check
+        from .check.checking import check
 
         return check(self)
 
@@ -148,25 +148,25 @@ class Qcow2(Encrypted):
 
     def create_snapshot(self, info: SnapshotInfo) -> Procedure:
         """Take a snapshot of this name, date and VM state; returns its SnapshotInfo."""
-        from .snapview import create
+        from .snapshots.view import create
 
         return create(self, info)
 
     def apply_snapshot(self, snapshot_id: str | None, name: str | None) -> Procedure:
         """Make the disk what it was when the first snapshot of this id and name was taken."""
-        from .snapview import apply
+        from .snapshots.view import apply
 
         return apply(self, snapshot_id, name)
 
     def delete_snapshot(self, snapshot_id: str | None, name: str | None) -> Procedure:
         """Forget the first snapshot of this id and name."""
-        from .snapview import delete
+        from .snapshots.view import delete
 
         return delete(self, snapshot_id, name)
 
     def show_snapshot(self, snapshot_id: str | None, name: str | None) -> Procedure:
         """From now on be the disk of that snapshot, for reading alone."""
-        from .snapview import show
+        from .snapshots.view import show
 
         return show(self, snapshot_id, name)
 
@@ -182,7 +182,7 @@ class Qcow2(Encrypted):
 
     def grow_vm_state(self, end: int) -> Procedure:
         """Make room for ``end`` bytes of VM state."""
-        from .vmstate import grow
+        from .snapshots.vmstate import grow
 
         return grow(self, end)
 
@@ -199,8 +199,8 @@ class Qcow2(Encrypted):
         return change_backing(self, name, fmt)
 
     def amend(self, options: Mapping[str, Any], force: bool = False) -> Procedure:
-        """Change creation options in place; see :mod:`.amend`."""
-        from .amend import amend
+        """Change creation options in place; see :mod:`.amend.options`."""
+        from .amend.options import amend
 
         return amend(self, options, force)
 
@@ -211,19 +211,19 @@ class Qcow2(Encrypted):
 
     def check_bitmap(self, name: str, granularity: int) -> None:
         """Raise BitmapError where a new bitmap like this cannot be kept in the image."""
-        from .bitmapadd import check_bitmap
+        from .bitmaps.add import check_bitmap
 
         check_bitmap(self, name, granularity)
 
     def load_bitmap(self, bitmap: DirtyBitmap) -> Procedure:
         """Bring all bits of a stored bitmap into memory."""
-        from .bitmapload import load_bitmap
+        from .bitmaps.load import load_bitmap
 
         return load_bitmap(self, bitmap)
 
     def use_bitmap(self, bitmap: DirtyBitmap) -> Procedure:
         """What is stored of the bitmap is not to be relied on until it is stored anew."""
-        from .bitmapuse import use_bitmap
+        from .bitmaps.use import use_bitmap
 
         return use_bitmap(self, bitmap)
 
@@ -234,12 +234,12 @@ class Qcow2(Encrypted):
 
     def store_bitmaps(self) -> Procedure:
         """Bring all persistent bitmaps to the disk."""
-        from .bitmapstore import store_bitmaps
+        from .bitmaps.store import store_bitmaps
 
         return store_bitmaps(self)
 
     def referenced_clusters(self) -> Procedure:
-        """How many clusters of the file are in use; see :mod:`.usage`."""
-        from .usage import referenced_clusters
+        """How many clusters of the file are in use; see :mod:`.check.usage`."""
+        from .check.usage import referenced_clusters
 
         return referenced_clusters(self)

@@ -10,7 +10,7 @@ from ...errors import MalformedImage, UsageError
 from ...ondisk import big_endian_array
 from ...units import is_power_of_two
 from . import header as hd
-from .core import DATA_SLOT, SLOT
+from .machine.core import DATA_SLOT, SLOT
 
 if TYPE_CHECKING:
     from .format import Qcow2
@@ -51,7 +51,7 @@ def open_image(image: Qcow2) -> Procedure:
         yield from open_encryption(image)
     yield from _open_data_file(image)
     if h.extension(hd.EXT_BITMAPS) is not None:
-        from .bitmapuse import open_bitmaps
+        from .bitmaps.use import open_bitmaps
 
         yield from open_bitmaps(image)
         if image.directory is not None:
@@ -61,7 +61,7 @@ def open_image(image: Qcow2) -> Procedure:
     yield from _open_backing(image)
     if image.writable and not (image.refuse_io or image.refuse_write or checking):
         if h.incompatible & hd.DIRTY:
-            from .rebuild import rebuild
+            from .repair.rebuild import rebuild
 
             yield from rebuild(image)
         image.reannounce()
@@ -140,7 +140,7 @@ def _read_tables(image: Qcow2) -> Procedure:
 
 def _read_snapshots(image: Qcow2, checking: bool) -> Procedure:
     """A table that breaks the specification keeps an image from being opened but for a check."""
-    from .snaptable import read_table
+    from .snapshots.table import read_table
 
     try:
         image.snapshot_table, image.snapshot_bytes = yield from read_table(image)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 from ...contract import Barrier, MetaWrite, Procedure, Write
 from ...units import align_up
 from . import header as hd
-from .core import SLOT
 from .header import Header
+from .machine.core import SLOT
 
 if TYPE_CHECKING:
     from .format import Qcow2

@@ -30,10 +30,10 @@ from ...ondisk import big_endian_bytes, zeros
 from ...units import align_down, align_up
 from ..editing import ask, flush, unpin
 from . import header as hd
-from .bitmapadd import before_resize
-from .core import DATA_SLOT, SLOT
+from .bitmaps.add import before_resize
 from .creation import PREALLOCATIONS
 from .edit import announce
+from .machine.core import DATA_SLOT, SLOT
 from .rewrite import drop_clusters
 
 if TYPE_CHECKING:

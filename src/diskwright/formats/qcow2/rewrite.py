@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 from ...contract import HostRange, NeedMeta, Procedure, Progress, Punch, Quiesce, Table
 from ...errors import CorruptImage, NoSpace, UsageError
 from ..editing import ask, flush, unpin
-from .core import COPIED, DATA_SLOT, OFFSET, PACKED, SLOT
 from .creation import set_backing
 from .edit import announce
+from .machine.core import COPIED, DATA_SLOT, OFFSET, PACKED, SLOT
+from .machine.runs import Run
 from .replacing import replace_header
-from .runs import Run
 
 if TYPE_CHECKING:
     from .format import Qcow2

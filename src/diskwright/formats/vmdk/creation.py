@@ -217,7 +217,7 @@ def new_extent(wanted: Wanted, slot: str, sectors: int) -> Procedure:
     if wanted.kind.flat:
         yield Truncate(slot, sectors * SECTOR, wanted.preallocation)
     elif wanted.kind.type == "SESPARSE":
-        from .sesparse_header import new_sesparse
+        from .sesparse.header import new_sesparse
 
         yield from new_sesparse(slot, sectors)
     else:
@@ -225,7 +225,7 @@ def new_extent(wanted: Wanted, slot: str, sectors: int) -> Procedure:
 
 
 def _sparse(wanted: Wanted, slot: str, sectors: int, text: bytes | None) -> Procedure:
-    from .sparse_layout import new_cowd, new_hosted
+    from .sparse.layout import new_cowd, new_hosted
 
     if wanted.kind.type == "VMFSSPARSE":
         yield from new_cowd(slot, sectors)
@@ -237,7 +237,7 @@ def stream_writer(options: Mapping[str, Any]) -> StreamWriter | None:
     """The `StreamWriter` of these options; None where the image is not a stream."""
     if (options.get("subformat") or "") != "streamOptimized" or options.get("backing_file"):
         return None
-    from .stream_writer import DEFAULT_LEVEL, StreamOptimized
+    from .stream.writer import DEFAULT_LEVEL, StreamOptimized
 
     wanted = check_options(options)
     level = options.get("compression_level") or DEFAULT_LEVEL
@@ -245,7 +245,7 @@ def stream_writer(options: Mapping[str, Any]) -> StreamWriter | None:
 
 
 def _stream(wanted: Wanted) -> Procedure:
-    from .stream_writer import StreamOptimized
+    from .stream.writer import StreamOptimized
 
     writer = StreamOptimized(wanted.size, wanted.text)
     yield Truncate(SLOT, 0)

@@ -22,7 +22,7 @@ from .descriptor import (
     parse,
 )
 from .flat import Empty, Flat
-from .sparse_header import COWD, KDMV, Esx, Hosted, read_header
+from .sparse.header import COWD, KDMV, Esx, Hosted, read_header
 
 if TYPE_CHECKING:
     from .format import Vmdk
@@ -111,7 +111,7 @@ def _only_line(text: Descriptor) -> ExtentLine | None:
 
 def _alone(image: Vmdk, head: bytes) -> Procedure:
     if head[:8] == SESPARSE:
-        from .sesparse import open_sesparse
+        from .sesparse.part import open_sesparse
 
         part = yield from open_sesparse(image, SLOT, 0, None)
     else:
@@ -192,7 +192,7 @@ def open_extent(image: Vmdk, slot: str, start: int, line: ExtentLine, number: in
         )
     (head,) = yield Read(slot, [(0, SECTOR)])
     if head[:8] == SESPARSE:
-        from .sesparse import open_sesparse
+        from .sesparse.part import open_sesparse
 
         return (yield from open_sesparse(image, slot, start, length))
     if head[:4] not in (KDMV, COWD):
@@ -216,12 +216,12 @@ def open_sparse_part(
 ) -> Procedure:
     """Open the sparse extent in ``slot`` whose checked header is ``header``; returns its part."""
     if isinstance(header, Hosted) and header.compressed:
-        from .stream import open_stream
+        from .stream.part import open_stream
 
         part = yield from open_stream(image, slot, start)
         part.length = length
         return part
-    from .sparse import open_sparse
+    from .sparse.part import open_sparse
 
     writable = image.writable and access == RW and not image.options.get("check")
     return (yield from open_sparse(image, slot, start, length, header, writable))

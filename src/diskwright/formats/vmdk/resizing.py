@@ -24,10 +24,10 @@ from .flat import Empty, Flat
 from .format import BEFORE
 from .hiding import hide_parent
 from .opening import open_extent
-from .sparse import SparsePart, open_sparse
-from .sparse_header import read_header
-from .sparse_layout import new_cowd, new_hosted
-from .sparse_resize import check_changeable, cut, empty, grow, shrink
+from .sparse.header import read_header
+from .sparse.layout import new_cowd, new_hosted
+from .sparse.part import SparsePart, open_sparse
+from .sparse.resize import check_changeable, cut, empty, grow, shrink
 
 if TYPE_CHECKING:
     from .format import Vmdk

@@ -1,0 +1,1 @@
+"""Changing creation options of an image in place."""

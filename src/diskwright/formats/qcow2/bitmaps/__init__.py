@@ -1,0 +1,1 @@
+"""Persistent dirty bitmaps: their directory, loading, storing, checking and mending them."""

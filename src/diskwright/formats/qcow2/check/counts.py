@@ -1,0 +1,221 @@
+"""References per host cluster, counted in bounded memory."""
+
+from __future__ import annotations
+
+import re
+from array import array
+from collections.abc import Iterator
+
+from ....errors import CorruptImage
+
+CHUNK_BITS = 16
+CHUNK = 1 << CHUNK_BITS
+MOST_CHUNKS = 1024
+"""Chunks that a check keeps at once: 64 MiB of counts, 64 Mi host clusters."""
+
+_MOST_KEPT = 2 * MOST_CHUNKS
+"""The same where all of them are needed at once, as a repair does."""
+
+_USED = re.compile(rb"[^\0]+")
+_SEVERAL = re.compile(rb"[^\0\1]")
+_ADDED: dict[int, bytes] = {}
+
+Chunk = bytearray | array  # type: ignore[type-arg]
+
+
+class Counts:
+    """Counts of host clusters in chunks that are made when first needed, so that a long sparse
+    file costs no more than what its tables name.
+
+    A chunk is bytes until one of its counts is 255, then it is an array of 64-bit integers.
+    ``most``: how many bytes' worth of chunks are kept.  When there would be more, the highest are
+    given up: the counts are then those of the clusters before ``limit`` alone, and whoever counts
+    begins anew at ``first`` = ``limit``, as often as there is something left.  None: all are kept,
+    and CorruptImage is raised where they are too many for that.
+    """
+
+    def __init__(self, most: int | None = None, first: int = 0) -> None:
+        self.chunks: dict[int, Chunk] = {}
+        self.shared = False
+        """Some cluster has more than one reference."""
+        self.first = first
+        """The first chunk that is counted."""
+        self.limit: int | None = None
+        """The first chunk that is left out; None while there is none."""
+        self.most = most
+        self._weight = 0
+
+    @property
+    def start(self) -> int:
+        """The first cluster that is counted."""
+        return self.first << CHUNK_BITS
+
+    @property
+    def stop(self) -> int | None:
+        """The first cluster that is not counted any more; None: all are."""
+        return None if self.limit is None else self.limit << CHUNK_BITS
+
+    # -- counting
+    def _chunk(self, number: int) -> Chunk | None:
+        """The chunk, made if need be; None when it is outside what is counted."""
+        if number < self.first or (self.limit is not None and number >= self.limit):
+            return None
+        if self.most is not None and self._weight >= self.most and number > max(self.chunks):
+            self.limit = number
+            return None
+        elif self.most is None and self._weight >= _MOST_KEPT:
+            raise CorruptImage("The clusters in use are too many to be kept in memory at once")
+        self._room(1)
+        chunk = self.chunks[number] = bytearray(CHUNK)
+        return chunk
+
+    def _room(self, weight: int) -> None:
+        """Give up the highest chunks until there is room; the lowest one always stays."""
+        self._weight += weight
+        while self.most is not None and self._weight > self.most and len(self.chunks) > 1:
+            number = max(self.chunks)
+            self._weight -= 1 if type(self.chunks.pop(number)) is bytearray else 8
+            self.limit = number
+
+    def _widen(self, number: int) -> Chunk:
+        chunk = self.chunks[number] = array("Q", list(self.chunks[number]))
+        self._room(7)
+        return chunk
+
+    def add(self, cluster: int, times: int = 1) -> None:
+        """``times`` more references."""
+        number, at = cluster >> CHUNK_BITS, cluster & CHUNK - 1
+        chunk = self.chunks.get(number)
+        if chunk is None:
+            chunk = self._chunk(number)
+            if chunk is None:
+                return
+        value = chunk[at] + times
+        if value > 1:
+            self.shared = True
+            if value > 254 and type(chunk) is bytearray:
+                chunk = self._widen(number)
+        chunk[at] = value
+
+    def add_run(self, first: int, stop: int, times: int = 1) -> None:
+        """``times`` more references to each cluster of [first, stop)."""
+        while first < stop:
+            number = first >> CHUNK_BITS
+            end = min(stop, (number + 1) << CHUNK_BITS)
+            chunk = self.chunks.get(number)
+            if chunk is None:
+                chunk = self._chunk(number)
+            if chunk is not None:
+                self._add_part(chunk, number, first & CHUNK - 1, end - first, times)
+            elif self.limit is not None and number >= self.limit:
+                return
+            first = end
+
+    def _add_part(self, chunk: Chunk, number: int, at: int, count: int, times: int) -> None:
+        if count > 1 and type(chunk) is bytearray and times < 255:
+            part = chunk[at : at + count]
+            if part.count(0) == count:
+                self.shared |= times > 1
+                chunk[at : at + count] = bytes((times,)) * count
+                return
+            self.shared = True
+            part = part.translate(_added(times))
+            if 255 not in part:
+                chunk[at : at + count] = part
+                return
+        for cluster in range((number << CHUNK_BITS) + at, (number << CHUNK_BITS) + at + count):
+            self.add(cluster, times)
+
+    # -- counts
+    def get(self, cluster: int) -> int:
+        """The references of one cluster."""
+        chunk = self.chunks.get(cluster >> CHUNK_BITS)
+        return chunk[cluster & CHUNK - 1] if chunk is not None else 0
+
+    def part(self, start: int, stop: int) -> bytes | None:
+        """The counts of [start, stop), all in one chunk, a byte each; None where one is too large
+        for that."""
+        chunk = self.chunks.get(start >> CHUNK_BITS)
+        if chunk is None:
+            return bytes(stop - start)
+        at = start & CHUNK - 1
+        part = chunk[at : at + stop - start]
+        if type(part) is bytearray:
+            return bytes(part)
+        try:
+            return bytes(list(part))
+        except ValueError:
+            return None
+
+    def used(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Runs (start, end) of clusters of [start, stop) with references, ascending."""
+        while start < stop:
+            number = start >> CHUNK_BITS
+            end = min(stop, (number + 1) << CHUNK_BITS)
+            if number in self.chunks:
+                base = number << CHUNK_BITS
+                for found in _USED.finditer(self._flat(number), start - base, end - base):
+                    yield base + found.start(), base + found.end()
+            start = end
+
+    def several(self) -> Iterator[int]:
+        """All clusters with more than one reference, ascending."""
+        if self.shared:
+            for number in sorted(self.chunks):
+                for found in _SEVERAL.finditer(self._flat(number)):
+                    yield (number << CHUNK_BITS) + found.start()
+
+    def blocks(self, shift: int) -> set[int]:
+        """The numbers of all blocks of 2**``shift`` clusters with references."""
+        if shift >= CHUNK_BITS:
+            return {number >> shift - CHUNK_BITS for number in self.chunks}
+        found = set()
+        for number in self.chunks:
+            flat = self._flat(number)
+            base = number << CHUNK_BITS - shift
+            for i in range(CHUNK >> shift):
+                if flat.count(0, i << shift, (i + 1) << shift) < 1 << shift:
+                    found.add(base + i)
+        return found
+
+    def _flat(self, number: int) -> bytearray:
+        chunk = self.chunks[number]
+        if type(chunk) is bytearray:
+            return chunk
+        return bytearray([min(value, 255) for value in chunk])
+
+    @property
+    def end(self) -> int:
+        """One more than the highest cluster with references."""
+        for number in sorted(self.chunks, reverse=True):
+            used = len(self._flat(number).rstrip(b"\0"))
+            if used:
+                return (number << CHUNK_BITS) + used
+        return 0
+
+
+def _added(times: int) -> bytes:
+    """For every count what it is with ``times`` more; 255 for what is no byte any more."""
+    table = _ADDED.get(times)
+    if table is None:
+        table = _ADDED[times] = bytes([min(value + times, 255) for value in range(256)])
+    return table
+
+
+def narrow(bits: int, raw: bytes) -> bytes | None:
+    """The counts of a refcount block of ``bits`` bits as bytes; None where one is too large."""
+    if bits == 8:
+        return raw
+    if bits > 8:
+        size = bits >> 3
+        for column in range(size - 1):
+            part = raw[column::size]
+            if part.count(0) < len(part):
+                return None
+        return raw[size - 1 :: size]
+    per_byte = 8 // bits
+    mask = (1 << bits) - 1
+    out = bytearray(len(raw) * per_byte)
+    for i in range(per_byte):
+        out[i::per_byte] = raw.translate(bytes([v >> i * bits & mask for v in range(256)]))
+    return bytes(out)

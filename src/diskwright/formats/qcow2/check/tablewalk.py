@@ -1,0 +1,186 @@
+"""Counting what L2 tables refer to."""
+
+from __future__ import annotations
+
+from array import array
+from typing import TYPE_CHECKING
+
+from ....contract import Compute, Procedure, Progress
+from ....findings import CheckResult
+from ..machine.core import COPIED, OFFSET, PACKED, ZERO_FLAG
+from ..machine.submapping import ALL, SUBCLUSTERS
+from .counts import CHUNK_BITS, MOST_CHUNKS, Counts
+from .scan import Loose, Piece, Run, pieces_of, span
+
+if TYPE_CHECKING:
+    from .. import header as hd
+    from ..format import Qcow2
+
+_RESERVED = ~(OFFSET | COPIED | PACKED | ZERO_FLAG) & (1 << 64) - 1
+_STATISTICS = ("allocated_clusters", "fragmented_clusters", "compressed_clusters")
+
+
+class TableWalk:
+    """The part of a walk that is about L2 tables; see `Walker` for the attributes."""
+
+    image: Qcow2
+    header: hd.Header
+    result: CheckResult
+    counts: Counts
+    bits: int
+    size: int
+    stride: int
+    batch: int
+    external: bool
+    file_clusters: int
+    uncopied: bool
+    packed: Counts | None
+    active: dict[int, None]
+    inactive: dict[int, int]
+    spans: tuple[array[int], array[int]] | None
+
+    def read(self, ranges: list[tuple[int, int]], tag: str) -> Procedure:
+        raise NotImplementedError
+
+    def add_region(self, offset: int, length: int, times: int = 1) -> bool:
+        raise NotImplementedError
+
+    def walk_tables(self) -> Procedure:
+        """Count what all L2 tables refer to.  Those that several L1 tables share are read once."""
+        inactive = [offset for offset in self.inactive if offset not in self.active]
+        known = self.spans
+        if known is None and self.file_clusters > MOST_CHUNKS << CHUNK_BITS:
+            self.spans = array("Q"), array("Q")
+        yield from self._walk_tables(list(self.active), 0, known)
+        if inactive:
+            # What only snapshots refer to is counted, but is no part of the disk as it is.
+            result = self.result
+            kept = [getattr(result, name) for name in _STATISTICS]
+            yield from self._walk_tables(inactive, len(self.active), known)
+            for name, value in zip(_STATISTICS, kept, strict=True):
+                setattr(result, name, value)
+
+    def _walk_tables(
+        self, offsets: list[int], first: int, known: tuple[array[int], array[int]] | None
+    ) -> Procedure:
+        """``first``: the number of the first one among all tables."""
+        total = len(offsets)
+        if known is not None:
+            offsets = [o for i, o in enumerate(offsets, first) if self._counted(known, i)]
+        for start in range(0, len(offsets), self.batch):
+            part = offsets[start : start + self.batch]
+            raws = yield from self.read([(offset, self.size) for offset in part], "l2_load")
+            found: list[list[Piece]] = yield Compute(pieces_of, (raws, self.size, self.stride == 2))
+            for done, (offset, table) in enumerate(zip(part, found, strict=True), start):
+                if known is None and self.spans is not None:
+                    low, high = span(table, self.size, self.image.packed_bits)
+                    self.spans[0].append(low >> self.bits)
+                    self.spans[1].append(min(high >> self.bits, 1 << 62))
+                times = self.inactive.get(offset, 0)
+                contiguous = 0
+                for piece in table:
+                    if isinstance(piece, Run):
+                        contiguous = self._count_run(piece, offset, times, contiguous)
+                    else:
+                        contiguous = self._count_loose(piece, offset, times, contiguous)
+                        yield Progress(done, total)
+            yield Progress(start, total)
+
+    def _counted(self, known: tuple[array[int], array[int]], number: int) -> bool:
+        stop = self.counts.stop
+        return known[1][number] > self.counts.start and (stop is None or known[0][number] < stop)
+
+    def _count_run(self, run: Run, table: int, times: int, contiguous: int) -> int:
+        """Count what the entries of the run refer to; returns where the next contiguous cluster
+        is."""
+        host = run.entry & OFFSET
+        first = host >> self.bits
+        active = table in self.active
+        if not self.external and first + run.length > self.file_clusters:
+            entries = array("Q", [run.entry + i * self.size for i in range(run.length)])
+            return self._count_loose(Loose(run.at, entries, None), table, times, contiguous)
+        self.result.allocated_clusters += run.length
+        self.result.fragmented_clusters += bool(contiguous) and host != contiguous
+        if not self.external:
+            if active and not run.entry & COPIED:
+                self.uncopied = True
+            self.counts.add_run(first, first + run.length, times + active)
+        return host + run.length * self.size
+
+    def _count_loose(self, piece: Loose, table: int, times: int, contiguous: int) -> int:
+        """The same for entries of any kind."""
+        result, size, bits = self.result, self.size, self.bits
+        mask = size - 1
+        add, end = self.counts.add, self.file_clusters
+        zero_ok = self.header.version > 2 and self.stride == 1
+        active = table in self.active
+        times += active
+        if piece.bitmaps is not None:
+            self._check_bitmaps(piece.at, piece.entries, piece.bitmaps)
+        for entry in piece.entries:
+            if not entry:
+                continue
+            if entry & PACKED:
+                result.allocated_clusters += 1
+                result.compressed_clusters += 1
+                result.fragmented_clusters += 1
+                if entry & COPIED:
+                    coffset = entry & (1 << self.image.packed_bits) - 1
+                    result.corruptions += 1
+                    result.say(
+                        f"ERROR: coffset={coffset:#x}: copied flag must never be set for "
+                        "compressed clusters"
+                    )
+                self._count_packed(entry, times)
+                continue
+            if entry & _RESERVED or (entry & ZERO_FLAG and not zero_ok):
+                result.corruption(f"found l2 entry with reserved bits set: {entry:x}")
+            host = entry & OFFSET
+            if not host:
+                continue
+            if host & mask:
+                what = "Preallocated" if entry & ZERO_FLAG else "Data"
+                result.corruption(
+                    f"offset={host:x}: {what} cluster is not properly aligned; L2 entry corrupted."
+                )
+            result.allocated_clusters += 1
+            if contiguous and host != contiguous:
+                result.fragmented_clusters += 1
+            contiguous = host + size
+            if self.external:
+                continue
+            if active and not entry & COPIED:
+                self.uncopied = True
+            if host & mask or host >> bits >= end:
+                if not host & mask:
+                    self.add_region(host, size, times)
+                continue
+            add(host >> bits, times)
+        return contiguous
+
+    def _check_bitmaps(self, first: int, entries: array[int], bitmaps: array[int]) -> None:
+        """What the subclusters of extended entries, from index ``first`` on, may not say."""
+        for index, (entry, bitmap) in enumerate(zip(entries, bitmaps, strict=True), first):
+            if not bitmap:
+                continue
+            if entry & PACKED:
+                self.result.corruption(
+                    f"compressed cluster {index} with non-zero subcluster allocation bitmap, "
+                    f"entry={entry:#x}"
+                )
+            elif not entry & OFFSET:
+                if bitmap & ALL:
+                    self.result.corruption(
+                        f"Unallocated cluster {index} has non-zero subcluster allocation map"
+                    )
+            elif bitmap >> SUBCLUSTERS & bitmap:
+                self.result.corruption(
+                    f"offset={entry & OFFSET:x}: Allocated cluster has corrupted subcluster "
+                    "allocation bitmap"
+                )
+
+    def _count_packed(self, entry: int, times: int) -> None:
+        """A compressed cluster refers to every host cluster that it touches."""
+        host, length = self.image.packed_range(entry)
+        if self.add_region(host, length, times) and self.packed is not None:
+            self.packed.add_run(host >> self.bits, ((host + length - 1) >> self.bits) + 1, times)

@@ -1,0 +1,169 @@
+"""Refcount blocks of every width from 1 to 64 bits (qcow2 specification, "Host cluster
+management")."""
+
+from __future__ import annotations
+
+from array import array
+from typing import Protocol
+
+from ....ondisk import big_endian_array, big_endian_bytes, zeros
+
+
+class RefBlock(Protocol):
+    """One decoded refcount block."""
+
+    entries: int
+
+    def get(self, index: int) -> int:
+        """The count of one cluster."""
+
+    def set(self, index: int, value: int) -> None:
+        """Set the count of one cluster."""
+
+    def fill(self, start: int, stop: int, value: int) -> None:
+        """Set the counts of [start, stop)."""
+
+    def zero_run(self, start: int) -> tuple[int, int] | None:
+        """The first run of zero counts at or behind ``start``, to its end; None without one."""
+
+    def encode(self, start: int, stop: int) -> bytes:
+        """The bytes [start, stop) of the block on disk."""
+
+
+_SCAN = 4096
+
+
+class WideBlock:
+    """Counts of 8, 16, 32 or 64 bits."""
+
+    __slots__ = ("bits", "entries", "values")
+
+    def __init__(self, bits: int, values: array[int]) -> None:
+        self.bits = bits
+        self.values = values
+        self.entries = len(values)
+
+    def get(self, index: int) -> int:
+        return self.values[index]
+
+    def set(self, index: int, value: int) -> None:
+        self.values[index] = value
+
+    def fill(self, start: int, stop: int, value: int) -> None:
+        self.values[start:stop] = array(self.values.typecode, [value]) * (stop - start)
+
+    def zero_run(self, start: int) -> tuple[int, int] | None:
+        values = self.values
+        try:
+            start = values.index(0, start)
+        except ValueError:
+            return None
+        stop = start + 1
+        while stop < self.entries:
+            raw = values[stop : stop + _SCAN].tobytes()
+            zero = (len(raw) - len(raw.lstrip(b"\0"))) // values.itemsize
+            stop += zero
+            if zero * values.itemsize < len(raw):
+                # A count whose low byte alone is set is stripped of its zero bytes too, but
+                # division drops the partial entry again.
+                break
+        return start, stop
+
+    def encode(self, start: int, stop: int) -> bytes:
+        size = self.values.itemsize
+        return big_endian_bytes(self.values, start // size, stop // size)
+
+
+def _has_zero(bits: int) -> bytes:
+    """For every byte value 1 if one of its entries is zero, else 0."""
+    mask = (1 << bits) - 1
+    return bytes(
+        any(not value >> shift & mask for shift in range(0, 8, bits)) for value in range(256)
+    )
+
+
+class PackedBlock:
+    """Counts of 1, 2 or 4 bits; the first entry is in the least significant bits of a byte."""
+
+    __slots__ = ("_hits", "bits", "entries", "per_byte", "raw")
+
+    def __init__(self, bits: int, raw: bytearray) -> None:
+        self.bits = bits
+        self.raw = raw
+        self.per_byte = 8 // bits
+        self.entries = len(raw) * self.per_byte
+        self._hits = _has_zero(bits)
+
+    def get(self, index: int) -> int:
+        byte, i = divmod(index, self.per_byte)
+        return self.raw[byte] >> i * self.bits & ((1 << self.bits) - 1)
+
+    def set(self, index: int, value: int) -> None:
+        byte, i = divmod(index, self.per_byte)
+        shift = i * self.bits
+        mask = (1 << self.bits) - 1
+        self.raw[byte] = self.raw[byte] & ~(mask << shift) | value << shift
+
+    def fill(self, start: int, stop: int, value: int) -> None:
+        while start < stop and start % self.per_byte:
+            self.set(start, value)
+            start += 1
+        whole = (stop - start) // self.per_byte
+        if whole > 0:
+            byte = 0
+            for shift in range(0, 8, self.bits):
+                byte |= value << shift
+            at = start // self.per_byte
+            self.raw[at : at + whole] = bytes([byte]) * whole
+            start += whole * self.per_byte
+        for index in range(start, stop):
+            self.set(index, value)
+
+    def zero_run(self, start: int) -> tuple[int, int] | None:
+        while start < self.entries and start % self.per_byte:
+            if not self.get(start):
+                return start, self._run_end(start)
+            start += 1
+        byte = start // self.per_byte
+        while byte < len(self.raw):
+            at = self.raw[byte : byte + _SCAN].translate(self._hits).find(1)
+            if at >= 0:
+                start = (byte + at) * self.per_byte
+                while self.get(start):
+                    start += 1
+                return start, self._run_end(start)
+            byte += _SCAN
+        return None
+
+    def _run_end(self, stop: int) -> int:
+        while stop < self.entries and stop % self.per_byte:
+            if self.get(stop):
+                return stop
+            stop += 1
+        while stop < self.entries:
+            at = stop // self.per_byte
+            chunk = self.raw[at : at + _SCAN]
+            zero = len(chunk) - len(chunk.lstrip(b"\0"))
+            stop += zero * self.per_byte
+            if zero < len(chunk):
+                while not self.get(stop):
+                    stop += 1
+                break
+        return stop
+
+    def encode(self, start: int, stop: int) -> bytes:
+        return bytes(self.raw[start:stop])
+
+
+def decode(bits: int, data: bytes) -> RefBlock:
+    """The refcount block in ``data``, with counts of ``bits`` bits."""
+    if bits < 8:
+        return PackedBlock(bits, bytearray(data))
+    return WideBlock(bits, big_endian_array(bits, data))
+
+
+def empty(bits: int, size: int) -> RefBlock:
+    """A block of ``size`` bytes whose counts are all zero."""
+    if bits < 8:
+        return PackedBlock(bits, bytearray(size))
+    return WideBlock(bits, zeros(bits, size * 8 // bits))

@@ -1,0 +1,151 @@
+"""Zeroes and discards of extended L2 entries: subclusters that read as zeroes."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Sequence
+
+from ....contract import DISCARD, WRITE_ZERO, NeedMeta, Plan, Range, Table
+from ....units import align_up
+from .alloc import Choice
+from .bulk import Bulk
+from .core import COPIED, OFFSET, PACKED
+from .reserve import State
+from .runs import Run
+from .submapping import ALL, ALL_ZERO, SUBCLUSTERS
+
+Part = tuple[int, int, int]  # first guest cluster, end, subclusters of each
+
+
+class SubZeroing(Bulk):
+    """Plans without data.
+
+    A part of a compressed cluster cannot be told apart from the rest: it keeps its bytes when it is
+    discarded, and is zeroed as data.
+    """
+
+    def _plan_zero(self, ranges: Sequence[Range], kind: str) -> Plan | NeedMeta | None:
+        if not self.extended:
+            return super()._plan_zero(ranges, kind)
+        bits, l2_bits, l2_mask = self.cluster_bits, self.l2_bits, self.l2_mask
+        if kind == DISCARD and not self.has_backing:
+            kind = _KEEP_HOLES
+        spans: list[tuple[int, int, int, int]] = []  # L1 index, first L2 index, end, subclusters
+        for offset, length in ranges:
+            for first, end, mask in self._clusters(offset, offset + length):
+                while first < end:
+                    l1_index = first >> l2_bits
+                    stop = min(end, (l1_index + 1) << l2_bits)
+                    if kind != _KEEP_HOLES or self.l1[l1_index] & OFFSET:
+                        spans.append((l1_index, first & l2_mask, ((stop - 1) & l2_mask) + 1, mask))
+                    first = stop
+        tables, fresh, miss = self._l2_tables(list(dict.fromkeys([s[0] for s in spans])))
+        if miss is not None:
+            return miss
+        freed: list[Run] = [(t.offset >> bits, (t.offset >> bits) + 1) for i in fresh
+                            if (t := tables.get(i))]
+        for l1_index, first, stop, mask in spans:
+            table = tables.get(l1_index)
+            if table is not None and not self._may_lose(table, first, stop, mask, kind, freed):
+                return None
+        if freed and (miss := self.missing_blocks(freed)) is not None:
+            return miss
+        chosen: list[Choice] | NeedMeta = self.choose(len(fresh)) if fresh else []
+        if isinstance(chosen, NeedMeta):
+            return chosen
+        plan = Plan()
+        state = plan.state = State()
+        plan.pins = self.take(chosen)
+        self.install_l2(tables, fresh, [(c, z) for a, b, z in chosen for c in range(a, b)])
+        for l1_index, first, stop, mask in spans:
+            state.masks.append((tables[l1_index], first, stop, mask, kind))
+        return self._finish(plan, tables, freed)
+
+    def _clusters(self, start: int, end: int) -> Iterator[Part]:
+        """Bytes [start, end) as clusters; what ends with the disk ends with its cluster."""
+        bits, size = self.cluster_bits, self.cluster_size
+        end = align_up(end, size if end >= self.size else self.zero_unit)
+        first, stop = start >> bits, end >> bits
+        if first == stop:
+            yield first, first + 1, self.covering(start & size - 1, end & size - 1)
+            return
+        if start & size - 1:
+            yield first, first + 1, self.covering(start & size - 1, size)
+            first += 1
+        if first < stop:
+            yield first, stop, ALL
+        if end & size - 1:
+            yield stop, stop + 1, self.covering(0, end & size - 1)
+
+    def _may_lose(
+        self, table: Table, first: int, stop: int, mask: int, kind: str, freed: list[Run]
+    ) -> bool:
+        """Collect the host clusters that entries [first, stop) will let go.  False where that would
+        take a part of compressed data."""
+        words: array[int] = table.data
+        if not _stored(words, first, stop):
+            return True
+        bits = self.cluster_bits
+        for index in range(first, stop):
+            if words[2 * index] & PACKED:
+                if mask == ALL:
+                    freed.append(self.packed_hosts(words[2 * index], table.offset, index))
+                elif kind not in (DISCARD, _KEEP_HOLES):
+                    return False
+                continue
+            if mask == ALL:  # whatever its bitmap says
+                entry, bitmap = words[2 * index] & (OFFSET | COPIED), 0
+                self.host_of(entry, table.offset, index)
+            else:
+                entry, bitmap = self.pair(words, table.offset, index)
+            host = (entry & OFFSET) >> bits
+            if host and not _zeroed(entry, bitmap, mask, kind)[0]:
+                if freed and freed[-1][1] == host:
+                    freed[-1] = (freed[-1][0], host + 1)
+                else:
+                    freed.append((host, host + 1))
+        return True
+
+    def _commit_mask(self, table: Table, first: int, stop: int, mask: int, kind: str) -> None:
+        words: array[int] = table.data
+        if mask == ALL and not _stored(words, first, stop):
+            if kind != _KEEP_HOLES:
+                self.empty_entries(table, first, stop, True)
+            return
+        low, high = stop, first
+        for index in range(first, stop):
+            entry, bitmap = words[2 * index], words[2 * index + 1]
+            if entry & PACKED and mask != ALL:
+                continue
+            new = _zeroed(entry & ~PACKED & (OFFSET | COPIED), bitmap, mask, kind)
+            if entry & PACKED:
+                new = 0, ALL_ZERO
+            if not new[0] and entry & (PACKED | OFFSET):
+                self.free_later(*self.hosts_of(entry))
+            if new != (entry, bitmap):
+                words[2 * index], words[2 * index + 1] = new
+                low = min(low, index)
+                high = index + 1
+        if low < high:
+            self.touch_l2(table, low, high)
+
+
+# Of a discard: what is not stored stays as it is.
+_KEEP_HOLES = "discard, holes stay"
+
+
+def _zeroed(entry: int, bitmap: int, mask: int, kind: str) -> tuple[int, int]:
+    """A standard entry and its bitmap once the subclusters of ``mask`` read as zeroes."""
+    host = entry & OFFSET
+    allocated = bitmap & ALL & ~mask
+    if kind == _KEEP_HOLES and not (host and mask == ALL):
+        mask &= bitmap
+    zero = bitmap >> SUBCLUSTERS | mask
+    kept = host and (allocated or (kind == WRITE_ZERO and entry & COPIED))
+    return (entry if kept else 0), zero << SUBCLUSTERS | allocated
+
+
+def _stored(words: array[int], first: int, stop: int) -> bool:
+    """Some of these entries refer to host clusters; told without a loop, since a discard of a whole
+    disk meets few."""
+    return bool(words[2 * first : 2 * stop : 2].tobytes().strip(b"\0"))

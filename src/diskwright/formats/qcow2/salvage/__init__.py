@@ -1,0 +1,1 @@
+"""Reading what is left of an image too damaged to be opened."""

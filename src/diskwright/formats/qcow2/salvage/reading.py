@@ -1,0 +1,168 @@
+"""A qcow2 image that is read as far as it can be: entries that cannot be right are taken for lost,
+and what is only likely is said to be guessed."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from ....contract import NeedMeta, Range, Table
+from ....ondisk import big_endian_array
+from ..format import Qcow2
+from ..machine.core import OFFSET, PACKED, SLOT, ZERO_FLAG
+from .evidence import Geometry, Marks, Reasons, entry_problem
+
+LOST, GUESSED = "lost", "guessed"
+_MOST_NOTES = 1 << 20
+_FEW_PAGES = 1 << 13
+
+
+class Note(NamedTuple):
+    """``length`` bytes of the disk from ``start`` are ``state``: ``lost`` or ``guessed``."""
+
+    start: int
+    length: int
+    state: str
+    why: str
+
+
+class Salvaged(Qcow2):
+    """Read-only.  ``l1`` is what was found; the tables are cleaned when they are loaded."""
+
+    def __init__(self, options: Mapping[str, Any]) -> None:
+        super().__init__({**options, "writable": False})
+        self.geometry = Geometry(16, 0, 3)
+        self.marks = Marks()
+        self.as_it_is = False
+        """It is read by its own tables alone: what is lost shows when it is read."""
+        self.remarks: list[str] = []
+        """What was found out about the image, as sentences."""
+        self.l1_lost = Reasons()
+        self.l1_guessed = Reasons()
+        self.doubtful = ""
+        """Why what reads as unallocated may not be so; "" when it is."""
+        self.cut_off = False
+        """Something is named behind the end of the file."""
+        self.metadata = Marks(_FEW_PAGES)
+        """Clusters of the header, the L1 table and the refcount table, where they are known."""
+        self.patched: dict[int, Table] = {}
+        """Tables that cannot be read as a whole."""
+        self.unread: dict[int, list[int]] = {}
+        """Their sectors that cannot be read."""
+        self._notes: dict[int, list[tuple[int, int, str, str]]] = {}
+        self._noted = 0
+        self.tables_at = Marks(_FEW_PAGES)
+        """Clusters of the L2 tables."""
+
+    # -- tables
+    def load(self, slot: str, offset: int, data: bytes) -> None:
+        """Decode an L2 table, without entries that cannot be right."""
+        if self.as_it_is:
+            super().load(slot, offset, data)
+            return
+        entries = big_endian_array(64, data)
+        self.scrub(offset, entries)
+        self.tables.put(slot, offset, entries, self.cluster_size)
+
+    def patch(self, offset: int, data: bytes, unread: list[int]) -> None:
+        """Keep a table of which some sectors could not be read."""
+        entries = big_endian_array(64, data)
+        self.unread[offset] = unread
+        self.scrub(offset, entries)
+        self.patched[offset] = Table(0, SLOT, offset, entries, self.cluster_size)
+
+    def l2_table(self, offset: int) -> Table | None:
+        found = self.patched.get(offset)
+        return super().l2_table(offset) if found is None else found
+
+    def _misses(self, ranges: Sequence[Range]) -> NeedMeta:
+        found = super()._misses(ranges)
+        return found._replace(ranges=[r for r in found.ranges if r[0] not in self.patched])
+
+    def scrub(self, offset: int, entries: array[int]) -> None:
+        """Empty the entries that cannot be right, and note them."""
+        notes: list[tuple[int, int, str, str]] = []
+        unread = self.unread.get(offset, [])
+        for sector in unread:
+            _note(notes, sector * 64, 64, LOST, "its part of the L2 table cannot be read")
+        bits, length = self.cluster_bits, self.geometry.length
+        for index, entry in enumerate(entries):
+            if not entry:
+                if self.doubtful and index >> 6 not in unread:
+                    _note(notes, index, 1, GUESSED, self.doubtful)
+                continue
+            why = entry_problem(entry, self.geometry)
+            if why:
+                _note(notes, index, 1, LOST, why)
+                entries[index] = 0
+                continue
+            host = entry & OFFSET
+            if entry & (PACKED | ZERO_FLAG) or not host:
+                continue
+            cluster = host >> bits
+            if self.metadata.used(cluster) or self.tables_at.used(cluster):
+                _note(notes, index, 1, GUESSED, "it lies over metadata")
+            elif self.marks.shared(cluster):
+                _note(notes, index, 1, GUESSED, "another cluster of the disk names the same place")
+            elif self.cut_off and host + self.cluster_size > length:
+                _note(notes, index, 1, LOST, "the file ends within it")
+        if self._noted + len(notes) > _MOST_NOTES:
+            notes = [(0, len(entries), GUESSED, "its L2 table has too many damages to tell them")]
+        if notes:
+            self._noted += len(notes) - len(self._notes.get(offset, ()))
+            self._notes[offset] = notes
+
+    def unmapped(self, offset: int) -> int:
+        """Where the next table's range begins from ``offset`` on; ``offset`` itself when it is in
+        one."""
+        index = offset >> self.l1_shift
+        if self.as_it_is or (index < len(self.l1) and self.l1[index]):
+            return offset
+        while index < len(self.l1) and not self.l1[index]:
+            index += 1
+        return min(index << self.l1_shift, self.size) if index < len(self.l1) else self.size
+
+    # -- what is known
+    def notes(self, start: int, length: int) -> Iterator[Note]:
+        """What of a range is lost or guessed, in order; asked once it has been mapped.  A lost part
+        of a table whose place is guessed comes with both."""
+        if self.as_it_is:
+            return
+        end = start + length
+        for l1_index in range(start >> self.l1_shift, ((end - 1) >> self.l1_shift) + 1):
+            first = l1_index << self.l1_shift
+            whole = max(first, start), min(first + (1 << self.l1_shift), end)
+            entry = self.l1[l1_index] if l1_index < len(self.l1) else 0
+            if not entry:
+                why = self.l1_lost.get(l1_index)
+                if why:
+                    yield _clipped(*whole, start, end, LOST, why)
+                elif self.doubtful:
+                    yield _clipped(*whole, start, end, GUESSED, self.doubtful)
+                continue
+            guess = self.l1_guessed.get(l1_index)
+            if guess:
+                yield _clipped(*whole, start, end, GUESSED, guess)
+            for index, count, state, why in self._notes.get(entry & OFFSET, ()):
+                at = first + (index << self.cluster_bits)
+                stop = at + (count << self.cluster_bits)
+                if at < end and stop > start:
+                    yield _clipped(at, stop, start, end, state, why)
+
+
+def _clipped(at: int, stop: int, start: int, end: int, state: str, why: str) -> Note:
+    at, stop = max(at, start), min(stop, end)
+    return Note(at, stop - at, state, why)
+
+
+def _note(
+    notes: list[tuple[int, int, str, str]], index: int, count: int, state: str, why: str
+) -> None:
+    """Add a note; one that continues the last one becomes a part of it."""
+    if notes:
+        first, known, *rest = notes[-1]
+        if first + known == index and rest == [state, why]:
+            notes[-1] = (first, known + count, state, why)
+            return
+    notes.append((index, count, state, why))

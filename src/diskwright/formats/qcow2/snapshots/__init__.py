@@ -1,0 +1,1 @@
+"""Internal snapshots: their table, taking and applying and deleting them, VM state."""

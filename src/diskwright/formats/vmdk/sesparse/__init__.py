@@ -1,0 +1,1 @@
+"""seSparse extents, which ESXi makes for snapshots."""

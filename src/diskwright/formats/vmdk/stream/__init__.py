@@ -1,0 +1,1 @@
+"""Extents with compressed grains (streamOptimized): reading, checking and writing them."""
