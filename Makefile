@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 WORKERS ?= auto
 PYTEST_ARGS ?=
 CONVERT_ARGS ?=
+QCOW2_ARGS ?=
 CONVERSIONS := raw:raw,raw:qcow2,qcow2:raw,qcow2:qcow2,raw:vhdx,vhdx:raw,raw:vmdk,vmdk:raw,raw:stream
 
 .PHONY: demo test test-long bench lint types wheel peers clean
@@ -44,6 +45,9 @@ test-long: $(BIN)/.ready peers
 bench: $(BIN)/.ready peers
 	$(BIN)/python bench/nbd.py
 	$(BIN)/python bench/convert.py --pairs $(CONVERSIONS) $(CONVERT_ARGS)
+	$(BIN)/python -m pip install -q numpy
+	$(BIN)/python bench/qcow2.py $(QCOW2_ARGS)
+	$(BIN)/python bench/chain.py
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

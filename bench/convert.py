@@ -11,20 +11,19 @@ from __future__ import annotations
 import argparse
 import os
 import platform
-import random
 import shutil
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
 
+from disks import MIB, write
+
 HERE = Path(__file__).resolve().parent
 SOURCE = HERE.parent / "src"
-MIB = 1 << 20
 
 OURS = "diskwright"
 QEMU = {
@@ -59,47 +58,13 @@ class Job(NamedTuple):
 Results = dict[Job, list[Run]]
 
 
-def pieces(kind: str, size: int) -> Iterator[bytes | int]:
-    """The disk, in order: bytes, or how many bytes of hole."""
-    rng = random.Random(kind)
-    done = 0
-    while done < size:
-        if kind == "random":
-            yield rng.randbytes(MIB)
-        elif kind == "mixed":  # a file system in use: files, holes and blocks of zeroes
-            choice = rng.randrange(4)
-            if choice == 0:
-                yield MIB
-            elif choice == 1:
-                yield b"".join(
-                    rng.randbytes(4096) if rng.random() < 0.5 else bytes(4096) for _ in range(256)
-                )
-            else:
-                yield rng.randbytes(MIB)
-        elif kind == "zero":  # written, but nothing but zeroes
-            yield bytes(MIB)
-        elif kind == "text":  # what deflate halves
-            words = [rng.randbytes(6).hex().encode() + b" " for _ in range(512)]
-            yield b"".join(rng.choices(words, k=MIB // 13 + 1))[:MIB]
-        else:
-            raise SystemExit(f"unknown data: {kind}")
-        done += MIB
-
-
 def make_source(directory: Path, data: str, fmt: str, size: int) -> Path:
     """An image of ``size`` bytes; made once, by ``qemu-img`` where it is not raw."""
     path = directory / f"{data}.{fmt}"
     if path.exists():
         return path
     if fmt == "raw":
-        with path.open("wb", buffering=0) as out:
-            for piece in pieces(data, size):
-                if isinstance(piece, int):
-                    out.seek(piece, os.SEEK_CUR)
-                else:
-                    out.write(piece)
-            out.truncate(size)
-            os.fsync(out.fileno())
+        write(data, size, path)
     else:
         raw = make_source(directory, data, "raw", size)
         command = ["qemu-img", "convert", "-f", "raw", "-O", real(fmt), *extra(fmt)]
@@ -202,7 +167,7 @@ def arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--size", type=int, default=1 << 30, help="bytes of each disk (1 GiB)")
-    parser.add_argument("--data", default="random,mixed", help="of random, mixed, zero, text")
+    parser.add_argument("--data", default="random,mixed", help="random, mixed, zero, text, files")
     parser.add_argument("--pairs", default=PAIRS, help="SOURCE:TARGET formats, with commas")
     parser.add_argument(
         "--directories", default="/dev/shm", help="where the images are, with commas"

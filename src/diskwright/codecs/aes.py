@@ -48,13 +48,18 @@ class Ecb:
         self._cbc = ciphers.modes.CBC
         self._aes = ciphers.algorithms.AES(key)
 
+    def machine(self, forward: bool) -> Any:
+        """The library's context that encrypts (decrypts) blocks, any number of times."""
+        cipher = self._new(self._aes, self._ecb)
+        return cipher.encryptor() if forward else cipher.decryptor()
+
     def encrypt(self, data: Buffer) -> memoryview:
         """Each block encrypted."""
-        return _update(self._new(self._aes, self._ecb).encryptor(), data)
+        return _update(self.machine(True), data)
 
     def decrypt(self, data: Buffer) -> memoryview:
         """Each block decrypted."""
-        return _update(self._new(self._aes, self._ecb).decryptor(), data)
+        return _update(self.machine(False), data)
 
     def unchain(self, data: Buffer) -> memoryview:
         """``D(Y[i]) ^ Y[i-1]`` for all blocks, with zeroes before the first."""

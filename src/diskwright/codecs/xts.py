@@ -20,6 +20,8 @@ from .aes import BLOCK, BLOCKS, SECTOR, Ecb, Runs, Vectors, library
 _FEW = 6
 # NumPy takes as long to import as it saves on so many bytes.
 _LONG = 1 << 20
+# What is worked on at once: what comes in between stays in the cache of a processor.
+_STEP, _NUMPY_STEP = 64 << 10, 128 << 10
 # What the top byte of a block, times x**8, adds to the lowest two: the reduction by
 # x**128 + x**7 + x**2 + x + 1.
 _LOW = bytes((b ^ b << 1 ^ b << 2 ^ b << 7) & 255 for b in range(256))
@@ -62,19 +64,25 @@ class Xts:
         vectors = self._vectors(runs)
         if len(data) <= _FEW * SECTOR and self._aes is not None:
             return self._few(vectors, data, forward)
-        cipher = self._data.encrypt if forward else self._data.decrypt
-        first = self._tweak.encrypt(vectors)
+        first = memoryview(self._tweak.encrypt(vectors))
+        machine = self._data.machine(forward)
         self._done += len(data)
         numpy = _numpy() if self._done >= _LONG else None
         if numpy is not None:
-            tweak = _tweaks_by_numpy(numpy, first)
-            mixed = numpy.frombuffer(data, "<u8") ^ tweak
-            out = numpy.frombuffer(cipher(memoryview(mixed).cast("B")), "<u8") ^ tweak
-            return memoryview(out).cast("B")
-        number = int.from_bytes(_tweaks(first), "little")
-        length = len(data)
-        mixed = (int.from_bytes(data, "little") ^ number).to_bytes(length, "little")
-        return (int.from_bytes(cipher(mixed), "little") ^ number).to_bytes(length, "little")
+            return _run_numpy(numpy, machine, first, data)
+        out = []
+        view = memoryview(data)
+        scratch = memoryview(bytearray(min(_STEP, len(data)) + BLOCK - 1))
+        for at in range(0, len(data), _STEP):
+            part = view[at : at + _STEP]
+            length = len(part)
+            tweaks = _tweaks(first[at // BLOCKS : (at + length) // BLOCKS])
+            number = int.from_bytes(tweaks, "little")
+            mixed = (int.from_bytes(part, "little") ^ number).to_bytes(length, "little")
+            machine.update_into(mixed, scratch)
+            done = int.from_bytes(scratch[:length], "little") ^ number
+            out.append(done.to_bytes(length, "little"))
+        return out[0] if len(out) == 1 else b"".join(out)
 
     def _few(self, vectors: Buffer, data: Buffer, forward: bool) -> Buffer:
         out = memoryview(bytearray(len(data) + BLOCK - 1))
@@ -132,24 +140,40 @@ def _times_x8(blocks: Buffer) -> bytearray:
     return out
 
 
+def _run_numpy(numpy: Any, machine: Any, first: memoryview, data: Buffer) -> memoryview:
+    """``data`` through the AES of ``machine``, between its tweaks."""
+    words = numpy.frombuffer(data, "<u8")
+    out = numpy.empty(len(words), "<u8")
+    step = min(_NUMPY_STEP // 8, len(words))
+    # The library wants room for one block more.
+    scratch = numpy.empty(step + 2, "<u8")
+    room = memoryview(scratch).cast("B")
+    for at in range(0, len(words), step):
+        part, done = words[at : at + step], out[at : at + step]
+        # A sector of 64 words has a block of 16 bytes in `first`.
+        tweaks = _tweaks_by_numpy(numpy, first[at // 4 : (at + len(part)) // 4])
+        numpy.bitwise_xor(part, tweaks, out=done)
+        machine.update_into(memoryview(done).cast("B"), room)
+        numpy.bitwise_xor(scratch[: len(part)], tweaks, out=done)
+    return memoryview(out).cast("B")
+
+
 def _tweaks_by_numpy(numpy: Any, first: Buffer) -> Any:
-    """The same as an array of 64-bit words."""
+    """The same as an array of 64-bit words: ``x**n`` moves a block by n < 32 bits, and what falls
+    out at the top comes in below, times 0x87."""
     count = len(first) // BLOCK
     words = numpy.frombuffer(first, "<u8").reshape(count, 2)
-    low = numpy.empty((BLOCKS, count), "<u8")
-    high = numpy.empty((BLOCKS, count), "<u8")
-    low[0], high[0] = words[:, 0], words[:, 1]
-    power = 1
-    while power < BLOCKS:  # what there is, times x**power, is as much again
-        up, down = numpy.uint64(power), numpy.uint64(64 - power)
-        carry = high[:power] >> down
-        numpy.left_shift(high[:power], up, out=high[power : 2 * power])
-        high[power : 2 * power] |= low[:power] >> down
-        target = low[power : 2 * power]
-        numpy.left_shift(low[:power], up, out=target)
-        for shift in (0, 1, 2, 7):
-            target ^= carry << numpy.uint64(shift)
-        power *= 2
+    low, high = words[:, 0].copy(), words[:, 1].copy()
+    up = numpy.arange(BLOCKS, dtype="<u8")[:, None]
+    lower, upper = low << up, high << up
+    down = numpy.uint64(64) - up[1:]
+    upper[1:] |= low >> down
+    carry = high >> down
+    target = lower[1:]
+    target ^= carry
+    for shift in (1, 1, 5):  # by 1, 2 and 7 in all
+        carry <<= numpy.uint64(shift)
+        target ^= carry
     out = numpy.empty((count, BLOCKS, 2), "<u8")
-    out[:, :, 0], out[:, :, 1] = low.T, high.T
+    out[:, :, 0], out[:, :, 1] = lower.T, upper.T
     return out.reshape(-1)
