@@ -11,7 +11,7 @@ from races.cases import new_image, random_base
 from races.packed import Recall
 
 KIB, MIB = 1 << 10, 1 << 20
-EXTERNAL = ("data-file", "raw-data-file", "data-file-backing")
+EXTERNAL = ("data-file", "raw-data-file", "data-file-backing", "extended-data-file")
 QCOW2 = ("plain", "backing", "lazy", "v2", "narrow", "wide", "zeroing", "packed",
          "extended", "extended-packed", *EXTERNAL, "bitmaps")  # fmt: skip
 VHDX = ("vhdx", "vhdx-4096", "vhdx-differencing")
@@ -90,7 +90,11 @@ class Kit:
         self.lengths = [1, 100, 512, 700, 3 * 512, cluster, 2 * cluster + 512]
         self.budget = 40_000
         self.create |= {"cluster_size": cluster, "extended_l2": True}
-        if rng.random() < 0.6:
+        if self.kind in EXTERNAL:
+            self.create["data_file"] = "data"
+            self.opened["data-file"] = "given"
+            self.create["data_file_raw"] = rng.random() < 0.5
+        if not self.create.get("data_file_raw") and rng.random() < 0.6:
             self.base = random_base(rng, rng.choice([5 * cluster, 8 * cluster + 700]))
             self.create |= {"backing_file": "base", "backing_fmt": "raw"}
         if self.packs:

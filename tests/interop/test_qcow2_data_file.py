@@ -71,6 +71,9 @@ def step(rng: random.Random, disk: diskwright.Disk, model: bytearray) -> str:
         {"cluster_size": 4096, "data_file_raw": True, "lazy_refcounts": True},
         {"cluster_size": 65536, "preallocation": "metadata"},
         {"cluster_size": 1 << 20, "preallocation": "full"},
+        {"cluster_size": 65536, "extended_l2": True},
+        {"cluster_size": 16384, "extended_l2": True, "data_file_raw": True},
+        {"cluster_size": 65536, "extended_l2": True, "preallocation": "metadata"},
     ],
 )
 def test_in_turns(options: dict[str, object], peer: Peer, tmp_path: Path) -> None:
@@ -116,7 +119,14 @@ def test_in_turns(options: dict[str, object], peer: Peer, tmp_path: Path) -> Non
 
 def test_what_is_made(peer: Peer, tmp_path: Path) -> None:
     """The same image file, to the byte, as qemu-img makes, and a file that was there is emptied."""
-    for options in ("data_file=data", "data_file=data,data_file_raw=on"):
+    wide = "data_file=data,extended_l2=on"
+    for options in (
+        "data_file=data",
+        "data_file=data,data_file_raw=on",
+        wide,
+        f"{wide},data_file_raw=on",
+        f"{wide},preallocation=metadata",
+    ):
         (tmp_path / "data").write_bytes(b"x" * (2 << 20))
         for tool, name in (([peer("qemu-img")], "theirs"), (OURS, "ours")):
             folder = tmp_path / name

@@ -508,6 +508,7 @@ CASES: dict[str, Callable[[random.Random], Case]] = {
     "qcow2-subclusters-packed": lambda rng: Qcow2Case(rng, "xp"),
     "qcow2-data-file": lambda rng: Qcow2Case(rng, "be"),
     "qcow2-raw-data": lambda rng: Qcow2Case(rng, "ew"),
+    "qcow2-extended-data": lambda rng: Qcow2Case(rng, rng.choice(["xe", "xew", "xeb"])),
     "vhdx": VhdxCase,
     "vhdx-4096": lambda rng: VhdxCase(rng, "4"),
     "vhdx-differencing": lambda rng: VhdxCase(rng, "d"),

@@ -376,9 +376,24 @@ def external_reserved(f: File) -> None:
     f.put(f.entry(3), f.get(f.entry(3)) | 1 << 57)
 
 
-@damage("data-file", "an entry is not aligned (data file)", "a zero cluster: it could not be read")
+@damage("data-file", "an entry is not aligned (data file)", "the lower bits are dropped")
 def external_unaligned(f: File) -> None:
     f.put(f.entry(3), f.get(f.entry(3)) + 512)
+
+
+@damage("data-file", "an entry names another's place (data file)", "a zero cluster")
+def external_elsewhere(f: File) -> None:
+    f.put(f.entry(3), f.get(f.entry(3)) + CLUSTER)
+
+
+@damage("data-file", "an entry lacks COPIED (data file)", "the flag is set")
+def external_uncopied(f: File) -> None:
+    f.put(f.entry(3), f.get(f.entry(3)) & ~(1 << 63))
+
+
+@damage("data-file", "an entry is compressed (data file)", "a zero cluster")
+def external_packed(f: File) -> None:
+    f.put(f.entry(3), f.get(f.entry(3)) ^ 3 << 62)
 
 
 @damage("data-file", "an L2 table is not counted (data file)", "the count is raised")

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ...contract import Barrier, Create, Length, MetaWrite, Procedure, Progress, Truncate, Write
-from ...errors import DiskError, UnsupportedFeature, UsageError
+from ...errors import DiskError, UsageError
 from ...ondisk import big_endian_bytes, zeros
 from ...units import align_up, is_power_of_two
 from . import header as hd
@@ -53,8 +53,6 @@ def new_header(options: Mapping[str, Any]) -> hd.Header:
     if h.version == 2:
         h.tail = b""
     _check_data_file(h, options)
-    if h.incompatible & hd.DATA_FILE and h.incompatible & hd.EXTENDED_L2:
-        raise UnsupportedFeature("extended L2 entries with an external data file")
     _add_extensions(h, options)
     return h
 

@@ -113,8 +113,6 @@ def check_options(h: hd.Header, options: Mapping[str, Any]) -> None:
 def refusals(h: hd.Header) -> tuple[str | None, str | None]:
     """The features that keep guest data from being read, and from being written."""
     read = write = None
-    if h.incompatible & hd.EXTENDED_L2 and h.incompatible & hd.DATA_FILE:
-        read = "extended L2 entries with an external data file"
     if h.nb_snapshots and h.incompatible & hd.DATA_FILE:
         write = "internal snapshots with an external data file"
     return read, write

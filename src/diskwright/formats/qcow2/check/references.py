@@ -64,9 +64,9 @@ class Walker(TableWalk):
         """An allocated entry without COPIED was met, so counts must be compared with flags."""
         self.packed: Counts | None = None
         """What compressed clusters alone refer to, for who sets it before the walk."""
-        self.active: dict[int, None] = {}
-        """Offsets of the L2 tables of the active L1 table, in its order; one that two entries share
-        is walked once."""
+        self.active: dict[int, int] = {}
+        """The L2 tables of the active L1 table, in its order: offset, number of the entry; one that
+        two entries share is walked once."""
         self.inactive: dict[int, int] = {}
         """How many snapshots refer to an L2 table, by its offset."""
         self.spans: tuple[array[int], array[int]] | None = None
@@ -101,7 +101,7 @@ class Walker(TableWalk):
         self.active, self.inactive = {}, {}
         yield from self._features()
         for start in range(0, len(self.image.l1), _SLICE):
-            self._count_l1(self.image.l1[start : start + _SLICE], self.active, True)
+            self._count_l1(self.image.l1[start : start + _SLICE], self.active, True, start)
             yield Progress(start, len(self.image.l1))
         yield from self.walk_tables()
         if refcounts:
@@ -150,23 +150,26 @@ class Walker(TableWalk):
         length = 8 * size
         if not length or not self.add_region(offset, length):
             return not length
-        found: dict[int, None] = {}
+        found: dict[int, int] = {}
         for at in range(0, length, _READ_BYTES):
             (raw,) = yield Read(SLOT, [(offset + at, min(_READ_BYTES, length - at))])
             entries = big_endian_array(64, raw)
             for start in range(0, len(entries), _SLICE):
-                self._count_l1(entries[start : start + _SLICE], found, False)
+                self._count_l1(entries[start : start + _SLICE], found, False, start)
                 yield Progress(start, len(entries))
         for table in found:
             self.inactive[table] = self.inactive.get(table, 0) + 1
         return True
 
-    def _count_l1(self, entries: array[int], offsets: dict[int, None], active: bool) -> None:
-        """Count what these L1 entries refer to; usable L2 tables go into ``offsets``."""
+    def _count_l1(
+        self, entries: array[int], offsets: dict[int, int], active: bool, first: int
+    ) -> None:
+        """Count what the L1 entries from number ``first`` on refer to; usable L2 tables go into
+        ``offsets``, each with the number of the first entry that names it."""
         if entries.count(0) == len(entries):
             return
         result = self.result
-        for entry in entries:
+        for index, entry in enumerate(entries, first):
             if not entry:
                 continue
             if entry & _L1_RESERVED:
@@ -180,7 +183,7 @@ class Walker(TableWalk):
                 )
             elif self.add_region(offset, self.size):
                 self.uncopied |= active and not entry & COPIED
-                offsets[offset] = None
+                offsets.setdefault(offset, index)
 
     def add_region(self, offset: int, length: int, times: int = 1) -> bool:
         """Count ``times`` references to every cluster of the region, unless it is outside the
@@ -243,5 +246,7 @@ class Walker(TableWalk):
 class Structures(Walker):
     """Counts what is neither an L2 table nor what one refers to."""
 
-    def _count_l1(self, entries: array[int], offsets: dict[int, None], active: bool) -> None:
+    def _count_l1(
+        self, entries: array[int], offsets: dict[int, int], active: bool, first: int
+    ) -> None:
         pass

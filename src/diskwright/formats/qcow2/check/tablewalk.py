@@ -35,7 +35,7 @@ class TableWalk:
     file_clusters: int
     uncopied: bool
     packed: Counts | None
-    active: dict[int, None]
+    active: dict[int, int]
     inactive: dict[int, int]
     spans: tuple[array[int], array[int]] | None
 
@@ -79,7 +79,10 @@ class TableWalk:
                 times = self.inactive.get(offset, 0)
                 contiguous = 0
                 for piece in table:
-                    if isinstance(piece, Run):
+                    if self.external:
+                        contiguous = self._count_external(piece, offset, contiguous)
+                        yield Progress(done, total)
+                    elif isinstance(piece, Run):
                         contiguous = self._count_run(piece, offset, times, contiguous)
                     else:
                         contiguous = self._count_loose(piece, offset, times, contiguous)
@@ -96,15 +99,14 @@ class TableWalk:
         host = run.entry & OFFSET
         first = host >> self.bits
         active = table in self.active
-        if not self.external and first + run.length > self.file_clusters:
+        if first + run.length > self.file_clusters:
             entries = array("Q", [run.entry + i * self.size for i in range(run.length)])
             return self._count_loose(Loose(run.at, entries, None), table, times, contiguous)
         self.result.allocated_clusters += run.length
         self.result.fragmented_clusters += bool(contiguous) and host != contiguous
-        if not self.external:
-            if active and not run.entry & COPIED:
-                self.uncopied = True
-            self.counts.add_run(first, first + run.length, times + active)
+        if active and not run.entry & COPIED:
+            self.uncopied = True
+        self.counts.add_run(first, first + run.length, times + active)
         return host + run.length * self.size
 
     def _count_loose(self, piece: Loose, table: int, times: int, contiguous: int) -> int:
@@ -147,8 +149,6 @@ class TableWalk:
             if contiguous and host != contiguous:
                 result.fragmented_clusters += 1
             contiguous = host + size
-            if self.external:
-                continue
             if active and not entry & COPIED:
                 self.uncopied = True
             if host & mask or host >> bits >= end:
@@ -156,6 +156,53 @@ class TableWalk:
                     self.add_region(host, size, times)
                 continue
             add(host >> bits, times)
+        return contiguous
+
+    def _count_external(self, piece: Piece, table: int, contiguous: int) -> int:
+        """Entries of an image with a data file: each has its own place there, which nothing counts,
+        or none."""
+        result, size, bits = self.result, self.size, self.bits
+        per_table = size >> 3 if self.stride == 1 else size >> 4
+        base = (self.active.get(table, 0) * per_table + piece.at) << bits
+        if isinstance(piece, Run):
+            if piece.entry == base | COPIED:
+                result.allocated_clusters += piece.length
+                result.fragmented_clusters += bool(contiguous) and base != contiguous
+                return base + piece.length * size
+            end = piece.entry + piece.length * size
+            entries, bitmaps = array("Q", range(piece.entry, end, size)), None
+        else:
+            entries, bitmaps = piece.entries, piece.bitmaps
+        if bitmaps is not None:
+            self._check_bitmaps(piece.at, entries, bitmaps)
+        for number, entry in enumerate(entries):
+            if not entry:
+                continue
+            if entry & PACKED:
+                result.corruption(
+                    f"compressed cluster {piece.at + number} with data file, entry={entry:#x}"
+                )
+                continue
+            if entry & _RESERVED or (entry & ZERO_FLAG and self.stride == 2):
+                result.corruption(f"found l2 entry with reserved bits set: {entry:x}")
+            if not entry & (COPIED | OFFSET):
+                continue
+            host, guest = entry & OFFSET, base + (number << bits)
+            if host & size - 1:
+                what = "Preallocated" if entry & ZERO_FLAG else "Data"
+                result.corruption(
+                    f"offset={host:x}: {what} cluster is not properly aligned; L2 entry corrupted."
+                )
+            elif host != guest and table in self.active:
+                result.corruption(
+                    f"External data file host cluster offset {host:#x} does not match guest "
+                    f"cluster offset: {guest:#x}"
+                )
+            elif not entry & COPIED:
+                result.corruption(f"OFLAG_COPIED data cluster: l2_entry={entry:x} refcount=1")
+            result.allocated_clusters += 1
+            result.fragmented_clusters += bool(contiguous) and host != contiguous
+            contiguous = host + size
         return contiguous
 
     def _check_bitmaps(self, first: int, entries: array[int], bitmaps: array[int]) -> None:
@@ -168,7 +215,7 @@ class TableWalk:
                     f"compressed cluster {index} with non-zero subcluster allocation bitmap, "
                     f"entry={entry:#x}"
                 )
-            elif not entry & OFFSET:
+            elif not entry & (OFFSET | COPIED if self.external else OFFSET):
                 if bitmap & ALL:
                     self.result.corruption(
                         f"Unallocated cluster {index} has non-zero subcluster allocation map"

@@ -21,13 +21,13 @@ from ....contract import (
 from ....extents import Data, Extent
 from ....units import SECTOR, align_down, align_up
 from .alloc import Choice
-from .external import External
+from .subexternal import SubExternal
 
 if TYPE_CHECKING:
     from ...luks1 import Header as Luks
 
 
-class Encrypted(External):
+class Encrypted(SubExternal):
     """Map and plans of encrypted images; other images pass through.
 
     Compressed clusters are not encrypted (as in QEMU, which does not refuse to write them), and are

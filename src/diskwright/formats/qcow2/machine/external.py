@@ -82,7 +82,7 @@ class External(Writeback):
     def _sound(self, entry: int, base: int, table_offset: int, index: int) -> int:
         """``entry``, which is that of the cluster at ``base``.  Raises CorruptImage."""
         where = f"(L2 offset: {table_offset:#x}, L2 index: {index:#x})"
-        place = table_offset + 8 * index
+        place = table_offset + (index << self.entry_bits)
         if entry & PACKED:
             raise CorruptImage(
                 f"Compressed cluster entry found in image with external data file {where}",
@@ -111,7 +111,7 @@ class External(Writeback):
 
     def _plan_there(self, ranges: Sequence[Range], kind: str) -> Plan | NeedMeta:
         """A plan of any other kind: all of them change entries and leave the places alone."""
-        spans = _joined(ranges)
+        spans = joined(ranges)
         pieces: list[Piece] = []
         # An entry of 0 reads as zeroes as it is where nothing is below.
         holes_stay = kind == DISCARD and not self.has_backing
@@ -143,7 +143,7 @@ class External(Writeback):
             plan.steps = self._write_steps(spans, tables, state)
         else:
             plan.steps = self._drop_steps(spans, kind, pieces, tables, state, holes_stay)
-        return self._finish(plan, tables if state.runs or fresh else {}, freed)
+        return self._finish(plan, tables if state.runs or state.pairs or fresh else {}, freed)
 
     def _pieces(self, start: int, end: int) -> Iterator[Piece]:
         """The entries of the clusters that [start, end) touches, by L2 table."""
@@ -197,7 +197,7 @@ class External(Writeback):
                     high = table_base + (stop << bits)
                 wanted.append((low, high))
         steps: list[Step] = []
-        for low, high in _merged(wanted):
+        for low, high in merged(wanted):
             end = min(high, self.size)
             steps.append(Step(OP_DATA, low, end - low, DATA_SLOT, low))
         return steps
@@ -239,18 +239,18 @@ class External(Writeback):
         elif not self.discards("request"):
             given_up = []
         op = OP_ZERO if self.raw_data else OP_PUNCH
-        for low, high in _merged(given_up):
+        for low, high in merged(given_up):
             end = min(high, self.size)
             steps.append(Step(op, low, end - low, DATA_SLOT, low))
         return steps
 
 
-def _joined(ranges: Sequence[Range]) -> list[Run]:
+def joined(ranges: Sequence[Range]) -> list[Run]:
     """The ranges as (start, end), in order, those that touch each other as one."""
-    return _merged(sorted([(offset, offset + length) for offset, length in ranges if length]))
+    return merged(sorted([(offset, offset + length) for offset, length in ranges if length]))
 
 
-def _merged(runs: list[Run]) -> list[Run]:
+def merged(runs: list[Run]) -> list[Run]:
     """Runs in the order of their starts, joined where they touch."""
     out: list[Run] = []
     for start, end in runs:

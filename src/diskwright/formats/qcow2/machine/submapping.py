@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from ....errors import CorruptImage
 from ....extents import Data, Extent, Hole, Zero
 from ..header import MAX_OFFSET
-from .core import COPIED, OFFSET, PACKED, SLOT
+from .core import COPIED, OFFSET, PACKED
 from .mapping import Mapping
 
 SUBCLUSTERS = 32
@@ -51,19 +51,33 @@ class SubMapping(Mapping):
         bits = self.sub_bits
         return (1 << (end + self.zero_unit - 1 >> bits)) - (1 << (start >> bits))
 
-    def pair(self, words: array[int], table_offset: int, index: int) -> tuple[int, int]:
-        """An entry of which no more is left than what counts, and its bitmap: (PACKED, all
-        allocated) for a compressed cluster, else the host offset with or without COPIED, or 0.
+    def pair(
+        self, words: array[int], table_offset: int, index: int, guest: int
+    ) -> tuple[int, int]:
+        """The entry of the cluster at ``guest``, of which no more is left than what counts, and its
+        bitmap: (PACKED, all allocated) for a compressed cluster, else the host offset with or
+        without COPIED, or 0.
 
         Raises CorruptImage.
         """
         entry, bitmap = words[2 * index], words[2 * index + 1]
-        if entry & PACKED:
+        if entry & PACKED and not self.external:
             return PACKED, ALL
-        host = self.host_of(entry, table_offset, index)
-        if bitmap >> SUBCLUSTERS & bitmap or (bitmap & ALL and not host):
+        placed = self.place_of(entry, guest, table_offset, index) >= 0
+        if bitmap >> SUBCLUSTERS & bitmap or (bitmap & ALL and not placed):
             raise self._invalid(table_offset, index)
-        return (entry & (OFFSET | COPIED) if host else 0), bitmap
+        return (entry & (OFFSET | COPIED) if placed else 0), bitmap
+
+    def place_of(self, entry: int, guest: int, table_offset: int, index: int) -> int:
+        """Where the cluster at ``guest`` has its place by this standard entry, -1 for nowhere.
+
+        Raises CorruptImage.
+        """
+        return self.host_of(entry, table_offset, index) or -1
+
+    def placed(self, entry: int) -> int:
+        """What says that a standard entry has a place: not 0 then."""
+        return entry & OFFSET
 
     def _invalid(self, table_offset: int, index: int) -> CorruptImage:
         return CorruptImage(
@@ -145,13 +159,13 @@ class SubMapping(Mapping):
         bits = self.cluster_bits
         index = guest >> bits & self.l2_mask
         entry, bitmap = table[2 * index], table[2 * index + 1]
-        if entry & PACKED:
+        if entry & PACKED and not self.external:
             return self._packed(entry, table_offset + 16 * index, guest, stop)
-        host = self.host_of(entry, table_offset, index)
         inside = guest & self.cluster_mask
+        host = self.place_of(entry, guest - inside, table_offset, index)
         first = inside >> self.sub_bits
         kind = _kind(bitmap, first)
-        if kind is None or (kind == _DATA and not host):
+        if kind is None or (kind == _DATA and host < 0):
             raise self._invalid(table_offset, index)
         end = first + ones(_same(bitmap, kind) >> first)
         length = (end << self.sub_bits) - inside
@@ -162,9 +176,9 @@ class SubMapping(Mapping):
         if kind == _HOLE:
             return Hole(length)
         if kind == _ZERO:
-            return Zero(length, True, host + inside if host else -1)
+            return Zero(length, True, host + inside if host >= 0 else -1)
         writable = bool(entry & COPIED) and self.ready and table_offset in self._checked
-        return Data(SLOT, host + inside, length, writable)
+        return Data(self.data_slot, host + inside, length, writable)
 
     def _more(self, table: array[int], index: int, limit: int, kind: int) -> int:
         """How many bytes of the entries behind ``index``, before ``limit``, continue a run of
@@ -172,8 +186,7 @@ class SubMapping(Mapping):
         size = self.cluster_size
         whole = (0, ALL, ALL_ZERO)[kind]
         entry = table[2 * index]
-        host = entry & OFFSET
-        step = 0 if kind == _HOLE or not host else size
+        step = size if self.placed(entry) and (kind != _HOLE or self.external) else 0
         length = 0
         for nth in range(index + 1, limit):
             entry += step
@@ -181,6 +194,8 @@ class SubMapping(Mapping):
             if found != entry:
                 if kind != _HOLE or found & PACKED or found & OFFSET & self.cluster_mask:
                     break
+                if self.external and self.placed(found):
+                    break  # it may be another's place
                 entry = found
             if bitmap != whole:
                 length += ones(_same(bitmap, kind)) << self.sub_bits

@@ -66,7 +66,7 @@ class Subclusters(SubZeroing):
             pair = (0, 0)
             if table is not None:
                 index = cluster & l2_mask
-                pair = self.pair(table.data, table.offset, index)
+                pair = self.pair(table.data, table.offset, index, cluster << bits)
                 if pair[0] == PACKED:
                     freed.append(self.packed_hosts(table.data[2 * index], table.offset, index))
                 elif pair[0] and not pair[0] & COPIED:
@@ -202,6 +202,8 @@ class Subclusters(SubZeroing):
             old = table.data[2 * index]
             table.data[2 * index], table.data[2 * index + 1] = new, bitmap
             self.touch_l2(table, index, index + 1)
+            if self.external:
+                continue
             if old & PACKED or (old & OFFSET and (old ^ new) & OFFSET):
                 self.free_later(*self.hosts_of(old))
         for table, first, stop, mask, kind in state.masks:

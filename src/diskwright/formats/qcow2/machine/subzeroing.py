@@ -5,16 +5,26 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Sequence
 
-from ....contract import DISCARD, WRITE_ZERO, NeedMeta, Plan, Range, Table
+from ....contract import (
+    DISCARD,
+    OP_PUNCH,
+    WRITE_ZERO,
+    NeedMeta,
+    Plan,
+    Range,
+    Step,
+    Table,
+)
 from ....units import align_up
 from .alloc import Choice
 from .bulk import Bulk
 from .core import COPIED, OFFSET, PACKED
 from .reserve import State
 from .runs import Run
-from .submapping import ALL, ALL_ZERO, SUBCLUSTERS
+from .submapping import ALL, ALL_ZERO, SUBCLUSTERS, runs_of
 
 Part = tuple[int, int, int]  # first guest cluster, end, subclusters of each
+Span = tuple[int, int, int, int]  # L1 index, first L2 index, end, subclusters of each
 
 
 class SubZeroing(Bulk):
@@ -30,7 +40,7 @@ class SubZeroing(Bulk):
         bits, l2_bits, l2_mask = self.cluster_bits, self.l2_bits, self.l2_mask
         if kind == DISCARD and not self.has_backing:
             kind = _KEEP_HOLES
-        spans: list[tuple[int, int, int, int]] = []  # L1 index, first L2 index, end, subclusters
+        spans: list[Span] = []
         for offset, length in ranges:
             for first, end, mask in self._clusters(offset, offset + length):
                 while first < end:
@@ -46,7 +56,10 @@ class SubZeroing(Bulk):
                             if (t := tables.get(i))]
         for l1_index, first, stop, mask in spans:
             table = tables.get(l1_index)
-            if table is not None and not self._may_lose(table, first, stop, mask, kind, freed):
+            if table is None:
+                continue
+            base = l1_index << self.l1_shift
+            if not self._may_lose(table, base, first, stop, mask, kind, freed):
                 return None
         if freed and (miss := self.missing_blocks(freed)) is not None:
             return miss
@@ -59,6 +72,7 @@ class SubZeroing(Bulk):
         self.install_l2(tables, fresh, [(c, z) for a, b, z in chosen for c in range(a, b)])
         for l1_index, first, stop, mask in spans:
             state.masks.append((tables[l1_index], first, stop, mask, kind))
+        plan.steps = self.given_up(tables, spans, ranges, kind)
         return self._finish(plan, tables, freed)
 
     def _clusters(self, start: int, end: int) -> Iterator[Part]:
@@ -77,29 +91,74 @@ class SubZeroing(Bulk):
         if end & size - 1:
             yield stop, stop + 1, self.covering(0, end & size - 1)
 
+    def given_up(
+        self, tables: dict[int, Table], spans: Sequence[Span], ranges: Sequence[Range], kind: str
+    ) -> list[Step]:
+        """Steps that give back what clusters hold that stay reserved.  Before their entries change:
+        a write that comes after them goes to the same places."""
+        if self.keeps and kind != WRITE_ZERO and self.discards("request"):
+            return list(self.punches(tables, spans))
+        return []
+
+    def punches(self, tables: dict[int, Table], spans: Sequence[Span]) -> Iterator[Step]:
+        """The places of these subclusters, where they are nobody else's, in runs."""
+        bits = self.sub_bits
+        last: Step | None = None
+        for l1_index, first, stop, mask in spans:
+            words: array[int] = tables[l1_index].data
+            if not _stored(words, first, stop):
+                continue
+            for index in range(first, stop):
+                entry, bitmap = words[2 * index], words[2 * index + 1]
+                if entry & PACKED or not entry & COPIED or not self.placed(entry):
+                    continue
+                base = (l1_index << self.l1_shift) + (index << self.cluster_bits)
+                for low, high in runs_of(mask if mask == ALL else mask & bitmap):
+                    guest, host = base + (low << bits), (entry & OFFSET) + (low << bits)
+                    length = high - low << bits
+                    step = Step(OP_PUNCH, guest, length, self.data_slot, host)
+                    if last is None:
+                        last = step
+                    elif (last.guest + last.length, last.host + last.length) == (guest, host):
+                        last = last._replace(length=last.length + length)
+                    else:
+                        yield last
+                        last = step
+        if last is not None:
+            yield last
+
     def _may_lose(
-        self, table: Table, first: int, stop: int, mask: int, kind: str, freed: list[Run]
+        self,
+        table: Table,
+        base: int,
+        first: int,
+        stop: int,
+        mask: int,
+        kind: str,
+        freed: list[Run],
     ) -> bool:
-        """Collect the host clusters that entries [first, stop) will let go.  False where that would
-        take a part of compressed data."""
+        """Collect the host clusters that entries [first, stop) of the table for the guest's
+        ``base`` will let go.  False where that would take a part of compressed data."""
         words: array[int] = table.data
         if not _stored(words, first, stop):
             return True
         bits = self.cluster_bits
         for index in range(first, stop):
-            if words[2 * index] & PACKED:
+            if words[2 * index] & PACKED and not self.external:
                 if mask == ALL:
                     freed.append(self.packed_hosts(words[2 * index], table.offset, index))
                 elif kind not in (DISCARD, _KEEP_HOLES):
                     return False
                 continue
+            guest = base + (index << bits)
             if mask == ALL:  # whatever its bitmap says
-                entry, bitmap = words[2 * index] & (OFFSET | COPIED), 0
-                self.host_of(entry, table.offset, index)
+                entry, bitmap = words[2 * index], 0
+                self.place_of(entry, guest, table.offset, index)
+                entry &= OFFSET | COPIED
             else:
-                entry, bitmap = self.pair(words, table.offset, index)
+                entry, bitmap = self.pair(words, table.offset, index, guest)
             host = (entry & OFFSET) >> bits
-            if host and not _zeroed(entry, bitmap, mask, kind)[0]:
+            if host and not self.external and not self._zeroed(entry, bitmap, mask, kind)[0]:
                 if freed and freed[-1][1] == host:
                     freed[-1] = (freed[-1][0], host + 1)
                 else:
@@ -107,6 +166,13 @@ class SubZeroing(Bulk):
         return True
 
     def _commit_mask(self, table: Table, first: int, stop: int, mask: int, kind: str) -> None:
+        self.freeing = "request"
+        try:
+            self._change_mask(table, first, stop, mask, kind)
+        finally:
+            self.freeing = "other"
+
+    def _change_mask(self, table: Table, first: int, stop: int, mask: int, kind: str) -> None:
         words: array[int] = table.data
         if mask == ALL and not _stored(words, first, stop):
             if kind != _KEEP_HOLES:
@@ -117,10 +183,10 @@ class SubZeroing(Bulk):
             entry, bitmap = words[2 * index], words[2 * index + 1]
             if entry & PACKED and mask != ALL:
                 continue
-            new = _zeroed(entry & ~PACKED & (OFFSET | COPIED), bitmap, mask, kind)
+            new = self._zeroed(entry & (OFFSET | COPIED), bitmap, mask, kind)
             if entry & PACKED:
                 new = 0, ALL_ZERO
-            if not new[0] and entry & (PACKED | OFFSET):
+            if not new[0] and entry & (PACKED | OFFSET) and not self.external:
                 self.free_later(*self.hosts_of(entry))
             if new != (entry, bitmap):
                 words[2 * index], words[2 * index + 1] = new
@@ -130,19 +196,20 @@ class SubZeroing(Bulk):
             self.touch_l2(table, low, high)
 
 
+    def _zeroed(self, entry: int, bitmap: int, mask: int, kind: str) -> tuple[int, int]:
+        """A standard entry and its bitmap once the subclusters of ``mask`` read as zeroes."""
+        placed = self.placed(entry)
+        allocated = bitmap & ALL & ~mask
+        if kind == _KEEP_HOLES and not (placed and mask == ALL):
+            mask &= bitmap
+        zero = bitmap >> SUBCLUSTERS | mask
+        keep = kind == WRITE_ZERO or self.keeps
+        kept = placed and (allocated or (keep and entry & COPIED))
+        return (entry if kept else 0), zero << SUBCLUSTERS | allocated
+
+
 # Of a discard: what is not stored stays as it is.
 _KEEP_HOLES = "discard, holes stay"
-
-
-def _zeroed(entry: int, bitmap: int, mask: int, kind: str) -> tuple[int, int]:
-    """A standard entry and its bitmap once the subclusters of ``mask`` read as zeroes."""
-    host = entry & OFFSET
-    allocated = bitmap & ALL & ~mask
-    if kind == _KEEP_HOLES and not (host and mask == ALL):
-        mask &= bitmap
-    zero = bitmap >> SUBCLUSTERS | mask
-    kept = host and (allocated or (kind == WRITE_ZERO and entry & COPIED))
-    return (entry if kept else 0), zero << SUBCLUSTERS | allocated
 
 
 def _stored(words: array[int], first: int, stop: int) -> bool:

@@ -17,8 +17,9 @@ from ....ondisk import big_endian_array, big_endian_bytes
 from ..check.checking import Checker
 from ..machine.core import COPIED, OFFSET, PACKED, SLOT, ZERO_FLAG
 from ..machine.submapping import ALL
+from .entrymending import FULL_ZEROES, EntryMending
 from .mending import write_entries
-from .places import Places, Root
+from .places import Root
 
 if TYPE_CHECKING:
     from ..format import Qcow2
@@ -26,11 +27,10 @@ if TYPE_CHECKING:
 _SLICE = 4096
 
 _KEEP, _COPY, _ZEROES = range(3)
-FULL_ZEROES = 0xFFFFFFFF << 32
-"""The bitmap of an extended entry all of whose subclusters read as zeroes."""
 
 
-class Relinker(Places):
+
+class Relinker(EntryMending):
     """One pass over all tables, with counts that can be relied on; ``found``: the walk before.
 
     Without snapshots every guest cluster gets a host cluster of its own.  With them a cluster may
@@ -220,7 +220,7 @@ class Relinker(Places):
         if not host:
             return _KEEP, new
         if self.external:
-            return _KEEP, (self.zero if host & (self.size - 1) else new)
+            return _KEEP, new
         lost = host >> self.bits >= self.end
         if host & (self.size - 1):
             host &= -self.size
@@ -255,6 +255,11 @@ class Relinker(Places):
         sources: list[tuple[int, int]] = []  # (index, host cluster, -1 for zeroes)
         for start in range(0, len(table), _SLICE):
             stop = min(start + _SLICE, len(table))
+            if self.external:
+                base = l1_index * len(table) // self.stride << self.bits
+                self.changed_external(table, place, base, (start, stop), changed)
+                yield Progress(start, len(table))
+                continue
             self._look(table, place, (start, stop), changed, sources)
             yield Progress(start, len(table))
         if sources or shared:
@@ -296,9 +301,7 @@ class Relinker(Places):
                 sources.append((index, -1))
                 continue
             if not new & PACKED and (host := (new & OFFSET) >> self.bits):
-                if self.external:
-                    pass
-                elif not claims.get(host):
+                if not claims.get(host):
                     if not self.sharing:
                         claims.add(host)
                 elif new & self.zero or self.fixed:
@@ -315,21 +318,6 @@ class Relinker(Places):
                     bitmap = ALL if entry & PACKED else table[index + 1]
                     table[index + 1] = (bitmap | bitmap << 32) & FULL_ZEROES
                     changed.append(index + 1)
-
-    def _mend_bitmap(self, table: array[int], index: int, changed: list[int]) -> None:
-        """What the bitmap of an extended entry may not say: data where there is no cluster or a
-        compressed one, and both data and zeroes (then the data stay)."""
-        entry, old = table[index], table[index + 1]
-        if entry & PACKED:
-            new = 0
-        elif not entry & OFFSET:
-            new = old & FULL_ZEROES
-        else:
-            new = old & ~((old & old >> 32) << 32)
-        if new != old:
-            self._say(f"subclusters of L2 entry {index // 2}", old, new)
-            table[index + 1] = new
-            changed.append(index + 1)
 
     def _give_places(
         self, table: array[int], sources: list[tuple[int, int]], changed: list[int]
@@ -359,7 +347,3 @@ class Relinker(Places):
         self._say(f"L1 entry {l1_index}", l1[l1_index], place | COPIED)
         l1[l1_index] = place | COPIED
         yield from write_entries(root.offset, l1, [l1_index], "l1_update")
-
-    def _say(self, what: str, old: int, new: int) -> None:
-        self.mended += 1
-        self.found.result.say(f"Repairing {what}: {old:x} is {new:x} now")
