@@ -224,3 +224,18 @@ def test_key_slots(tmp_path: Path, fmt: str) -> None:
     assert opens("hunter2") and not opens("second")
     amend(state="inactive", keyslot=0, force=True)
     assert not opens("hunter2")
+
+
+@pytest.mark.parametrize("fmt", ["luks", "qcow2"])
+@pytest.mark.parametrize("how", [diskwright.convert, diskwright.salvage])
+def test_what_is_empty_reads_as_zeroes_in_a_new_encrypted_disk(
+    tmp_path: Path, fmt: str, how: Any
+) -> None:
+    """Bytes that were never written are not zeroes once decrypted, so zeroes are written."""
+    plain, path = tmp_path / "plain", tmp_path / "disk"
+    model = bytearray(SIZE)
+    model[300_000:300_005] = b"bytes"
+    plain.write_bytes(model)
+    how(plain, path, fmt, format="raw", options=options(fmt, {}), secrets=SECRETS)
+    with diskwright.open(source(path, fmt), secrets=SECRETS) as disk:
+        assert disk.read(0, SIZE) == model

@@ -55,7 +55,7 @@ def main(call: Call, argv: list[str]) -> int:
 
     source = spec(args, name)
     fmt = args.get("target-format") or "raw"
-    target = ImageSpec(target_name, target_name, fmt, gate=gate(args))
+    target = ImageSpec(target_name, target_name, fmt, gate=gate(args), secrets=source.secrets)
     options = collect(args.all("target-options"))
     call.on_interrupt = f"interrupted: '{name}' is as it was, '{target_name}' was taken back"
     progress = Progress.wanted(call, args)

@@ -216,7 +216,7 @@ async def salvage(
         return await salvage(
             driver,
             spec_of(source, format, policy, "writeback", force_share, map_paths, secrets),
-            spec_of(target, target_format, policy, map_paths=map_paths),
+            spec_of(target, target_format, policy, map_paths=map_paths, secrets=secrets),
             options,
             force=force,
             on_progress=on_progress,

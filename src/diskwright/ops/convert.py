@@ -17,10 +17,10 @@ from ..graph.graph import chain, leaf_of, primary
 from ..graph.node import Node
 from ..graph.opener import close_disk, discard_disk
 from ..graph.perms import CONSISTENT_READ, WRITE_UNCHANGED
-from ..graph.status import all_status
 from ..units import SECTOR, align_up
 from .convert_bitmaps import check_source, check_target, copy_bitmaps
 from .create import create
+from .fresh import fresh_is_zero
 from .images import ImageSpec, OpenFailed, close_all
 from .itself import refuse_itself
 from .snapshots import Selector, show
@@ -250,7 +250,7 @@ async def _copy(
     driver: BaseDriver, nodes: list[Node], out: Node, settings: Settings, tell: _Told
 ) -> int:
     zero = settings.target_is_zero or (
-        settings.create and not settings.overlay and await _new_is_zero(out, settings)
+        settings.create and not settings.overlay and await fresh_is_zero(out, settings.options)
     )
     target = out
     if settings.offload and not settings.compress:
@@ -334,19 +334,6 @@ class _Count:
             self.done += length
             if self.on_progress is not None:
                 self.on_progress(min(self.done, self.total), self.total)
-
-
-async def _new_is_zero(out: Node, settings: Settings) -> bool:
-    """Whether an image that was just made reads as zeroes."""
-    if leaf_of(out).driver_name in ("file", "memory"):
-        return True
-    # A device holds whatever it held before, where the image already refers to its bytes.
-    if out.driver_name == "raw" or settings.options.get("preallocation") not in (None, "off"):
-        return False
-    async for part in all_status(out):
-        if not part.zero:
-            return False
-    return True
 
 
 def _plain_file(out: Node) -> Node | None:

@@ -16,6 +16,7 @@ from ..graph.opener import close_disk, discard_disk
 from ..graph.status import block_status
 from ..units import SECTOR, align_up
 from .create import creatable, create
+from .fresh import fresh_is_zero
 from .images import ImageSpec
 from .mapfile import GUESSED, LOST, DamageMap
 
@@ -84,11 +85,14 @@ async def salvage(
             options or {},
             gate=target.gate,
             on_new=new.append,
+            secrets=target.secrets,
         )
         target = target._replace(gate=target.gate.allowing(*others))
-        out = await target.open(driver, writable=True)
+        # An encrypted target is opened by the secret that it was made with.
+        keys = {k: v for k, v in (options or {}).items() if k.endswith("key-secret")}
+        out = await target.open(driver, writable=True, options=keys or None)
         try:
-            done = await _Job(driver, node, out, on_progress).run(source.name)
+            done = await _Job(driver, node, out, options or {}, on_progress).run(source.name)
             await out.flush()
         except BaseException:
             await discard_disk(out)
@@ -113,9 +117,16 @@ class _Job:
     """One copy, from its beginning to its end: the map is in the order of the disk."""
 
     def __init__(
-        self, driver: BaseDriver, node: Node, out: Node, on_progress: OnProgress | None
+        self,
+        driver: BaseDriver,
+        node: Node,
+        out: Node,
+        created: Mapping[str, Any],
+        on_progress: OnProgress | None,
     ) -> None:
         self.driver, self.node, self.out = driver, node, out
+        self.created = created
+        """The creation options of ``out``."""
         self.on_progress = on_progress
         self.format: Any = getattr(node, "format", None)
         self.unit = int(getattr(self.format, "unit", SECTOR)) or SECTOR
@@ -126,6 +137,8 @@ class _Job:
         """What could not be read, in order."""
 
     async def run(self, name: str) -> Salvaged:
+        if not await fresh_is_zero(self.out, self.created):
+            await self.out.zero([0], [self.out.size])
         options = CopyOptions(target_zero=True, salvage=True, damaged=min(self.unit, 2 << 20))
         await copy(self.driver, self.out, self._segments(), options, None, self._lost)
         self._settle(self.node.size)
