@@ -85,8 +85,8 @@ class Packs(Protocol):
     """What a format says that stores single units compressed (WRITE_PACKED)."""
 
     @property
-    def pack_codec(self) -> Codec:
-        """What packs them."""
+    def pack_codec(self) -> Codec | None:
+        """What packs them; None where this image cannot hold any."""
 
 
 class SnapshotInfo(NamedTuple):

@@ -13,11 +13,19 @@ import pytest
 
 from diskwright.engine.kernel import Deadlock, Driver
 from diskwright.graph.gate import Gate
-from diskwright.ops import io_requests
+from diskwright.ops import io_transfer
 from diskwright.ops.io import COMMANDS, Session
 from diskwright.ops.io_disk import Opened
-from diskwright.ops.io_requests import Transfer
-from diskwright.ops.io_text import Complaint, clock_text, cvtnum, dump, getopt, integer, size_text
+from diskwright.ops.io_text import (
+    Complaint,
+    Transfer,
+    clock_text,
+    cvtnum,
+    dump,
+    getopt,
+    integer,
+    size_text,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 ENV = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "DISKWRIGHT_POLICY": "untrusted"}
@@ -124,7 +132,7 @@ def test_streams_of_what_is_said(disk: Path) -> None:
 def test_long_requests_are_moved_in_pieces(
     disk: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(io_requests, "PIECE", 1008)
+    monkeypatch.setattr(io_transfer, "PIECE", 1008)
     (tmp_path / "letters").write_bytes(b"abcdefg")
     talk = Talk(disk)
     assert all(talk.do(f"write -q -s {tmp_path / 'letters'} 3 5000", "write -q -P 9 6000 2500"))

@@ -15,7 +15,8 @@ from ..errors import DiskError, FlushFailed
 from ..graph.closing import explain
 from ..graph.gate import Gate
 from ..graph.node import Node
-from .io_disk import Opened, OpenFailed, breakpoints, open_disk_as
+from .io_break import breakpoints
+from .io_disk import Opened, OpenFailed, open_disk_as
 from .io_text import Complaint
 
 Emit = Callable[[str, str], None]
@@ -39,6 +40,8 @@ class Command(NamedTuple):
 
 
 _MOVE = "io_requests"
+_TELL = "io_facts"
+_BREAK = "io_break"
 _SELF = "io_session"
 _COMMANDS = (
     Command("abort", "", 0, 0, "", "end as by a crash", _SELF, disk=False),
@@ -47,16 +50,18 @@ _COMMANDS = (
             "start a read", _MOVE),
     Command("aio_write", "", 2, -1, "[-Cfiqruz] [-P pattern] off len [len..]",
             "start a write", _MOVE, write=True),
-    Command("alloc", "", 1, 2, "offset [count]", "tell how much of a range this image holds"),
-    Command("break", "", 2, 2, "event tag", "stop the next request that comes to an event"),
+    Command("alloc", "", 1, 2, "offset [count]", "tell how much of a range this image holds",
+            _TELL),
+    Command("break", "", 2, 2, "event tag", "stop the next request that comes to an event",
+            _BREAK),
     Command("close", "c", 0, 0, "", "close the disk"),
     Command("discard", "d", 2, -1, "[-Cq] off len", "give up the bytes of a range", _MOVE,
             write=True),
     Command("flush", "f", 0, 0, "", "make all that was written durable", _MOVE),
     Command("help", "?", 0, 1, "[command]", "tell what there is", _SELF, disk=False),
-    Command("info", "i", 0, 0, "", "tell what the image is"),
-    Command("length", "l", 0, 0, "", "tell the size of the disk"),
-    Command("map", "", 0, 0, "", "tell which ranges this image holds"),
+    Command("info", "i", 0, 0, "", "tell what the image is", _TELL),
+    Command("length", "l", 0, 0, "", "tell the size of the disk", _TELL),
+    Command("map", "", 0, 0, "", "tell which ranges this image holds", _TELL),
     Command("open", "o", 1, -1, "[-rsCnkU] [-t cache] [-d discard] [-o options] [path]",
             "open a disk", disk=False),
     Command("quit", "q", 0, -1, "", "end", _SELF, disk=False),
@@ -64,15 +69,15 @@ _COMMANDS = (
             "read a range", _MOVE),
     Command("readv", "", 2, -1, "[-Cqrv] [-P pattern] off len [len..]",
             "read a range into several buffers", _MOVE),
-    Command("remove_break", "", 1, 1, "tag", "remove a breakpoint"),
+    Command("remove_break", "", 1, 1, "tag", "remove a breakpoint", _BREAK),
     Command("reopen", "", 0, -1, "[(-r|-w)] [-c cache] [-o options]",
             "open the disk again in another way"),
-    Command("resume", "", 1, 1, "tag", "let a stopped request go on"),
+    Command("resume", "", 1, 1, "tag", "let a stopped request go on", _BREAK),
     Command("sigraise", "", 1, 1, "signal", "send a signal to this process", _SELF, disk=False),
     Command("sleep", "", 1, 1, "ms", "wait for so many milliseconds", _SELF, disk=False),
     Command("truncate", "t", 1, 3, "[-m prealloc_mode] off", "change the size of the disk",
-            write=True),
-    Command("wait_break", "", 1, 1, "tag", "wait until a request is stopped"),
+            _TELL, write=True),
+    Command("wait_break", "", 1, 1, "tag", "wait until a request is stopped", _BREAK),
     Command("write", "w", 2, -1, "[-bcCfnqruz] [-P pattern | -s source_file] off len",
             "write a range", _MOVE, write=True),
     Command("writev", "", 2, -1, "[-Cfqr] [-P pattern] off len [len..]",

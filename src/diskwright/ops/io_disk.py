@@ -1,9 +1,8 @@
-"""Commands of the io language about the disk itself: open, close, size, map, breakpoints."""
+"""Commands of the io language that open, close and reopen the disk."""
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..engine.kernel import BaseDriver
@@ -11,19 +10,16 @@ from ..errors import DiskError, ImageError, UsageError
 from ..graph import names
 from ..graph.closing import close_disk, explain
 from ..graph.gate import Gate
-from ..graph.graph import chain, primary
 from ..graph.names import Reference
 from ..graph.node import Node
 from ..graph.opener import open_disk
 from ..graph.options import CACHE_MODES, discard_mode
-from .io_text import Complaint, cvtnum, getopt, size_text
+from .io_text import Complaint, getopt
 
 if TYPE_CHECKING:
-    from ..filters.blkdebug import BlkdebugNode
     from .io import Session
 
 AIO_MODES = ("threads", "native", "io_uring")
-_ALLOC_STEP = 512
 
 
 class OpenFailed(DiskError):
@@ -116,20 +112,6 @@ async def open_disk_as(
         )
     except (OSError, DiskError) as error:
         raise OpenFailed(opened.name, error) from error
-
-
-def breakpoints(node: Node | None) -> BlkdebugNode | None:
-    """The first blkdebug filter on the way from ``node`` down to its bytes."""
-    while node is not None:
-        if node.driver_name == "blkdebug":
-            from ..filters.blkdebug import BlkdebugNode
-
-            return node if isinstance(node, BlkdebugNode) else None
-        node = primary(node)
-    return None
-
-
-# -- opening and closing
 
 
 async def run_open(session: Session, name: str, words: list[str]) -> None:
@@ -252,149 +234,3 @@ def _check_changes(node: Node, options: dict[str, Any]) -> None:
     for key in names.flatten(options):
         if key not in known and key.partition(".")[0] not in known:
             raise Complaint(f"Cannot change the option '{key}'", "report")
-
-
-# -- size and map
-
-
-async def run_length(session: Session, name: str, words: list[str]) -> None:
-    """The size of the disk."""
-    session.emit(size_text(session.node.size), "out")
-
-
-async def run_truncate(session: Session, name: str, words: list[str]) -> None:
-    """Change the size of the disk."""
-    flags = getopt(name, words, "m:")
-    if not flags.operands:
-        raise Complaint("", usage=True)
-    mode = flags.values.get("m", "off")
-    if mode not in ("off", "metadata", "falloc", "full"):
-        raise Complaint(f"Invalid preallocation mode '{mode}'", "report")
-    await session.node.truncate(cvtnum(flags.operands[0]), mode)
-
-
-async def run_info(session: Session, name: str, words: list[str]) -> None:
-    """Name and facts of the format."""
-    node = session.node
-    format = getattr(node, "format", None)
-    cluster = getattr(format, "cluster_size", 0)
-    state = 0
-    shift = getattr(format, "l1_shift", None)
-    if shift is not None:
-        state = -(-node.size >> shift) << shift
-    session.emit(f"format name: {node.driver_name}", "out")
-    session.emit(f"cluster size: {size_text(cluster)}", "out")
-    session.emit(f"vm state offset: {size_text(state)}", "out")
-    describe: Callable[[], dict[str, Any]] | None = getattr(format, "info", None)
-    specific = describe() if describe is not None else {}
-    if specific:
-        session.emit("Format specific information:", "out")
-        for line in _nested(specific, "    "):
-            session.emit(line, "out")
-
-
-def _nested(data: dict[str, Any], indent: str) -> list[str]:
-    lines = []
-    for key, value in data.items():
-        key = key.replace("-", " ")
-        if isinstance(value, dict):
-            lines += [f"{indent}{key}:", *_nested(value, indent + "    ")]
-        else:
-            shown = ("true" if value else "false") if isinstance(value, bool) else value
-            lines.append(f"{indent}{key}: {shown}")
-    return lines
-
-
-async def _held(node: Node, start: int, length: int) -> list[tuple[int, int, bool]]:
-    """(start, length, held) for a prefix of a range: whether the top layer of the chain, below
-    any filters, holds it."""
-    from ..graph.status import allocated_above
-
-    top = next(chain(node))
-    if top is not node:
-        await node.extents(start, length)  # a filter may refuse to say
-    return await allocated_above(top, top.child("backing"), start, length)
-
-
-async def run_alloc(session: Session, name: str, words: list[str]) -> None:
-    """How many bytes of a range this image holds itself."""
-    node = session.node
-    start = cvtnum(words[0])
-    count = cvtnum(words[1]) if len(words) > 1 else _ALLOC_STEP
-    end = min(start + count, node.size)
-    held, at = 0, start
-    try:
-        while at < end:
-            for first, length, allocated in await _held(node, at, end - at):
-                held += length if allocated else 0
-                at = first + length
-    except OSError as error:
-        reason = os.strerror(error.errno or 0)
-        raise Complaint(f"is_allocated failed: {reason}") from error
-    total = max(end - start, 0)
-    session.emit(f"{held}/{total} bytes allocated at offset {size_text(start)}", "out")
-
-
-async def run_map(session: Session, name: str, words: list[str]) -> None:
-    """The ranges that this image holds itself, and those that it does not."""
-    node = session.node
-    at, begin, held = 0, 0, False
-    try:
-        while at < node.size:
-            for first, length, allocated in await _held(node, at, node.size - at):
-                if first and allocated != held:
-                    _tell_range(session, begin, first, held)
-                    begin = first
-                held, at = allocated, first + length
-    except OSError as error:
-        reason = os.strerror(error.errno or 0)
-        raise Complaint(f"Failed to get allocation status: {reason}", "report") from error
-    if at > begin:
-        _tell_range(session, begin, at, held)
-
-
-def _tell_range(session: Session, begin: int, end: int, held: bool) -> None:
-    length, word = end - begin, "   " if held else "not"
-    session.emit(
-        f"{size_text(length)} ({length:#x}) bytes {word} allocated at offset "
-        f"{size_text(begin)} ({begin:#x})",
-        "out",
-    )
-
-
-# -- breakpoints
-
-
-def _filter(session: Session, failure: str) -> BlkdebugNode:
-    found = breakpoints(session.node)
-    if found is None:
-        raise Complaint(f"{failure}: Operation not supported")
-    return found
-
-
-def _known(done: bool, failure: str) -> None:
-    if not done:
-        raise Complaint(f"{failure}: No such file or directory")
-
-
-async def run_break(session: Session, name: str, words: list[str]) -> None:
-    """Stop the next request that comes to an event."""
-    failure = "Could not set breakpoint"
-    _known(_filter(session, failure).set_break(words[0], words[1]), failure)
-
-
-async def run_remove_break(session: Session, name: str, words: list[str]) -> None:
-    """Remove a breakpoint; requests that stand there go on."""
-    failure = f"Could not remove breakpoint {words[0]}"
-    _known(_filter(session, failure).remove_break(words[0]), failure)
-
-
-async def run_resume(session: Session, name: str, words: list[str]) -> None:
-    """Let a stopped request go on."""
-    failure = "Could not resume request"
-    _known(_filter(session, failure).resume(words[0]), failure)
-
-
-async def run_wait_break(session: Session, name: str, words: list[str]) -> None:
-    """Wait until a request stands at a breakpoint."""
-    await _filter(session, "Could not wait for a breakpoint").wait_break(words[0])

@@ -1,149 +1,40 @@
-"""Commands of the io language that move bytes."""
+"""Commands of the io language that move bytes: their words, and how their outcome is told."""
 
 from __future__ import annotations
 
 import errno
 import os
-import time
 from collections.abc import Coroutine
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-from ..contract import COMPRESSED, FUA, MAY_UNMAP, NO_FALLBACK
 from ..errors import DiskError, ImageError, UnsupportedFeature
 from ..graph.closing import explain
-from ..graph.node import Buffer, Node
 from .io_text import (
     MAX_REQUEST,
     Complaint,
     Flags,
     Transfer,
     cvtnum,
-    dump,
     getopt,
     pattern_byte,
 )
-from .snapshots import read_vm_state, write_vm_state
+from .io_transfer import (
+    PIECE,
+    Check,
+    Outcome,
+    discard,
+    read,
+    write,
+    write_packed,
+    write_state,
+    zero,
+)
 
 if TYPE_CHECKING:
     from .io import Session
 
 FILL = 0xCD
 """What is written when no pattern is given."""
-
-PIECE = 64 << 20
-"""Most bytes that are held in memory for one request; longer ones are moved in pieces."""
-
-
-class Outcome(NamedTuple):
-    """Whether a request did what was asked, and what to tell of it."""
-
-    good: bool
-    lines: list[str]
-
-
-class _Check(NamedTuple):
-    """Bytes that must be ``byte``: ``length`` of them, ``start`` behind the request's offset."""
-
-    byte: int
-    start: int
-    length: int
-
-
-def _inside(node: Node, offset: int, length: int) -> None:
-    if offset + length > node.size:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-
-def _pieces(offset: int, length: int) -> list[tuple[int, int]]:
-    if length <= PIECE:
-        return [(offset, length)]
-    end = offset + length
-    return [(at, min(PIECE, end - at)) for at in range(offset, end, PIECE)]
-
-
-async def _read(
-    session: Session, offset: int, length: int, check: _Check | None, flags: Flags
-) -> Outcome:
-    """Read, verify and dump; not good when the bytes are not the pattern."""
-    node = session.node
-    began = time.perf_counter()
-    state = "b" in flags
-    if not state:
-        _inside(node, offset, length)
-    good = True
-    shown: list[str] = []
-    seconds = 0.0
-    for at, count in _pieces(offset, length):
-        if state:
-            data: Buffer = await read_vm_state(node, at, count)
-        else:
-            (data,) = await node.read([at], [count]) if count else (b"",)
-        seconds = time.perf_counter() - began
-        if check is not None and good:
-            first = max(check.start, at - offset)
-            last = min(check.start + check.length, at - offset + count)
-            if first < last:
-                view = memoryview(data)[first - (at - offset) : last - (at - offset)]
-                good = view == bytes([check.byte]) * (last - first)
-        if "v" in flags and "q" not in flags:
-            shown += dump(data, at)
-    if "q" not in flags:
-        shown.append(Transfer("read", offset, length, seconds).lines("C" in flags))
-    if check is not None and not good:
-        where = f"at offset {offset + check.start}, {check.length} bytes"
-        shown.insert(0, f"Pattern verification failed {where}")
-    return Outcome(good, shown)
-
-
-async def _write(
-    session: Session, offset: int, length: int, source: bytes, flags: Flags
-) -> Transfer:
-    """Write ``source`` over and over until ``length`` bytes are full."""
-    node = session.node
-    began = time.perf_counter()
-    _inside(node, offset, length)
-    request = FUA if "f" in flags else 0
-    held = min(length, PIECE)
-    block = memoryview(source * (held // len(source) + 2))
-    for at, count in _pieces(offset, length):
-        if count:
-            phase = (at - offset) % len(source)
-            await node.write([at], [block[phase : phase + count]], request)
-    return Transfer("wrote", offset, length, time.perf_counter() - began)
-
-
-async def _write_packed(session: Session, offset: int, length: int, source: bytes) -> Transfer:
-    """Write ``source`` over and over as one request that is stored compressed."""
-    node = session.node
-    began = time.perf_counter()
-    _inside(node, offset, length)
-    if length:
-        data = memoryview(source * (length // len(source) + 1))[:length]
-        await node.write([offset], [data], COMPRESSED)
-    return Transfer("wrote", offset, length, time.perf_counter() - began)
-
-
-async def _write_state(session: Session, offset: int, length: int, source: bytes) -> Transfer:
-    """Write ``source`` over and over into the VM state."""
-    began = time.perf_counter()
-    block = memoryview(source * (min(length, PIECE) // len(source) + 2))
-    for at, count in _pieces(offset, length):
-        phase = (at - offset) % len(source)
-        await write_vm_state(session.node, at, bytes(block[phase : phase + count]))
-    return Transfer("wrote", offset, length, time.perf_counter() - began)
-
-
-async def _zero(session: Session, offset: int, length: int, flags: Flags) -> Transfer:
-    node = session.node
-    began = time.perf_counter()
-    _inside(node, offset, length)
-    request = (
-        (FUA if "f" in flags else 0)
-        | (MAY_UNMAP if "u" in flags else 0)
-        | (NO_FALLBACK if "n" in flags else 0)
-    )
-    await node.zero([offset], [length], request)
-    return Transfer("wrote", offset, length, time.perf_counter() - began)
 
 
 def _reason(error: Exception) -> str:
@@ -231,8 +122,8 @@ async def run_read(session: Session, name: str, words: list[str]) -> bool:
         span = max(length - start, -1)
     if span < 0 or start + span > length:
         raise Complaint("pattern verification range exceeds end of read data")
-    check = None if pattern is None else _Check(pattern, start, span)
-    return await _reported(session, "read", _read(session, offset, length, check, flags))
+    check = None if pattern is None else Check(pattern, start, span)
+    return await _reported(session, "read", read(session, offset, length, check, flags))
 
 
 async def run_readv(session: Session, name: str, words: list[str]) -> bool:
@@ -245,8 +136,8 @@ async def _vectored_read(session: Session, flags: Flags) -> Outcome:
     offset = cvtnum(flags.operands[0])
     length = _total(flags.operands[1:])
     pattern = _pattern(flags)
-    check = None if pattern is None else _Check(pattern, 0, length)
-    return await _read(session, offset, length, check, flags)
+    check = None if pattern is None else Check(pattern, 0, length)
+    return await read(session, offset, length, check, flags)
 
 
 async def run_write(session: Session, name: str, words: list[str]) -> bool:
@@ -269,15 +160,15 @@ async def run_write(session: Session, name: str, words: list[str]) -> bool:
             if value % 512:
                 raise Complaint(f"{value} is not a sector-aligned value for '{word}'")
     if "b" in flags:
-        work = _write_state(session, offset, length, _source(flags))
+        work = write_state(session, offset, length, _source(flags))
     elif "z" in flags:
         if "r" in flags:
             raise Complaint("cannot combine zero write with registered I/O buffer")
-        work = _zero(session, offset, length, flags)
+        work = zero(session, offset, length, flags)
     elif "c" in flags:
-        work = _write_packed(session, offset, length, _source(flags))
+        work = write_packed(session, offset, length, _source(flags))
     else:
-        work = _write(session, offset, length, _source(flags), flags)
+        work = write(session, offset, length, _source(flags), flags)
     return await _reported(session, "write", _moved(work, flags))
 
 
@@ -301,7 +192,7 @@ async def run_writev(session: Session, name: str, words: list[str]) -> bool:
     flags = _flags(name, words, "CfqrP:", 2, len(words))
     offset = cvtnum(flags.operands[0])
     length = _total(flags.operands[1:])
-    work = _write(session, offset, length, _source(flags), flags)
+    work = write(session, offset, length, _source(flags), flags)
     return await _reported(session, "writev", _moved(work, flags))
 
 
@@ -310,17 +201,8 @@ async def run_discard(session: Session, name: str, words: list[str]) -> bool:
     flags = _flags(name, words, "Cq", 2, 2)
     offset = cvtnum(flags.operands[0])
     length = _length(flags.operands[1])
-    work = _discard(session, offset, length)
+    work = discard(session, offset, length)
     return await _reported(session, "discard", _moved(work, flags))
-
-
-async def _discard(session: Session, offset: int, length: int) -> Transfer:
-    node = session.node
-    began = time.perf_counter()
-    _inside(node, offset, length)
-    if length:
-        await node.discard([offset], [length])
-    return Transfer("discard", offset, length, time.perf_counter() - began)
 
 
 async def run_flush(session: Session, name: str, words: list[str]) -> bool:
@@ -356,8 +238,8 @@ async def run_aio_read(session: Session, name: str, words: list[str]) -> None:
     offset = cvtnum(flags.operands[0])
     length = _total(flags.operands[1:])
     pattern = _pattern(flags)
-    check = None if pattern is None else _Check(pattern, 0, length)
-    _start(session, "readv", _read(session, offset, length, check, flags))
+    check = None if pattern is None else Check(pattern, 0, length)
+    _start(session, "readv", read(session, offset, length, check, flags))
 
 
 async def run_aio_write(session: Session, name: str, words: list[str]) -> None:
@@ -376,7 +258,7 @@ async def run_aio_write(session: Session, name: str, words: list[str]) -> None:
         _start(
             session,
             "aio_write",
-            _moved(_zero(session, offset, span, flags), flags),
+            _moved(zero(session, offset, span, flags), flags),
         )
         return
     length = _total(flags.operands[1:])
@@ -384,7 +266,7 @@ async def run_aio_write(session: Session, name: str, words: list[str]) -> None:
     _start(
         session,
         "aio_write",
-        _moved(_write(session, offset, length, source, flags), flags),
+        _moved(write(session, offset, length, source, flags), flags),
     )
 
 

@@ -47,8 +47,8 @@ class Encrypted(SubExternal):
         self.cipher_unit = SECTOR
 
     @property
-    def pack_codec(self) -> Codec | None:  # type: ignore[override]  # None: it stores none
-        """What packs the clusters that are to be stored compressed."""
+    def pack_codec(self) -> Codec | None:
+        """None: compressed clusters are not encrypted, so none is stored."""
         return None if self.encrypted else super().pack_codec
 
     @property

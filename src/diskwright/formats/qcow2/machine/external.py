@@ -43,9 +43,9 @@ class External(Writeback):
     """Map and plans of images with a data file; other images pass through."""
 
     @property
-    def pack_codec(self) -> Codec | None:  # type: ignore[override]  # None: it stores none
-        """What packs the clusters that are to be stored compressed."""
-        return None if self.external else self.codec
+    def pack_codec(self) -> Codec | None:
+        """None: only the image file could hold compressed clusters."""
+        return None if self.external else super().pack_codec
 
     # -- mapping
     def check_table(self, table: Table) -> None:

@@ -38,8 +38,8 @@ class Packing(Zeroing):
     """Where the next compressed data may go, inside a cluster that holds others; 0: nowhere."""
 
     @property
-    def pack_codec(self) -> Codec:
-        """What packs the clusters that are to be stored compressed."""
+    def pack_codec(self) -> Codec | None:
+        """What packs the clusters that are to be stored compressed; None where none can be."""
         return self.codec
 
     def _plan_packed(self, ranges: Sequence[Range]) -> Plan | NeedMeta | None:
