@@ -18,17 +18,15 @@ from collections.abc import Callable, Coroutine, Generator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
-from .api import OPERATIONS, Path, Source, reference_of
+from .api import OPERATIONS, OpenDisk
 from .contract import FUA, MAY_UNMAP
 from .engine.aio_driver import AsyncioDriver
 from .engine.kernel import BaseDriver
-from .errors import NodeClosed, UsageError
-from .graph.display import display_name
-from .graph.gate import Gate
+from .errors import UsageError
 from .graph.node import Buffer, Node
 from .graph.opener import close_disk, create_image, discard_disk, open_disk
 from .graph.status import Status, all_status
-from .ops.gates import gate_of, kept
+from .ops.gates import Path, Source, gate_of, kept, reference_of
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -40,17 +38,32 @@ def open(
     writable: bool = False,
     policy: str | None = None,
     *,
+    options: Mapping[str, Any] | None = None,
+    cache: str = "writeback",
+    force_share: bool = False,
+    backing: bool = True,
+    discard: str = "unmap",
+    detect_zeroes: str = "off",
     map_paths: Mapping[str, str] | None = None,
     secrets: Mapping[str, bytes | str] | None = None,
-    **named: Any,
 ) -> _Opening:
     """Open a disk: ``disk = await open(...)``, or ``async with open(...) as disk``.
 
     Takes what :func:`diskwright.api.open` takes, and raises the same.
     """
-    gate = gate_of(policy, map_paths=map_paths)
-    named = {"format": format, "writable": writable, "secrets": kept(secrets), **named}
-    return _Opening(source, named, gate)
+    named = {
+        "format": format,
+        "writable": writable,
+        "options": options,
+        "cache": cache,
+        "force_share": force_share,
+        "gate": gate_of(policy, map_paths=map_paths),
+        "backing": backing,
+        "discard": discard,
+        "detect_zeroes": detect_zeroes,
+        "secrets": kept(secrets),
+    }
+    return _Opening(source, named)
 
 
 async def create(
@@ -121,19 +134,18 @@ async def run(make: Callable[[AsyncioDriver], Coroutine[Any, Any, T]]) -> T:
 
 
 class _Opening:
-    def __init__(self, source: Source, named: dict[str, Any], gate: Gate) -> None:
-        self._source, self._named, self._gate = source, named, gate
+    """An :func:`open` that can be awaited, or entered."""
+
+    def __init__(self, source: Source, named: dict[str, Any]) -> None:
+        self._source, self._named = source, named
         self._disk: Disk | None = None
 
     async def _open(self) -> Disk:
         driver = AsyncioDriver()
-        gate = self._gate
         opened: list[Node] = []
 
         async def work() -> None:
-            opened.append(
-                await open_disk(driver, reference_of(self._source), gate=gate, **self._named)
-            )
+            opened.append(await open_disk(driver, reference_of(self._source), **self._named))
 
         try:
             await driver.bridge(work())
@@ -161,43 +173,21 @@ class _Opening:
             await self._disk.close()
 
 
-class Disk:
+class Disk(OpenDisk):
     """An open disk on an asyncio loop; see :class:`diskwright.api.Disk` for each method."""
 
     def __init__(self, node: Node, driver: AsyncioDriver) -> None:
-        self._node: Node | None = node
+        super().__init__(node)
         self._driver = driver
-        self._pid = os.getpid()
 
     @property
     def node(self) -> Node:
         """The top of the graph; raises NodeClosed after close and in a forked process, UsageError
         on another loop."""
-        if self._node is None or self._pid != os.getpid():
-            raise NodeClosed("the disk is closed")
+        node = super().node
         if asyncio.get_running_loop() is not self._driver.loop:
             raise UsageError("the disk belongs to another event loop")
-        return self._node
-
-    @property
-    def closed(self) -> bool:
-        """True after :meth:`close`, and in a forked process."""
-        return self._node is None or self._pid != os.getpid()
-
-    @property
-    def name(self) -> str:
-        """The file name, or a ``json:`` name where that does not suffice."""
-        return display_name(self.node)
-
-    @property
-    def format(self) -> str:
-        """The driver's name."""
-        return self.node.driver_name
-
-    @property
-    def size(self) -> int:
-        """Virtual size in bytes."""
-        return self.node.size
+        return node
 
     async def read(self, offset: int, length: int) -> bytes:
         """The bytes of a range inside the disk."""
@@ -283,11 +273,3 @@ class Disk:
         traceback: TracebackType | None,
     ) -> None:
         await self.close()
-
-    def _inside(self, offset: int, length: int) -> Node:
-        node = self.node
-        if offset < 0 or length < 0 or offset + length > node.size:
-            raise UsageError(
-                f"{length} bytes at offset {offset} do not lie inside a disk of {node.size} bytes"
-            )
-        return node

@@ -30,7 +30,7 @@ from .graph.display import display_name
 from .graph.node import Buffer, Node
 from .graph.opener import close_disk, create_image, open_disk
 from .graph.status import Status, all_status
-from .ops.gates import gate_of, kept
+from .ops.gates import Path, Source, gate_of, kept, reference_of
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -40,15 +40,6 @@ OPERATIONS = (
     "amend", "salvage",
 )  # fmt: skip
 """Functions of :mod:`diskwright.ops.calls`, which is imported with the first of them."""
-
-Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
-Source = Path | Mapping[str, Any]
-
-
-def reference_of(source: Source) -> str | Mapping[str, Any]:
-    """A caller's path, name or dict of options as the graph takes it."""
-    return source if isinstance(source, Mapping) else os.fsdecode(source)
-
 
 def open(
     source: Source,
@@ -171,19 +162,13 @@ def run(make: Callable[[Driver], Coroutine[Any, Any, T]]) -> T:
         driver.close()
 
 
-class Disk:
-    """An open disk.  Close it, or use it in a ``with`` statement: until then its metadata may be
-    in memory only."""
+class OpenDisk:
+    """What an open disk tells of itself: the same in both APIs."""
 
-    def __init__(self, node: Node, driver: Driver) -> None:
+    def __init__(self, node: Node) -> None:
         self._node: Node | None = node
-        self._driver = driver
-        self._lock = threading.RLock()
-        self._running = False
         self._pid = os.getpid()
-        _open_disks.add(self)
 
-    # -- what it is
     @property
     def node(self) -> Node:
         """The top of the graph; raises NodeClosed after close and in a forked process."""
@@ -222,6 +207,32 @@ class Disk:
     def writable(self) -> bool:
         """Whether it was opened for writing (and could be)."""
         return not self.node.read_only
+
+    def __repr__(self) -> str:
+        node = self._node
+        if node is None or self.closed:
+            return "<closed Disk>"
+        return f"<Disk {display_name(node)!r} {node.driver_name} {node.size} bytes>"
+
+    def _inside(self, offset: int, length: int) -> Node:
+        node = self.node
+        if offset < 0 or length < 0 or offset + length > node.size:
+            raise UsageError(
+                f"{length} bytes at offset {offset} do not lie inside a disk of {node.size} bytes"
+            )
+        return node
+
+
+class Disk(OpenDisk):
+    """An open disk.  Close it, or use it in a ``with`` statement: until then its metadata may be
+    in memory only."""
+
+    def __init__(self, node: Node, driver: Driver) -> None:
+        super().__init__(node)
+        self._driver = driver
+        self._lock = threading.RLock()
+        self._running = False
+        _open_disks.add(self)
 
     # -- requests
     def read(self, offset: int, length: int) -> bytes:
@@ -321,20 +332,7 @@ class Disk:
             except Exception:  # noqa: S110 - nobody is left to be told
                 pass
 
-    def __repr__(self) -> str:
-        if self.closed:
-            return "<closed Disk>"
-        return f"<Disk {self.name!r} {self.format} {self.size} bytes>"
-
     # -- inside
-    def _inside(self, offset: int, length: int) -> Node:
-        node = self.node
-        if offset < 0 or length < 0 or offset + length > node.size:
-            raise UsageError(
-                f"{length} bytes at offset {offset} do not lie inside a disk of {node.size} bytes"
-            )
-        return node
-
     def _call(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:
         with self._lock:
             self.node  # noqa: B018 - raises when it was closed while we waited

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..engine.kernel import BaseDriver
 from ..errors import UsageError
-from .gates import gate_of, kept
+from .gates import Path, Source, gate_of, kept, reference_of
 from .images import ImageSpec, OpenFailed, close_all
 
 if TYPE_CHECKING:
@@ -27,8 +27,6 @@ if TYPE_CHECKING:
     from .salvage import Salvaged
     from .undo import Undone
 
-Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
-Source = Path | Mapping[str, Any]
 MapPaths = Mapping[str, str] | None
 Keys = Mapping[str, bytes | str] | None
 OnProgress = Callable[[int, int], None]
@@ -44,7 +42,7 @@ def spec_of(
     secrets: Keys = None,
 ) -> ImageSpec:
     """The description of a disk that the operations take."""
-    reference = source if isinstance(source, Mapping) else os.fsdecode(source)
+    reference = reference_of(source)
     name = reference if isinstance(reference, str) else str(dict(reference))
     gate = gate_of(policy, map_paths=map_paths)
     return ImageSpec(name, reference, format, cache, force_share, gate, kept(secrets))

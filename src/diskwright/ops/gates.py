@@ -1,11 +1,11 @@
-"""What a call is given beside its options: its gate (policy, and what paths of other machines mean
-here), and its secrets."""
+"""What a call of the Python API is given beside its options: a disk's name, its gate (policy, and
+what paths of other machines mean here), and its secrets."""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from ..graph.gate import Gate
@@ -13,7 +13,16 @@ from ..graph.gate import Gate
 if TYPE_CHECKING:
     from ..secrets import Secrets
 
+Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
+Source = Path | Mapping[str, Any]
+"""A path, a ``json:`` or ``proto:`` name, or a dict of options."""
+
 VARIABLE = "DISKWRIGHT_MAP_PATH"
+
+
+def reference_of(source: Source) -> str | Mapping[str, Any]:
+    """A caller's path, name or dict of options as the graph takes it."""
+    return source if isinstance(source, Mapping) else os.fsdecode(source)
 
 
 def gate_of(
