@@ -31,10 +31,21 @@ from serving import serve
 from shell import Shell, timings, title
 from snapshots import snapshot
 
+LEAST = 160
+"""MiB of the disk, if no more are asked for."""
+
 QCOW2: tuple[Callable[[Shell, bytes], None], ...] = (
     compress, lay_out, encrypt, snapshot, track, amend, chain, rescue,
 )  # fmt: skip
 """The chapters about qcow2: each begins with ``disk.raw``, and its images are removed after it."""
+
+
+def main_job(shell: Shell, model: bytearray) -> None:
+    convert(shell, model)
+    above = overlay(shell, model)
+    commit(shell, above)
+    serve(shell, bytearray(above))
+    migrate(shell, above)
 
 
 def alone(shell: Shell, chapter: Callable[[Shell, bytes], None], disk: bytes, keep: bool) -> None:
@@ -48,7 +59,8 @@ def alone(shell: Shell, chapter: Callable[[Shell, bytes], None], disk: bytes, ke
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
-    parser.add_argument("--size", type=int, default=256, metavar="MIB", help="of the disk")
+    parser.add_argument("--size", type=int, default=LEAST, metavar="MIB", help="of the disk")
+    parser.add_argument("--only", choices=[c.__name__ for c in QCOW2], help="one qcow2 chapter")
     parser.add_argument("--keep", action="store_true", help="keep the folder with the images")
     options = parser.parse_args()
     start = time.monotonic()
@@ -57,14 +69,12 @@ def main() -> int:
     try:
         shell = Shell(folder)
         shell("diskwright --version")
-        model = make(shell, max(options.size, 96) * MIB)
-        convert(shell, model)
-        above = overlay(shell, model)
-        commit(shell, above)
-        serve(shell, bytearray(above))
-        migrate(shell, bytearray(above))
+        model = make(shell, max(options.size, LEAST) * MIB)
+        if options.only is None:
+            main_job(shell, model)
         for chapter in QCOW2:
-            alone(shell, chapter, bytes(model), options.keep)
+            if options.only in (None, chapter.__name__):
+                alone(shell, chapter, bytes(model), options.keep)
     finally:
         if options.keep:
             print(f"\nThe images are in {folder}")
