@@ -234,6 +234,28 @@ def snapshot_incomplete(f: File) -> None:
     f.data[f.snapshots : f.snapshots + len(out)] = out
 
 
+DROPPED = "the snapshot is dropped, with a message; the others stay"
+
+
+@damage("snapshots", "a snapshot's L1 table is not aligned", DROPPED)
+def snapshot_l1_unaligned(f: File) -> None:
+    f.put(f.snapshot(0), f.snapshot_l1(0) + 512)
+
+
+@damage("snapshots", "a snapshot's L1 table is too large", DROPPED)
+def snapshot_l1_too_large(f: File) -> None:
+    struct.pack_into(">I", f.data, f.snapshot(1) + 8, 1 << 28)
+
+
+@damage(
+    "snapshots",
+    "the snapshot table breaks its bounds",
+    "what is behind that entry is dropped, with a message",
+)
+def snapshot_table_unbounded(f: File) -> None:
+    struct.pack_into(">I", f.data, f.snapshot(1) + 36, 1 << 28)
+
+
 @damage("snapshots", "a cluster of a snapshot is counted once too little", "the count is raised")
 def shared_count_low(f: File) -> None:
     f.set_count(f.get(f.entry(0)), 2)

@@ -49,7 +49,7 @@ def open_image(image: Qcow2) -> Procedure:
         from .encryption import open_encryption
 
         yield from open_encryption(image)
-    yield from _open_data_file(image)
+    yield from open_data_file(image)
     if h.extension(hd.EXT_BITMAPS) is not None:
         from .bitmaps.use import open_bitmaps
 
@@ -149,7 +149,7 @@ def _read_snapshots(image: Qcow2, checking: bool) -> Procedure:
     image.reserve_structures()
 
 
-def _open_data_file(image: Qcow2) -> Procedure:
+def open_data_file(image: Qcow2) -> Procedure:
     """Fill slot ``data-file`` by what the header names or, option ``data-file`` "given", by what
     the caller gives instead; with ``metadata-only`` guest data stay out of reach."""
     h = image.header

@@ -6,7 +6,7 @@ import re
 from array import array
 from collections.abc import Iterator
 
-from ....errors import CorruptImage
+from ....errors import UnsupportedFeature
 
 CHUNK_BITS = 16
 CHUNK = 1 << CHUNK_BITS
@@ -31,7 +31,7 @@ class Counts:
     ``most``: how many bytes' worth of chunks are kept.  When there would be more, the highest are
     given up: the counts are then those of the clusters before ``limit`` alone, and whoever counts
     begins anew at ``first`` = ``limit``, as often as there is something left.  None: all are kept,
-    and CorruptImage is raised where they are too many for that.
+    and UnsupportedFeature is raised where they are too many for that.
     """
 
     def __init__(self, most: int | None = None, first: int = 0) -> None:
@@ -64,7 +64,9 @@ class Counts:
             self.limit = number
             return None
         elif self.most is None and self._weight >= _MOST_KEPT:
-            raise CorruptImage("The clusters in use are too many to be kept in memory at once")
+            raise UnsupportedFeature(
+                f"repair of an image with more than {_MOST_KEPT * CHUNK} clusters in use"
+            )
         self._room(1)
         chunk = self.chunks[number] = bytearray(CHUNK)
         return chunk

@@ -17,6 +17,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ....contract import Barrier, MetaWrite, Procedure, Progress, Quiesce, Write
+from ....findings import CheckResult
 from .. import header as hd
 from ..bitmaps.mend import mend_bitmaps
 from ..check.references import Structures, uncovered
@@ -76,6 +77,33 @@ class Repairer:
 
     def run(self) -> Procedure:
         """Returns the CheckResult."""
+        dropped: list[str] = []
+        if self.everything and not self.covered:
+            dropped = yield from self._drop_snapshots()
+        result: CheckResult = yield from self._run()
+        for text in dropped:
+            result.corruptions_fixed += 1
+            result.say(f"Repairing snapshot table: {text}")
+        return result
+
+    def _drop_snapshots(self) -> Procedure:
+        """Space behind a device's end is none that reads as zeroes: there it stays as it is."""
+        if not self.image.options.get("zero_beyond_end", True):
+            return []
+        from .dropping import drop_snapshots
+
+        survey = Surveyor(self.image, self._begin)
+        yield from survey.walk()
+        yield from self._begin()
+        start = max(survey.file_clusters, survey.beyond)
+        del survey
+        dropped: list[str] = yield from drop_snapshots(self.image, start)
+        yield Quiesce()
+        self.covered = not uncovered(self.image)
+        self.begun = False
+        return dropped
+
+    def _run(self) -> Procedure:
         found = Surveyor(self.image, self._begin)
         result = found.result
         result.uncovered = uncovered(self.image)

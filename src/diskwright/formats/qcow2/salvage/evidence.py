@@ -15,9 +15,11 @@ from typing import NamedTuple
 
 from ....ondisk import big_endian_array
 from ..machine.core import COPIED, OFFSET, PACKED, ZERO_FLAG
+from ..machine.submapping import ALL, SUBCLUSTERS
 
 _RESERVED = (1 << 62) - (1 << 56) | (1 << 9) - 2
 BEHIND = "its place is behind the end of the file"
+_DAMAGED = "its entry is damaged"
 _TOPS = bytes([0, *range(0x40, 0x81)])
 """What the first byte of an entry may be."""
 _COUNTS = bytes(range(4))
@@ -32,6 +34,15 @@ class Geometry(NamedTuple):
     bits: int
     length: int
     version: int
+    stride: int = 1
+    """Words of an L2 entry: 2 of an extended one."""
+    external: bool = False
+    """Its places are in a data file."""
+
+    @property
+    def of_l1(self) -> Geometry:
+        """What L1 entries are judged by."""
+        return self._replace(stride=1, external=False)
 
 
 class Seen(NamedTuple):
@@ -47,21 +58,39 @@ class Seen(NamedTuple):
     """Host offsets of its standard entries."""
 
 
-def entry_problem(entry: int, geometry: Geometry) -> str:
-    """Why an L2 entry cannot be right, "" when it can."""
+def entry_problem(entry: int, geometry: Geometry, bitmap: int = 0) -> str:
+    """Why an L2 entry (an extended one: with its bitmap) cannot be right, "" when it can."""
+    if geometry.external:
+        return _external_problem(entry, geometry, bitmap)
+    if bitmap and _bad_bitmap(bitmap, bool(entry & OFFSET and not entry & PACKED)):
+        return _DAMAGED
     if entry & PACKED:
         host = entry & (1 << 62 - (geometry.bits - 8)) - 1
         if entry & COPIED:
-            return "its entry is damaged"
+            return _DAMAGED
         return "" if host < geometry.length else BEHIND
     host = entry & OFFSET
     if entry & _RESERVED or host & (1 << geometry.bits) - 1:
-        return "its entry is damaged"
+        return _DAMAGED
     if entry & ZERO_FLAG and geometry.version < 3:
-        return "its entry is damaged"
+        return _DAMAGED
     if entry & COPIED and not host:
-        return "its entry is damaged"
+        return _DAMAGED
     return "" if host < geometry.length else BEHIND
+
+
+def _external_problem(entry: int, geometry: Geometry, bitmap: int) -> str:
+    host = entry & OFFSET
+    if entry & (_RESERVED | PACKED) or host & (1 << geometry.bits) - 1:
+        return _DAMAGED
+    if bitmap and _bad_bitmap(bitmap, bool(entry & (OFFSET | COPIED))):
+        return _DAMAGED
+    return ""
+
+
+def _bad_bitmap(bitmap: int, placed: bool) -> bool:
+    stored = bitmap & ALL
+    return bool(stored & bitmap >> SUBCLUSTERS or (stored and not placed))
 
 
 def look(data: bytes, geometry: Geometry) -> Seen:
@@ -70,10 +99,13 @@ def look(data: bytes, geometry: Geometry) -> Seen:
     targets = array("Q")
     if data.count(0) == len(data):
         return Seen(0, 0, 0, 0, 0, targets)
-    for entry in big_endian_array(64, data):
-        if not entry:
+    words = big_endian_array(64, data)
+    bitmaps = words[1::2] if geometry.stride == 2 else None
+    for index, entry in enumerate(words[:: geometry.stride]):
+        bitmap = bitmaps[index] if bitmaps is not None else 0
+        if not entry and not bitmap:
             continue
-        why = entry_problem(entry, geometry)
+        why = entry_problem(entry, geometry, bitmap)
         if why:
             if why == BEHIND:
                 beyond += 1
@@ -83,15 +115,17 @@ def look(data: bytes, geometry: Geometry) -> Seen:
         good += 1
         if entry & PACKED:
             packed += 1
+        elif geometry.external:
+            copied += entry >> 63
         elif entry & OFFSET:
             targets.append(entry & OFFSET)
             copied += entry >> 63
     return Seen(good, beyond, bad, copied, packed, targets)
 
 
-def may_be_table(data: bytes) -> bool:
+def may_be_table(data: bytes, stride: int = 1) -> bool:
     """A quick look that refuses nearly everything that is no table."""
-    tops = data[::8]
+    tops = data[:: 8 * stride]
     return not tops.translate(None, _TOPS) and tops.count(0) != len(tops)
 
 
@@ -151,13 +185,14 @@ class Marks:
     def __init__(self, limit: int = 1 << 15) -> None:
         self._used: dict[int, bytearray] = {}
         self._shared: dict[int, bytearray] = {}
+        self._soft: dict[int, bytearray] = {}
         self._limit = limit
         self.full = False
 
     def _set(self, pages: dict[int, bytearray], cluster: int) -> None:
         page = pages.get(cluster >> self._PAGE)
         if page is None:
-            if len(self._used) + len(self._shared) >= self._limit:
+            if len(self._used) + len(self._shared) + len(self._soft) >= self._limit:
                 self.full = True
                 return
             page = pages[cluster >> self._PAGE] = bytearray(1 << self._PAGE - 3)
@@ -170,13 +205,19 @@ class Marks:
         inside = cluster & (1 << Marks._PAGE) - 1
         return page is not None and bool(page[inside >> 3] >> (inside & 7) & 1)
 
-    def use(self, cluster: int, alone: bool = True) -> None:
-        """Note a reference; two of them are a conflict unless one may share (not ``alone``)."""
-        if self._get(self._used, cluster):
-            if alone:
-                self._set(self._shared, cluster)
-        else:
+    def use(self, cluster: int, alone: bool = True, soft: bool = False) -> None:
+        """Note a reference.  One that is ``alone`` conflicts with any before it, but for those of
+        snapshots (``soft``)."""
+        if not self._get(self._used, cluster):
             self._set(self._used, cluster)
+            if soft:
+                self._set(self._soft, cluster)
+        elif alone and not soft:
+            if self._get(self._soft, cluster):
+                inside = cluster & (1 << self._PAGE) - 1
+                self._soft[cluster >> self._PAGE][inside >> 3] &= ~(1 << (inside & 7))
+            else:
+                self._set(self._shared, cluster)
 
     def used(self, cluster: int) -> bool:
         return self._get(self._used, cluster)

@@ -21,8 +21,9 @@ from ....contract import DataRanges, Length, Open, Procedure, Progress, Read
 from ....errors import DiskError, ImageError, UnsupportedFeature
 from ....ondisk import big_endian_array, zeros
 from .. import header as hd
+from ..encryption import open_encryption
 from ..machine.core import COPIED, OFFSET, SLOT
-from ..opening import open_image, read_header, refusals
+from ..opening import open_data_file, read_header
 from ..snapshots.table import read_table
 from .evidence import (
     Geometry,
@@ -36,6 +37,7 @@ from .evidence import (
     vote,
     winner,
 )
+from .others import Others
 from .placing import Placer
 from .reading import Salvaged
 from .torn import broken_header
@@ -98,24 +100,24 @@ class Salvage:
         self.length = yield Length(SLOT)
         h = yield from self._header()
         image.use_header(h)
-        refused = refusals(h)[0]
-        if refused:
-            raise UnsupportedFeature(f"salvage with {refused}")
-        if h.crypt_method or h.incompatible & (hd.EXTENDED_L2 | hd.DATA_FILE):
-            image.as_it_is = True
-            self.say("Tables of this kind are not searched for: it is read by those it names")
-            return (yield from open_image(image))
-        image.geometry = Geometry(h.cluster_bits, self.length, h.version)
+        image.geometry = Geometry(
+            h.cluster_bits, self.length, h.version, image.stride, image.external
+        )
+        if h.crypt_method or image.options.get("encrypt.format") is not None:
+            yield from open_encryption(image)
         image.metadata.use(0)
         image.marks.use(0)
         yield from self._counts()
         yield from self._snapshots()
+        if h.crypt_method or h.extension(hd.EXT_BITMAPS) is not None:
+            yield from Others(self).run()
         entries = yield from self._named_l1()
         yield from self._adopt(entries)
         yield from self._scan()
         placer = Placer(self)
         yield from placer.run()
         self._judge()
+        yield from open_data_file(image)
         yield from self._backing()
         return image
 
@@ -183,7 +185,7 @@ class Salvage:
             self.say(f"The snapshot table cannot be read: {error}")
             return
         bits = h.cluster_bits
-        self._use(h.snapshots_offset, size)
+        self.use_region(h.snapshots_offset, size)
         room, done = _MOST_LOOSE, Marks(1 << 13)
         places: set[int] = set()
         for snapshot in found:
@@ -194,33 +196,34 @@ class Salvage:
             raw, _ = yield from read_some(SLOT, snapshot.l1_offset, 8 * snapshot.l1_size)
             entries = big_endian_array(64, raw)
             self.snapshots.append(entries)
-            self._use(snapshot.l1_offset, 8 * snapshot.l1_size)
+            self.use_region(snapshot.l1_offset, 8 * snapshot.l1_size)
             for entry in entries:
                 if not entry or l1_entry_problem(entry, image.geometry):
                     continue
                 if done.used((entry & OFFSET) >> bits):
                     continue
                 done.use((entry & OFFSET) >> bits)
-                image.marks.use((entry & OFFSET) >> bits, alone=False)
+                image.marks.use((entry & OFFSET) >> bits, soft=True)
                 data, _ = yield from read_some(SLOT, entry & OFFSET, image.cluster_size)
-                self.use_targets(data, alone=False)
+                self.use_targets(data, soft=True)
                 yield Progress(0, 1)
 
-    def _use(self, offset: int, length: int) -> None:
+    def use_region(self, offset: int, length: int) -> None:
+        """These bytes are metadata."""
         bits = self.image.cluster_bits
         end = min(offset + length, self.length)
         for cluster in range(offset >> bits, -(-end >> bits)):
             self.image.marks.use(cluster, alone=False)
             self.image.metadata.use(cluster)
 
-    def use_targets(self, data: bytes, alone: bool = True) -> Seen:
+    def use_targets(self, data: bytes, soft: bool = False) -> Seen:
         """Everything that a table names is named."""
         image = self.image
         seen = look(data, image.geometry)
         for host in seen.targets:
-            image.marks.use(host >> image.cluster_bits, alone)
+            image.marks.use(host >> image.cluster_bits, soft=soft)
         if seen.packed:
-            for entry in big_endian_array(64, data):
+            for entry in big_endian_array(64, data)[:: image.stride]:
                 if entry >> 62 == 1:
                     start, end = image.hosts_of(entry)
                     for cluster in range(start, end):
@@ -231,7 +234,7 @@ class Salvage:
     def _named_l1(self) -> Procedure:
         """The L1 table that the header names, as far as it lies in the file."""
         image, h = self.image, self.image.header
-        wanted = hd.l1_entries(h.size, h.cluster_bits)
+        wanted = hd.l1_entries(h.size, h.cluster_bits, image.extended)
         size = 8 * h.l1_size
         if not self.has_header or not h.l1_offset or h.l1_offset >= self.length:
             if self.has_header and wanted:
@@ -328,9 +331,17 @@ class Salvage:
                 continue
             if len(self.orphans) < _MOST_LOOSE:
                 self.orphans.append(cluster)
+            geometry = self.image.geometry
             flagless = not self.has_counts and part[::8].count(0) << 3 == size
-            if (flagless or may_be_table(part)) and self.entries < _MOST_ENTRIES:
-                seen = look(part, self.image.geometry)
+            if geometry != geometry.of_l1 and may_be_table(part):
+                # What may be an L1 table, whatever L2 tables are like.
+                seen = look(part, geometry.of_l1)
+                if is_table(seen) and self.entries < _MOST_ENTRIES:
+                    self.loose.append(cluster)
+                    self.entries += len(seen.targets) + 64
+                    continue
+            if (flagless or may_be_table(part, geometry.stride)) and self.entries < _MOST_ENTRIES:
+                seen = look(part, geometry)
                 if flagless and seen.targets and not (seen.bad or seen.packed):
                     self.plain[cluster] = seen.targets
                     self.entries += len(seen.targets) + 64

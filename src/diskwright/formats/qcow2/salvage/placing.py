@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import TYPE_CHECKING
 
 from ....contract import Procedure, Progress
 from ....ondisk import big_endian_array, zeros
 from .. import header as hd
 from ..machine.core import COPIED, OFFSET, PACKED, SLOT, ZERO_FLAG
-from .evidence import Seen, look
+from .evidence import Geometry, Seen, is_table, look
 
 if TYPE_CHECKING:
     from .opening import Salvage
 
 _BY_SNAPSHOT = "its L2 table was found in the file; a snapshot had one with the same clusters here"
 _BY_ORDER = "its L2 table was found in the file, and its place is guessed from the order there"
+_BY_ENTRIES = "its L2 table was found in the file, and its entries say where it belongs"
 _BY_L1 = "its L1 table was found in the file"
 _SAMPLE = 256
 _MOST_KNOWN = 1 << 20
@@ -32,29 +34,40 @@ class Placer:
         """Step 3 of :mod:`.opening`: every loose table where it belongs."""
         image, loose = self.image, self.salvage.loose
         tables: dict[int, Seen] = {}
+        flat: dict[int, Seen] = tables
+        geometry = image.geometry
+        if geometry != geometry.of_l1:
+            flat = {}
         for cluster in loose:
-            tables[cluster] = yield from self._look(cluster)
+            seen = yield from self._look(cluster, geometry)
+            if flat is not tables:
+                flat[cluster] = yield from self._look(cluster, geometry.of_l1)
+            if flat is tables or is_table(seen):
+                tables[cluster] = seen
             yield Progress(0, 1)
         missing = not self.salvage.has_header or not any(image.l1) or bool(image.l1_lost)
-        roots = self._roots(tables) if missing else []
+        roots = self._roots(tables, flat) if missing else []
         if roots:
             yield from self._by_l1(roots)
         rest = self._unknown(tables, {cluster for run in roots for cluster in run})
+        if image.external:
+            rest = yield from self._by_entries(rest)
         rest = yield from self._by_snapshots(rest)
         yield from self._by_order(rest)
         if not self.salvage.has_header:
             yield from self._size()
 
-    def _look(self, cluster: int) -> Procedure:
+    def _look(self, cluster: int, geometry: Geometry) -> Procedure:
         from .opening import read_some
 
         image = self.image
         data, _ = yield from read_some(SLOT, cluster << image.cluster_bits, image.cluster_size)
-        return look(data, image.geometry)
+        return look(data, geometry)
 
     # -- an L1 table
-    def _roots(self, tables: dict[int, Seen]) -> list[list[int]]:
-        """Runs of clusters whose entries all name tables: the best first."""
+    def _roots(self, tables: dict[int, Seen], flat: dict[int, Seen]) -> list[list[int]]:
+        """Runs of clusters whose entries all name ``tables``: the best first.  ``flat``: what they
+        would be as L1 tables."""
         bits = self.image.cluster_bits
         known = self.image.tables_at.used
 
@@ -64,16 +77,17 @@ class Placer:
                 and not seen.packed
                 and seen.copied == len(seen.targets)
                 and len(seen.targets) == seen.good
+                and not (seen.beyond and flat is not tables)
                 and all(host >> bits in tables or known(host >> bits) for host in seen.targets)
             )
 
         runs: list[list[int]] = []
-        for cluster in sorted(cluster for cluster, seen in tables.items() if is_root(seen)):
+        for cluster in sorted(cluster for cluster, seen in flat.items() if is_root(seen)):
             if runs and runs[-1][-1] + 1 == cluster:
                 runs[-1].append(cluster)
             else:
                 runs.append([cluster])
-        runs.sort(key=lambda run: -sum(len(tables[cluster].targets) for cluster in run))
+        runs.sort(key=lambda run: -sum(len(flat[cluster].targets) for cluster in run))
         return runs
 
     def _by_l1(self, roots: list[list[int]]) -> Procedure:
@@ -140,6 +154,28 @@ class Placer:
             self.salvage.say(f"{stale} tables in the file name what others do, and were left out")
         return kept
 
+    def _by_entries(self, rest: list[int]) -> Procedure:
+        """Of a data file each entry tells where it belongs."""
+        from .opening import read_some
+
+        image = self.image
+        left = []
+        for cluster in rest:
+            data, _ = yield from read_some(SLOT, cluster << image.cluster_bits, image.cluster_size)
+            votes: Counter[int] = Counter()
+            for index, entry in enumerate(big_endian_array(64, data)[:: image.stride]):
+                if entry & COPIED:
+                    guest = entry & OFFSET
+                    if guest >> image.cluster_bits & image.l2_mask == index:
+                        votes[guest >> image.l1_shift] += 1
+            best = votes.most_common(1)
+            if best and best[0][0] < len(image.l1) and not image.l1[best[0][0]]:
+                yield from self._put(best[0][0], cluster, _BY_ENTRIES)
+            elif not best:
+                left.append(cluster)
+            yield Progress(0, 1)
+        return left
+
     def _by_snapshots(self, rest: list[int]) -> Procedure:
         """A table that was copied from a snapshot's still shares clusters with it, entry by
         entry."""
@@ -156,7 +192,7 @@ class Placer:
                 if not entry or image.l1[index] or len(known) > _MOST_KNOWN:
                     continue
                 data, _ = yield from read_some(SLOT, entry & OFFSET, size)
-                for found in big_endian_array(64, data)[:_SAMPLE]:
+                for found in big_endian_array(64, data)[:: image.stride][:_SAMPLE]:
                     if found & OFFSET and not found & (PACKED | ZERO_FLAG):
                         known[found & OFFSET] = index
                 yield Progress(index, len(image.l1))
@@ -164,7 +200,7 @@ class Placer:
             data, _ = yield from read_some(SLOT, cluster << bits, size)
             places = {
                 known[entry & OFFSET]
-                for entry in big_endian_array(64, data)
+                for entry in big_endian_array(64, data)[:: image.stride]
                 if not entry & PACKED and entry & OFFSET in known
             }
             if len(places) == 1 and not image.l1[index := places.pop()]:

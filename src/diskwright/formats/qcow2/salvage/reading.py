@@ -34,8 +34,6 @@ class Salvaged(Qcow2):
         super().__init__({**options, "writable": False})
         self.geometry = Geometry(16, 0, 3)
         self.marks = Marks()
-        self.as_it_is = False
-        """It is read by its own tables alone: what is lost shows when it is read."""
         self.remarks: list[str] = []
         """What was found out about the image, as sentences."""
         self.l1_lost = Reasons()
@@ -58,9 +56,6 @@ class Salvaged(Qcow2):
     # -- tables
     def load(self, slot: str, offset: int, data: bytes) -> None:
         """Decode an L2 table, without entries that cannot be right."""
-        if self.as_it_is:
-            super().load(slot, offset, data)
-            return
         entries = big_endian_array(64, data)
         self.scrub(offset, entries)
         self.tables.put(slot, offset, entries, self.cluster_size)
@@ -84,21 +79,25 @@ class Salvaged(Qcow2):
         """Empty the entries that cannot be right, and note them."""
         notes: list[tuple[int, int, str, str]] = []
         unread = self.unread.get(offset, [])
+        stride = self.stride
+        each = 64 // stride
         for sector in unread:
-            _note(notes, sector * 64, 64, LOST, "its part of the L2 table cannot be read")
+            _note(notes, sector * each, each, LOST, "its part of the L2 table cannot be read")
         bits, length = self.cluster_bits, self.geometry.length
-        for index, entry in enumerate(entries):
-            if not entry:
-                if self.doubtful and index >> 6 not in unread:
+        bitmaps = entries[1::2] if stride == 2 else None
+        for index, entry in enumerate(entries[::stride]):
+            bitmap = bitmaps[index] if bitmaps is not None else 0
+            if not entry and not bitmap:
+                if self.doubtful and index // each not in unread:
                     _note(notes, index, 1, GUESSED, self.doubtful)
                 continue
-            why = entry_problem(entry, self.geometry)
+            why = entry_problem(entry, self.geometry, bitmap)
             if why:
                 _note(notes, index, 1, LOST, why)
-                entries[index] = 0
+                entries[index * stride : (index + 1) * stride] = array("Q", bytes(8 * stride))
                 continue
             host = entry & OFFSET
-            if entry & (PACKED | ZERO_FLAG) or not host:
+            if entry & (PACKED | ZERO_FLAG) or not host or self.external:
                 continue
             cluster = host >> bits
             if self.metadata.used(cluster) or self.tables_at.used(cluster):
@@ -108,7 +107,8 @@ class Salvaged(Qcow2):
             elif self.cut_off and host + self.cluster_size > length:
                 _note(notes, index, 1, LOST, "the file ends within it")
         if self._noted + len(notes) > _MOST_NOTES:
-            notes = [(0, len(entries), GUESSED, "its L2 table has too many damages to tell them")]
+            why = "its L2 table has too many damages to tell them"
+            notes = [(0, len(entries) // stride, GUESSED, why)]
         if notes:
             self._noted += len(notes) - len(self._notes.get(offset, ()))
             self._notes[offset] = notes
@@ -117,7 +117,7 @@ class Salvaged(Qcow2):
         """Where the next table's range begins from ``offset`` on; ``offset`` itself when it is in
         one."""
         index = offset >> self.l1_shift
-        if self.as_it_is or (index < len(self.l1) and self.l1[index]):
+        if index < len(self.l1) and self.l1[index]:
             return offset
         while index < len(self.l1) and not self.l1[index]:
             index += 1
@@ -127,8 +127,6 @@ class Salvaged(Qcow2):
     def notes(self, start: int, length: int) -> Iterator[Note]:
         """What of a range is lost or guessed, in order; asked once it has been mapped.  A lost part
         of a table whose place is guessed comes with both."""
-        if self.as_it_is:
-            return
         end = start + length
         for l1_index in range(start >> self.l1_shift, ((end - 1) >> self.l1_shift) + 1):
             first = l1_index << self.l1_shift

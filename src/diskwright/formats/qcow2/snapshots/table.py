@@ -107,14 +107,15 @@ def encode_table(snapshots: list[Snapshot]) -> bytes:
     return data
 
 
-def read_table(image: Qcow2) -> Procedure:
+def read_table(image: Qcow2, found: list[Snapshot] | None = None) -> Procedure:
     """The snapshots of an image and the length of their table in bytes: ``(list, length)``.
+    ``found``: a list that gets them one by one, and so has those before an error.
 
     Raises MalformedImage for a table that breaks a bound: 64 MiB in all, 1 KiB of extra data an
     entry.  What an entry says of its snapshot is looked at when that is used: see `damage`.
     """
     h = image.header
-    found: list[Snapshot] = []
+    found = [] if found is None else found
     start = at = h.snapshots_offset
     buffer, base = b"", start
     for number in range(h.nb_snapshots):
