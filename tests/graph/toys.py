@@ -16,8 +16,6 @@ from diskwright.contract import (
     OP_DATA,
     WRITE,
     Create,
-    Groups,
-    HostRange,
     Length,
     MetaWrite,
     NeedMeta,
@@ -27,7 +25,6 @@ from diskwright.contract import (
     Range,
     Read,
     Step,
-    TableStore,
     Truncate,
     Write,
 )
@@ -35,17 +32,16 @@ from diskwright.declare import Driver, Option
 from diskwright.errors import ImageError
 from diskwright.extents import Data, Extent, Hole
 from diskwright.graph import registry
+from diskwright.tableless import Tableless
 
 MAGIC = "TOY"
 
 
-class Toy:
+class Toy(Tableless):
     """``lines`` are what the image says; ``told`` what it was opened with."""
 
     name: ClassVar[str] = "toy"
     unit = 512
-    cipher_unit = 1
-    tables: TableStore
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.options = options
@@ -89,20 +85,6 @@ class Toy:
             assert slot and length <= left
             plan.steps.append(Step(OP_DATA, offset, length, slot, host))
         return plan
-
-    def commit(self, plan: Plan) -> None: ...
-
-    def abort(self, plan: Plan) -> None: ...
-
-    def freeze(self) -> Groups:
-        return Groups([])
-
-    def settle(self, token: Any) -> list[HostRange]:
-        return []
-
-    def release(self, ranges: Sequence[HostRange], zeroed: bool) -> None: ...
-
-    def load(self, slot: str, offset: int, data: bytes) -> None: ...
 
     def resize(self, size: int, preallocation: str = "off", shrink: bool = False) -> Procedure:
         """Grow by one more extent, as the options say how it fails."""

@@ -10,21 +10,19 @@ from typing import Any, ClassVar
 from diskwright.codecs.deflate import Deflate
 from diskwright.contract import (
     Barrier,
-    Groups,
-    HostRange,
     MetaWrite,
     NeedMeta,
     Plan,
     Procedure,
     Range,
     Read,
-    TableStore,
     Write,
 )
 from diskwright.declare import Driver, Option
 from diskwright.extents import Extent, Hole
 from diskwright.findings import CheckResult
 from diskwright.graph import registry
+from diskwright.tableless import Tableless
 
 UNIT = 64 << 10
 
@@ -60,17 +58,15 @@ def unlisted(image: bytes, size: int) -> bytes:
     return bytes(out[:size])
 
 
-class Flawed:
+class Flawed(Tableless):
     """A disk of one sector that reads as zeroes.  Byte 0 of the file counts its leaks, byte 1 its
     corruptions, byte 2 corruptions that cannot be repaired."""
 
     name: ClassVar[str] = "flawed"
     size = 512
     unit = 512
-    cipher_unit = 1
     backing_file: str | None = None
     backing_format: str | None = None
-    tables: TableStore
 
     def info(self) -> dict[str, Any]:
         return {}
@@ -99,21 +95,6 @@ class Flawed:
 
     def plan(self, ranges: list[Range], kind: str) -> Plan | None:
         return None
-
-    def commit(self, plan: Plan) -> None: ...
-
-    def abort(self, plan: Plan) -> None: ...
-
-    def freeze(self) -> Groups:
-        return Groups([])
-
-    def settle(self, token: Any) -> list[HostRange]:
-        return []
-
-    def release(self, ranges: list[HostRange], zeroed: bool) -> None: ...
-
-    def load(self, slot: str, offset: int, data: bytes) -> None: ...
-
 
 def _open(options: Mapping[str, Any]) -> tuple[Flawed, Procedure]:
     format = Flawed()

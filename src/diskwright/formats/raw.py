@@ -11,27 +11,25 @@ from ..contract import (
     OP_DISCARD,
     OP_ZERO,
     WRITE,
-    Groups,
-    HostRange,
     Length,
     NeedMeta,
     Plan,
     Procedure,
     Range,
     Step,
-    TableStore,
     Truncate,
 )
 from ..declare import Driver, Option
 from ..errors import NotSupported, UsageError
 from ..extents import Data, Extent
+from ..tableless import Tableless
 from ..units import align_up
 
 SLOT = "file"
 PREALLOCATIONS = ("off", "falloc", "full")
 
 
-class Raw:
+class Raw(Tableless):
     """The format whose map is an offset.
 
     With ``offset`` or ``size`` the disk is a window of the file and keeps its size; without, it
@@ -40,8 +38,6 @@ class Raw:
 
     name: ClassVar[str] = "raw"
     unit = 1
-    cipher_unit = 1
-    tables: TableStore
     backing_file: str | None = None
     backing_format: str | None = None
 
@@ -87,26 +83,6 @@ class Raw:
             if length
         ]
         return plan
-
-    def commit(self, plan: Plan) -> None:
-        """Nothing to point at."""
-
-    def abort(self, plan: Plan) -> None:
-        """Nothing was reserved."""
-
-    def freeze(self) -> Groups:
-        """There is no metadata."""
-        return Groups([])
-
-    def settle(self, token: Any) -> list[HostRange]:
-        """There is no metadata."""
-        return []
-
-    def release(self, ranges: Sequence[HostRange], zeroed: bool) -> None:
-        """There is no metadata."""
-
-    def load(self, slot: str, offset: int, data: bytes) -> None:
-        """Never asked for."""
 
     def resize(self, size: int, preallocation: str = "off", shrink: bool = False) -> Procedure:
         """Set the length of the file.  Raises NotSupported for a window."""

@@ -7,19 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar
 
 from ..contract import (
-    Groups,
-    HostRange,
     NeedMeta,
     Plan,
     Procedure,
     Range,
     Request,
-    TableStore,
 )
 from ..declare import Driver
 from ..engine.kernel import BaseDriver
 from ..errors import DiskError, NotSupported, UsageError
 from ..extents import Extent
+from ..tableless import Tableless
 from ..units import SECTOR, align_up
 from . import registry
 from .closing import close_disk, discard_disk
@@ -33,35 +31,18 @@ from .opener import open_disk
 from .options import convert
 
 
-class _Nothing:
+class _Nothing(Tableless):
     """The format of a file in which none is yet: procedures run over it, requests do not."""
 
     name: ClassVar[str] = "none"
     size = 0
     unit = 1
-    cipher_unit = 1
-    tables: TableStore
 
     def map(self, ranges: Sequence[Range]) -> tuple[list[Extent], NeedMeta | None]:
         raise NotSupported("the image is being created")
 
     def plan(self, ranges: Sequence[Range], kind: str) -> Plan | NeedMeta:
         raise NotSupported("the image is being created")
-
-    def commit(self, plan: Plan) -> None: ...
-
-    def abort(self, plan: Plan) -> None: ...
-
-    def freeze(self) -> Groups:
-        return Groups([])
-
-    def settle(self, token: Any) -> list[HostRange]:
-        return []
-
-    def release(self, ranges: Sequence[HostRange], zeroed: bool) -> None: ...
-
-    def load(self, slot: str, offset: int, data: bytes) -> None: ...
-
 
 def create_options(driver: Driver, given: Mapping[str, Any]) -> Options:
     """``given`` converted as the creation options of ``driver`` declare them, with defaults.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 from ..contract import (
@@ -21,9 +21,9 @@ from ..contract import (
     Range,
     Read,
     Step,
-    TableStore,
 )
 from ..extents import Data, Extent
+from ..tableless import Tableless
 
 SECTOR = 64
 _BITS = SECTOR * 8
@@ -73,32 +73,7 @@ class Cipher:
         )
 
 
-class Fixed:
-    """What formats share whose map never changes."""
-
-    cipher_unit = 1
-    tables: TableStore
-
-    def commit(self, plan: Plan) -> None:
-        """Nothing points anywhere new."""
-
-    def abort(self, plan: Plan) -> None:
-        """Nothing was reserved."""
-
-    def freeze(self) -> Groups:
-        return Groups([])
-
-    def settle(self, token: Any) -> list[HostRange]:
-        return []
-
-    def release(self, ranges: Iterable[HostRange], zeroed: bool) -> None:
-        """No space is ever given back."""
-
-    def load(self, slot: str, offset: int, data: bytes) -> None:
-        raise AssertionError("there are no tables")
-
-
-class Crypt(Fixed):
+class Crypt(Tableless):
     """A header of 64 bytes, then encrypted sectors; the size is a multiple of 64."""
 
     name: ClassVar[str] = "crypt"
@@ -139,7 +114,7 @@ class Part(NamedTuple):
     host: int
 
 
-class Concat(Fixed):
+class Concat(Tableless):
     """A disk of several extents.  With ``descriptor``, a slot, the change id in its first bytes is
     renewed (a `before` group) before the first write."""
 

@@ -10,8 +10,6 @@ from ...contract import (
     OP_DATA,
     WRITE,
     Compute,
-    Groups,
-    HostRange,
     Length,
     NeedMeta,
     Open,
@@ -19,12 +17,12 @@ from ...contract import (
     Procedure,
     Range,
     Step,
-    TableStore,
     Truncate,
 )
 from ...errors import MalformedImage, NotSupported, UnsupportedFeature, UsageError
 from ...extents import Data, Extent
 from ...secrets import find
+from ...tableless import Tableless
 from ...units import SECTOR, align_down, align_up
 from ..luks1 import Header
 from ..luks1_slots import Place, amend, read_header, unlock
@@ -33,7 +31,7 @@ SLOT, HEADER_SLOT = "file", "header"
 PREALLOCATIONS = ("off", "falloc", "full")
 
 
-class Luks:
+class Luks(Tableless):
     """One open disk (the `Format` of the contract).
 
     Its map never changes.  There are no zeroes but encrypted ones, so zeroes are written as data;
@@ -43,7 +41,6 @@ class Luks:
     name: ClassVar[str] = "luks"
     unit = SECTOR
     cipher_unit = SECTOR
-    tables: TableStore
     backing_file: str | None = None
     backing_format: str | None = None
     encrypted = True
@@ -92,26 +89,6 @@ class Luks:
                 plan.steps.append(Step(OP_DATA, start, stop - start, SLOT, at, self.xform))
                 end = stop
         return plan
-
-    def commit(self, plan: Plan) -> None:
-        """Nothing to point at."""
-
-    def abort(self, plan: Plan) -> None:
-        """Nothing was reserved."""
-
-    def freeze(self) -> Groups:
-        """There are no tables."""
-        return Groups([])
-
-    def settle(self, token: Any) -> list[HostRange]:
-        """There are no tables."""
-        return []
-
-    def release(self, ranges: Sequence[HostRange], zeroed: bool) -> None:
-        """There are no tables."""
-
-    def load(self, slot: str, offset: int, data: bytes) -> None:
-        """Never asked for."""
 
     def _unlocked(self) -> None:
         if not self.xform:
