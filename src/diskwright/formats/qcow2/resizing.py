@@ -116,6 +116,8 @@ def _grow(image: Qcow2, size: int, entries: int, preallocation: str) -> Procedur
         )
     if old % cluster:
         yield from _zero_tail(image, old, backing_size)
+        if image.external and image.encrypted:
+            yield from _zero_encrypted_tail(image, old, size)
     if entries > len(image.l1):
         yield from grow_l1(image, entries)
     covered = min(size, backing_size)
@@ -227,6 +229,20 @@ def _zero_tail(image: Qcow2, old: int, backing_size: int) -> Procedure:
         data = yield GuestRead(base, old - base)
         yield GuestWrite(base, data)
         yield from flush(image)
+
+
+def _zero_encrypted_tail(image: Qcow2, old: int, size: int) -> Procedure:
+    """What the data file has got behind the old end, in its last cluster, are zeroes that have yet
+    to be encrypted."""
+    pins: list[Table] = []
+    extents, _ = yield from ask(image, lambda: _mapped(image, old - 1, 1), pins)
+    unpin(pins)
+    end = min(align_up(old, image.cluster_size), size)
+    if extents[0].kind == DATA:
+        for at in range(old, end, _ZEROES):
+            data = image.zeroes(at, at, min(_ZEROES, end - at))
+            yield Write([MetaWrite(DATA_SLOT, at, data)])
+        yield Barrier()
 
 
 def grow_l1(image: Qcow2, entries: int) -> Procedure:

@@ -175,8 +175,12 @@ def _expand(image: Qcow2, offset: int, base: int, backing_size: int) -> Procedur
         if host and not entries[i] & COPIED:
             freed += [image.hosts_of(host)] * users
     yield from ask(image, lambda: image.missing_blocks(freed), pins)
-    for start, stop in _as_runs([(entries[i] & OFFSET) >> image.cluster_bits for i in kept]):
-        yield from _zero(image, start, stop)
+    if image.encrypted:
+        for i in kept:
+            yield from _zero_encrypted(image, entries[i] & OFFSET, base, i)
+    else:
+        for start, stop in _as_runs([(entries[i] & OFFSET) >> image.cluster_bits for i in kept]):
+            yield from _zero(image, start, stop)
     places: dict[int, int] = {}
     if moved:
         chosen = yield from ask(image, lambda: image.choose(len(moved)), pins)
@@ -185,8 +189,11 @@ def _expand(image: Qcow2, offset: int, base: int, backing_size: int) -> Procedur
             pins.append(taken)
         hosts = [cluster for start, end, _ in chosen for cluster in range(start, end)]
         places = dict(zip(moved, hosts, strict=True))
+        for i, host in places.items() if image.encrypted else ():
+            yield from _zero_encrypted(image, host << image.cluster_bits, base, i)
         for start, end, _ in chosen:
-            yield from _zero(image, start, end)
+            if not image.encrypted:
+                yield from _zero(image, start, end)
             for cluster in range(start, end) if users > 1 else ():
                 _raise(image, cluster, users)
     yield Barrier()
@@ -239,3 +246,13 @@ def _zero(image: Qcow2, start: int, stop: int) -> Procedure:
     for host in range(start << bits, written, _ZEROES):
         yield Write([MetaWrite(SLOT, host, bytes(min(_ZEROES, written - host)))])
         yield Progress(host - (start << bits), written - (start << bits))
+
+
+def _zero_encrypted(image: Qcow2, host: int, base: int, index: int) -> Procedure:
+    """Make the cluster at ``host``, which is that of entry ``index`` of a table for guest space
+    from ``base`` on, read as zeroes once it is decrypted."""
+    guest = base + (index << image.cluster_bits)
+    for at in range(0, image.cluster_size, _ZEROES):
+        data = image.zeroes(guest + at, host + at, min(_ZEROES, image.cluster_size - at))
+        yield Write([MetaWrite(SLOT, host + at, data)])
+        yield Progress(at, image.cluster_size)
