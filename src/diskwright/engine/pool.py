@@ -31,6 +31,7 @@ class Pool:
         self.busy = 0
 
     def submit(self, function: Callable[..., T], arguments: tuple[Any, ...]) -> Future[T]:
+        """Call ``function`` in a thread.  Raises OSError (EAGAIN) when none can be had."""
         future: Future[T] = Future(io=True)
         self.busy += 1
         if self.busy > len(self.threads) and len(self.threads) < self.limit:
@@ -62,6 +63,7 @@ class Pool:
         future.set(value, error)
 
     def stop(self) -> None:
+        """Wait for the end of all jobs and threads."""
         for _ in self.threads:
             self.jobs.put(None)
         for thread in self.threads:

@@ -25,9 +25,11 @@ OTHER_CIPHERS = ("3des", "cast5", "des", "serpent", "sm4", "twofish")
 class SectorCipher(Protocol):
     """Whole sectors of 512 bytes there and back."""
 
-    def encrypt(self, runs: Runs, data: Buffer) -> Buffer: ...
+    def encrypt(self, runs: Runs, data: Buffer) -> Buffer:
+        """The sectors of ``runs``, which follow each other in ``data``, as they are stored."""
 
-    def decrypt(self, runs: Runs, data: Buffer) -> Buffer: ...
+    def decrypt(self, runs: Runs, data: Buffer) -> Buffer:
+        """The other way round."""
 
 
 class Spec(NamedTuple):

@@ -119,6 +119,7 @@ async def write_state(session: Session, offset: int, length: int, source: bytes)
 
 
 async def zero(session: Session, offset: int, length: int, flags: Flags) -> Transfer:
+    """Zero a range as the flags -f, -u and -n say."""
     node = session.node
     began = time.perf_counter()
     _inside(node, offset, length)
@@ -132,6 +133,7 @@ async def zero(session: Session, offset: int, length: int, flags: Flags) -> Tran
 
 
 async def discard(session: Session, offset: int, length: int) -> Transfer:
+    """Give a range up."""
     node = session.node
     began = time.perf_counter()
     _inside(node, offset, length)

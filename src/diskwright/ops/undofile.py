@@ -85,6 +85,7 @@ class Rest:
             self._hash.update(window)
 
     def digest(self) -> bytes:
+        """Of all windows that were added and are not all zeroes."""
         return self._hash.digest()
 
 

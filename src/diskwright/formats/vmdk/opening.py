@@ -176,6 +176,10 @@ def _file_of(
 
 
 def open_extent(image: Vmdk, slot: str, start: int, line: ExtentLine, number: int) -> Procedure:
+    """The `Part` for an extent line: ``length`` bytes of the disk from ``start``, in ``slot``.
+
+    Raises CorruptImage for a file that is too short, and whatever the header of a sparse one does.
+    """
     length = line.sectors * SECTOR
     if line.type not in SPARSE_TYPES:
         host = (line.offset or 0) * SECTOR

@@ -40,9 +40,11 @@ class TableWalk:
     spans: tuple[array[int], array[int]] | None
 
     def read(self, ranges: list[tuple[int, int]], tag: str) -> Procedure:
+        """Ask for ranges of the image file; ``tag`` is the event of it."""
         raise NotImplementedError
 
     def add_region(self, offset: int, length: int, times: int = 1) -> bool:
+        """Count ``times`` references to the clusters of a range; False when it is outside."""
         raise NotImplementedError
 
     def walk_tables(self) -> Procedure:

@@ -18,16 +18,19 @@ is read without those behind it:
 `subplanning.Subclusters`   data by subcluster
 `writeback.Writeback`       ``freeze``, ``settle``, ``release``; closing
 `external.External`         guest data in a file of their own
+`subexternal.SubExternal`   the same by subcluster
 `encrypted.Encrypted`       a cipher on what the maps and plans name
 `..format.Qcow2`            what an image tells of itself, and its procedures by name
 ==========================  =====================================================================
 
 Up to `Bulk` and in `Writeback` stands what every image needs.  The other layers are features: each
-overrides a few methods and hands images without the feature on with ``super()``, so no layer below
-asks for it.  These are the methods: ``map_wide`` and ``_wide_extent`` (what `SubMapping` fills
-in), ``_shortcut``, ``_words`` and ``_extent`` (lookup), ``choose`` and ``take`` (new clusters),
-``plan`` and ``_plan_*``, ``new_entries`` (what entries of new clusters say), ``pack_codec`` and
-``zeroes`` (what zeroes are, as stored).
+overrides a few methods and hands images without the feature on with ``super()``, so that the
+layers below need to know little of it (`Core` says how wide an entry is and in which slot guest
+data are, `Mapping` which lookup is the right one).  These are the methods: ``map_wide`` and
+``_wide_extent`` (what `SubMapping` fills in), ``_shortcut``, ``_words``, ``_extent`` and
+``place_of`` (lookup), ``choose`` and ``take`` (new clusters), ``plan`` and ``_plan_*``,
+``new_entries`` (what entries of new clusters say), ``pack_codec`` and ``zeroes`` (what zeroes are,
+as stored).
 
 `refblock` and `runs` are what the layers keep: counts of any width, and sets of clusters.
 """
