@@ -13,7 +13,7 @@ import pytest
 import diskwright
 from diskwright.errors import CorruptImage
 from diskwright.ops.check import Checked
-from interop.tools import run
+from interop.tools import OURS, run
 
 Peer = Callable[[str], str]
 CLUSTER, SUB, COUNT = 16384, 512, 20
@@ -193,3 +193,29 @@ def test_noise(word: int, tmp_path: Path) -> None:
         assert check(path).findings == []
         with diskwright.open(str(path), policy="trusted") as disk:
             assert not disk.read(0, SIZE).strip(b"a\0")
+
+
+@pytest.mark.parametrize("kind", ["extended", "plain"])
+def test_rebase_compresses_what_it_can(kind: str, peer: Peer, tmp_path: Path) -> None:
+    """A cluster of which some subclusters are stored is filled up, the others are compressed."""
+    base, path = tmp_path / "base", tmp_path / "image"
+    lines = b"".join(b"line %d of it\n" % n for n in range(SIZE // 8))[:SIZE]
+    base.write_bytes(lines)
+    options: dict[str, object] = {"cluster_size": CLUSTER, "extended_l2": kind == "extended"}
+    options |= {"backing_file": str(base), "backing_fmt": "raw"}
+    diskwright.create(str(path), "qcow2", SIZE, options=options)
+    model = bytearray(lines)
+    with diskwright.open(str(path), writable=True, policy="trusted") as disk:
+        for at, length in ((3 * SUB, SUB), (4 * CLUSTER - SUB, 2 * SUB), (9 * CLUSTER, CLUSTER)):
+            disk.write(at, b"\7" * length)
+            model[at : at + length] = b"\7" * length
+        disk.zero(6 * CLUSTER, 5 * SUB)
+        model[6 * CLUSTER : 6 * CLUSTER + 5 * SUB] = bytes(5 * SUB)
+    run([*OURS, "rebase", "-c", "--policy", "trusted", "-b", "", path])
+    with diskwright.open(str(path)) as disk:
+        assert disk.read(0, SIZE) == model
+    assert check(path).findings == []
+    run([peer("qemu-img"), "check", "-q", path])
+    run([peer("qemu-img"), "convert", "-O", "raw", path, tmp_path / "out"])
+    assert (tmp_path / "out").read_bytes() == model
+    assert sum(word >> 62 == 1 for word, _, _ in entries(path)) >= 7

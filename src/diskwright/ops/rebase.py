@@ -6,7 +6,7 @@ import errno
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from ..contract import COMPRESSED, Procedure
+from ..contract import Procedure
 from ..engine.align import whole_units
 from ..engine.copy import CopyOptions, Segment, copy
 from ..engine.kernel import BaseDriver
@@ -206,7 +206,16 @@ async def _keep(
     segments, options = changed(), CopyOptions(sparse=unit, workers=1)
     if compress:
         segments = whole_units(driver, segments, unit, total)
-        options = options._replace(flags=COMPRESSED, units=unit, buffer=window)
+        options = options._replace(units=unit, buffer=window)
+        from ..filters.compress import SLOT, CompressNode
+
+        # Of a unit some subclusters may be stored: it is written, but not compressed.
+        target = CompressNode(driver, top, unit)
+        try:
+            await copy(driver, target, segments, options)
+        finally:
+            target.detach(SLOT)
+        return
     await copy(driver, top, segments, options)
 
 
