@@ -61,7 +61,7 @@ class Codec(Protocol):
     def pack(self, data: Buffer) -> bytes:
         """``data`` as it is stored."""
 
-    def unpack(self, data: bytes, unit: int) -> bytes:
+    def unpack(self, data: Buffer, unit: int) -> bytes:
         """The ``unit`` bytes that ``data`` holds (bytes behind its end are ignored).  Raises
         ValueError when they are not there; never makes more than ``unit`` bytes."""
 

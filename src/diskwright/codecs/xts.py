@@ -11,6 +11,7 @@ from __future__ import annotations
 from array import array
 from functools import cache
 from importlib import import_module
+from threading import local
 from typing import Any
 
 from ..abilities import Buffer
@@ -21,7 +22,7 @@ _FEW = 6
 # NumPy takes as long to import as it saves on so many bytes.
 _LONG = 1 << 20
 # What is worked on at once: what comes in between stays in the cache of a processor.
-_STEP, _NUMPY_STEP = 64 << 10, 128 << 10
+_STEP = 64 << 10
 # What the top byte of a block, times x**8, adds to the lowest two: the reduction by
 # x**128 + x**7 + x**2 + x + 1.
 _LOW = bytes((b ^ b << 1 ^ b << 2 ^ b << 7) & 255 for b in range(256))
@@ -140,40 +141,66 @@ def _times_x8(blocks: Buffer) -> bytearray:
     return out
 
 
+class _Scratch(local):
+    """Arrays of one thread that are used again: fresh memory costs more than what is done in it."""
+
+    def __init__(self) -> None:
+        self.held: Any = None
+
+    def arrays(self, numpy: Any) -> Any:
+        """(words of a step and a block more, tweaks, their lower and upper words, carries)."""
+        if self.held is None:
+            count = _STEP // SECTOR
+            self.held = (
+                numpy.empty(_STEP // 8 + 2, "<u8"),  # as much as the library wants
+                numpy.empty((count, BLOCKS, 2), "<u8"),
+                *[numpy.empty((BLOCKS, count), "<u8") for _ in range(3)],
+            )
+        return self.held
+
+
+_scratch = _Scratch()
+
+
 def _run_numpy(numpy: Any, machine: Any, first: memoryview, data: Buffer) -> memoryview:
     """``data`` through the AES of ``machine``, between its tweaks."""
     words = numpy.frombuffer(data, "<u8")
     out = numpy.empty(len(words), "<u8")
-    step = min(_NUMPY_STEP // 8, len(words))
-    # The library wants room for one block more.
-    scratch = numpy.empty(step + 2, "<u8")
-    room = memoryview(scratch).cast("B")
+    mixed = _scratch.arrays(numpy)[0]
+    room = memoryview(mixed).cast("B")
+    step = _STEP // 8
     for at in range(0, len(words), step):
         part, done = words[at : at + step], out[at : at + step]
         # A sector of 64 words has a block of 16 bytes in `first`.
         tweaks = _tweaks_by_numpy(numpy, first[at // 4 : (at + len(part)) // 4])
         numpy.bitwise_xor(part, tweaks, out=done)
         machine.update_into(memoryview(done).cast("B"), room)
-        numpy.bitwise_xor(scratch[: len(part)], tweaks, out=done)
+        numpy.bitwise_xor(mixed[: len(part)], tweaks, out=done)
     return memoryview(out).cast("B")
 
 
 def _tweaks_by_numpy(numpy: Any, first: Buffer) -> Any:
-    """The same as an array of 64-bit words: ``x**n`` moves a block by n < 32 bits, and what falls
-    out at the top comes in below, times 0x87."""
+    """The same as an array of 64-bit words, of at most a step, until this thread's next call:
+    ``x**n`` moves a block by n < 32 bits, and what falls out at the top comes in below, times 0x87.
+    """
     count = len(first) // BLOCK
+    _, out, lower, upper, carry = _scratch.arrays(numpy)
+    if count < out.shape[0]:
+        out, lower, upper, carry = out[:count], lower[:, :count], upper[:, :count], carry[:, :count]
     words = numpy.frombuffer(first, "<u8").reshape(count, 2)
     low, high = words[:, 0].copy(), words[:, 1].copy()
     up = numpy.arange(BLOCKS, dtype="<u8")[:, None]
-    lower, upper = low << up, high << up
     down = numpy.uint64(64) - up[1:]
-    upper[1:] |= low >> down
-    carry = high >> down
+    carry = carry[1:]
+    numpy.left_shift(high, up, out=upper)
+    numpy.right_shift(low, down, out=carry)
+    upper[1:] |= carry
+    numpy.left_shift(low, up, out=lower)
+    numpy.right_shift(high, down, out=carry)
     target = lower[1:]
     target ^= carry
     for shift in (1, 1, 5):  # by 1, 2 and 7 in all
         carry <<= numpy.uint64(shift)
         target ^= carry
-    out = numpy.empty((count, BLOCKS, 2), "<u8")
     out[:, :, 0], out[:, :, 1] = lower.T, upper.T
     return out.reshape(-1)

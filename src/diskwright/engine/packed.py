@@ -1,10 +1,13 @@
-"""Reading compressed units: each once a batch, unpacked in the pool, the last ones kept."""
+"""Reading compressed units: each once a batch, unpacked in the pool; the last of which only a part
+was wanted are kept."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..abilities import Buffer
 from ..errors import DamagedData
 from ..extents import Packed
 from .kernel import wait_all
@@ -75,18 +78,15 @@ class Unpacker:
 
     async def _group(self, slot: str, units: list[Wanted]) -> None:
         extents = [users[0][0] for users in units]
-        raw = await self.engine.slots[slot].read(
+        stored = await self.engine.slots[slot].read(
             [e.host for e in extents], [e.host_length for e in extents]
         )
-        stored = [bytes(part) for part in raw]
         if len(extents) == 1 and extents[0].unit <= _INLINE:
-            found = _unpack(extents, stored)
+            left = _unpack(units, stored)
         else:
-            found = await self.engine.driver.call(_unpack, extents, stored)
-        for users, unit in zip(units, found, strict=True):
-            for extent, view in users:
-                _lay(unit, extent, view)
-            self._keep(_key(users[0][0]), unit)
+            left = await self.engine.driver.call(_unpack, units, stored)
+        for extent, unit in left:
+            self._keep(_key(extent), unit)
 
     def _keep(self, key: _Key, unit: bytes) -> None:
         self._weight += len(unit) - len(self._kept.pop(key, b""))
@@ -101,15 +101,24 @@ def _key(extent: Packed) -> _Key:
 
 
 def _lay(unit: bytes, extent: Packed, view: memoryview) -> None:
-    view[:] = memoryview(unit)[extent.skip : extent.skip + extent.length]
+    if extent.length < len(unit):
+        view[:] = memoryview(unit)[extent.skip : extent.skip + extent.length]
+    else:
+        view[:] = unit
 
 
-def _unpack(extents: list[Packed], stored: list[bytes]) -> list[bytes]:
-    """Runs in the pool."""
-    out = []
-    for extent, data in zip(extents, stored, strict=True):
+def _unpack(units: list[Wanted], stored: Sequence[Buffer]) -> list[tuple[Packed, bytes]]:
+    """Fill the views; runs in the pool.  Returns the units of which somebody may soon want more:
+    who took one as a whole, a copy or a comparison, goes on to others."""
+    left = []
+    for users, data in zip(units, stored, strict=True):
+        extent = users[0][0]
         try:
-            out.append(extent.codec.unpack(data, extent.unit))
+            unit = extent.codec.unpack(data, extent.unit)
         except ValueError as error:
             raise DamagedData(str(error), field="compressed unit", offset=extent.host) from error
-    return out
+        for part, view in users:
+            _lay(unit, part, view)
+        if extent.length < extent.unit:
+            left.append((extent, unit))
+    return left

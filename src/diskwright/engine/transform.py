@@ -15,8 +15,8 @@ from .node import Buffer
 if TYPE_CHECKING:
     from .engine import Engine
 
-# What one job of the pool works on, about: it fits into the cache of a processor.
-JOB = 256 << 10
+# What one job of the pool works on, about: few jobs, and still some for each processor.
+JOB = 512 << 10
 # Less is done at once: the way to the pool and back costs as much.
 _INLINE = 4 << 10
 

@@ -245,9 +245,10 @@ class Mapping(Guard):
                 offset=place,
             )
         inside = guest & (size - 1)
-        return Packed(
-            SLOT, host, length, size, self.codec, min(stop - guest, size - inside), inside
-        )
+        wanted = size - inside
+        if wanted > stop - guest:
+            wanted = stop - guest
+        return Packed(SLOT, host, length, size, self.codec, wanted, inside)
 
     def host_of(self, entry: int, table_offset: int, index: int) -> int:
         """Host offset of a standard L2 entry, 0 without one.  Raises CorruptImage."""
