@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from diskwright.codecs.deflate import BARE, FRAMED, Deflate
+from diskwright.codecs.zstd import Zstd
 from diskwright.contract import NeedMeta, Range
 from diskwright.engine.kernel import Driver
 from diskwright.engine.packed import KEPT
@@ -155,3 +156,21 @@ def test_the_codec(bits: int) -> None:
         codec.unpack(codec.pack(plain[:100]), UNIT)
     bomb = codec.pack(bytes(50 << 20))
     assert codec.unpack(bomb, UNIT) == bytes(UNIT)
+
+
+def test_a_zstd_machine_that_is_used_again_starts_anew() -> None:
+    library = pytest.importorskip("zstandard")
+    codec = Zstd()
+    units = [bytes([n]) * 100 + random.Random(n).randbytes(900) for n in range(4)]
+    frames = [codec.pack(unit) for unit in units]
+    silent = library.ZstdCompressor(write_content_size=False).compress(units[3])
+    long = library.ZstdCompressor().compress(units[0] * 1000)
+    for _ in range(2):
+        for unit, frame in zip(units, frames, strict=True):
+            assert codec.unpack(frame + b"tail", 1000) == unit
+            assert codec.unpack(memoryview(silent + b"tail"), 1000) == units[3]
+            assert codec.unpack(long, 1000) == units[0]  # left in the middle of the frame
+            with pytest.raises(ValueError, match=r"damaged|hold"):
+                codec.unpack(frame[:-400], 1000)
+            with pytest.raises(ValueError, match="hold 1000 bytes"):
+                codec.unpack(frame, 1001)

@@ -11,7 +11,6 @@ from __future__ import annotations
 from array import array
 from functools import cache
 from importlib import import_module
-from threading import local
 from typing import Any
 
 from ..abilities import Buffer
@@ -141,50 +140,48 @@ def _times_x8(blocks: Buffer) -> bytearray:
     return out
 
 
-class _Scratch(local):
-    """Arrays of one thread that are used again: fresh memory costs more than what is done in it."""
-
-    def __init__(self) -> None:
-        self.held: Any = None
-
-    def arrays(self, numpy: Any) -> Any:
-        """(words of a step and a block more, tweaks, their lower and upper words, carries)."""
-        if self.held is None:
-            count = _STEP // SECTOR
-            self.held = (
-                numpy.empty(_STEP // 8 + 2, "<u8"),  # as much as the library wants
-                numpy.empty((count, BLOCKS, 2), "<u8"),
-                *[numpy.empty((BLOCKS, count), "<u8") for _ in range(3)],
-            )
-        return self.held
+_spare: list[Any] = []
+"""Arrays that no thread uses at the moment: fresh memory costs more than what is done in it."""
 
 
-_scratch = _Scratch()
+def _arrays(numpy: Any) -> Any:
+    """(words of a step and a block more, tweaks, their lower and upper words, carries)."""
+    try:
+        return _spare.pop()
+    except IndexError:
+        count = _STEP // SECTOR
+        return (
+            numpy.empty(_STEP // 8 + 2, "<u8"),  # as much as the library wants
+            numpy.empty((count, BLOCKS, 2), "<u8"),
+            *[numpy.empty((BLOCKS, count), "<u8") for _ in range(3)],
+        )
 
 
 def _run_numpy(numpy: Any, machine: Any, first: memoryview, data: Buffer) -> memoryview:
     """``data`` through the AES of ``machine``, between its tweaks."""
     words = numpy.frombuffer(data, "<u8")
     out = numpy.empty(len(words), "<u8")
-    mixed = _scratch.arrays(numpy)[0]
+    arrays = _arrays(numpy)
+    mixed = arrays[0]
     room = memoryview(mixed).cast("B")
     step = _STEP // 8
     for at in range(0, len(words), step):
         part, done = words[at : at + step], out[at : at + step]
         # A sector of 64 words has a block of 16 bytes in `first`.
-        tweaks = _tweaks_by_numpy(numpy, first[at // 4 : (at + len(part)) // 4])
+        tweaks = _tweaks_by_numpy(numpy, first[at // 4 : (at + len(part)) // 4], arrays)
         numpy.bitwise_xor(part, tweaks, out=done)
         machine.update_into(memoryview(done).cast("B"), room)
         numpy.bitwise_xor(mixed[: len(part)], tweaks, out=done)
+    _spare.append(arrays)
     return memoryview(out).cast("B")
 
 
-def _tweaks_by_numpy(numpy: Any, first: Buffer) -> Any:
-    """The same as an array of 64-bit words, of at most a step, until this thread's next call:
-    ``x**n`` moves a block by n < 32 bits, and what falls out at the top comes in below, times 0x87.
+def _tweaks_by_numpy(numpy: Any, first: Buffer, arrays: Any) -> Any:
+    """The same as an array of 64-bit words, of at most a step, in one of ``arrays``: ``x**n``
+    moves a block by n < 32 bits, and what falls out at the top comes in below, times 0x87.
     """
     count = len(first) // BLOCK
-    _, out, lower, upper, carry = _scratch.arrays(numpy)
+    _, out, lower, upper, carry = arrays
     if count < out.shape[0]:
         out, lower, upper, carry = out[:count], lower[:, :count], upper[:, :count], carry[:, :count]
     words = numpy.frombuffer(first, "<u8").reshape(count, 2)

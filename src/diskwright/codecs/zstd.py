@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
-from threading import local
 from typing import Any
 
 from ..abilities import Buffer
@@ -17,8 +16,9 @@ from ..errors import UnsupportedFeature
 # What a frame may make the decoder keep (bytes); RFC 8878 asks for 8 MiB at least.
 _WINDOW_BITS = 23
 DEFAULT_LEVEL = 3
-_of_thread = local()
-"""The machines of the wheel, which no two threads may use at once."""
+_spare: dict[int, list[Any]] = {}
+"""Machines of the wheel that no thread uses at the moment, by level (0: those that unpack); a new
+one sets up its tables anew."""
 
 
 class Zstd:
@@ -37,7 +37,11 @@ class Zstd:
         own, library = _library()
         if own:
             return bytes(library.compress(data, self.level))
-        return bytes(_compressor(library, self.level).compress(data))
+        spare = _spare.setdefault(self.level, [])
+        machine = _taken(spare) or library.ZstdCompressor(level=self.level)
+        out: bytes = machine.compress(data)
+        spare.append(machine)
+        return out
 
     def unpack(self, data: Buffer, unit: int) -> bytes:
         """The first ``unit`` bytes that ``data`` holds; what follows the frame is ignored.
@@ -56,35 +60,26 @@ class Zstd:
 
 
 def _unpack_wheel(library: Any, data: Buffer, unit: int) -> bytes:
-    machine = _decompressor(library)
+    spare = _spare.setdefault(0, [])
+    machine = _taken(spare) or library.ZstdDecompressor(max_window_size=1 << _WINDOW_BITS)
     try:
         # In one go where the frame says no more than a unit, as those of most writers do: what it
         # says is what the library would allocate.
         if library.frame_content_size(data) == unit:
-            whole: bytes = machine.decompress(data, allow_extra_data=True)
-            return whole
-        out: bytes = machine.stream_reader(data, read_across_frames=False).read(unit)
+            out: bytes = machine.decompress(data, allow_extra_data=True)
+        else:
+            out = machine.stream_reader(data, read_across_frames=False).read(unit)
     except library.ZstdError as error:
         raise _damaged(error) from error
+    spare.append(machine)
     return out
 
 
-def _compressor(library: Any, level: int) -> Any:
-    """One for each thread and level: a new one sets up its tables anew."""
-    held: dict[str, Any] = _of_thread.__dict__
-    machine = held.get(f"pack {level}")
-    if machine is None:
-        machine = held[f"pack {level}"] = library.ZstdCompressor(level=level)
-    return machine
-
-
-def _decompressor(library: Any) -> Any:
-    """One for each thread."""
-    machine = getattr(_of_thread, "unpack", None)
-    if machine is None:
-        machine = library.ZstdDecompressor(max_window_size=1 << _WINDOW_BITS)
-        _of_thread.unpack = machine
-    return machine
+def _taken(spare: list[Any]) -> Any:
+    try:
+        return spare.pop()
+    except IndexError:
+        return None
 
 
 def _unpack_own(library: Any, data: Buffer, unit: int) -> bytes:
