@@ -66,6 +66,13 @@ def test_the_five_examples_run_in_their_order(peer: Callable[[str], str], tmp_pa
             process.kill()
 
 
+def test_the_python_examples_run_in_their_order(tmp_path: Path) -> None:
+    pytest.importorskip("cryptography.hazmat.primitives.ciphers")
+    text = (ROOT / "docs" / "python.md").read_text()
+    code = "\n".join(re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=ENV, check=True, timeout=100)
+
+
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
 def test_links_lead_somewhere(path: Path) -> None:
     for target in re.findall(r"\]\(([^)#\s]+)\)", path.read_text()):
