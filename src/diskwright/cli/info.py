@@ -80,10 +80,11 @@ def as_dict(info: NodeInfo) -> dict[str, Any]:
 
 
 def text(info: NodeInfo, path: str = "", indent: str = "") -> str:
-    """What ``qemu-img info`` shows of a node; ``path`` are the slots that lead to it."""
+    """What ``qemu-img info`` shows of a node; ``path`` are the slots that lead to it (empty: it is
+    the disk itself)."""
     size = f"{human(info.virtual_size)} ({info.virtual_size} bytes)"
     disk = "unavailable" if info.actual_size is None else human(info.actual_size)
-    if info.is_protocol:
+    if info.is_protocol and path:
         lines = [
             f"filename: {info.filename}",
             f"protocol type: {info.format}",

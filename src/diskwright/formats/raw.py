@@ -12,12 +12,14 @@ from ..contract import (
     OP_ZERO,
     WRITE,
     Length,
+    MetaWrite,
     NeedMeta,
     Plan,
     Procedure,
     Range,
     Step,
     Truncate,
+    Write,
 )
 from ..declare import Driver, Option
 from ..errors import NotSupported, UsageError
@@ -27,6 +29,7 @@ from ..units import align_up
 
 SLOT = "file"
 PREALLOCATIONS = ("off", "falloc", "full")
+_FIRST = 4096
 
 
 class Raw(Tableless):
@@ -137,7 +140,12 @@ def create(options: Mapping[str, Any]) -> Procedure:
     preallocation = options.get("preallocation") or "off"
     if preallocation not in PREALLOCATIONS:
         raise UsageError(f"Parameter 'preallocation' does not accept value '{preallocation}'")
-    yield Truncate(SLOT, align_up(int(size), 512), preallocation)
+    length = align_up(int(size), 512)
+    new = not (yield Length(SLOT))
+    yield Truncate(SLOT, length, preallocation)
+    if new and length and preallocation == "off":
+        # An allocated first block lets direct I/O find out what alignment the file needs.
+        yield Write([MetaWrite(SLOT, 0, bytes(min(length, _FIRST)))])
 
 
 def resize(format: Raw, size: int, preallocation: str = "off", shrink: bool = False) -> Procedure:

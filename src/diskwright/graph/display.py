@@ -13,19 +13,25 @@ from .options import FILES, child_option, numbered
 # Options that change how a disk is handled, never what it holds: a name need not tell them.
 # Drivers that are not listed tell all of theirs.
 _WEAK: dict[str, frozenset[str] | None] = {
-    "qcow2": None,  # None: all of them are weak
-    "vhdx": None,
+    "vhdx": None,  # None: all of them are weak
     "vmdk": None,
     "file": None,
     "host_device": None,
     "null-co": frozenset({"latency-ns"}),
     "null-aio": frozenset({"latency-ns"}),
 }
+# The reverse: of these drivers only what opens an encrypted disk is told.
+_STRONG = {"qcow2": frozenset({"encrypt.key-secret"})}
+# What qemu-img writes behind `driver` and behind the children (measured with 10.0).
+_BEHIND_DRIVER, _LAST = frozenset({"size"}), frozenset({"key-secret"})
 _COMMON = frozenset({"driver", "force-share", "node-name", "filename"})
 
 
 def strong_options(node: Node) -> dict[str, Any]:
     """The options of ``node`` that a name must tell (children not counted)."""
+    strong = _STRONG.get(node.driver_name)
+    if strong is not None:
+        return {key: value for key, value in node.options.items() if key in strong}
     weak = _WEAK.get(node.driver_name, frozenset())
     if weak is None:
         return {}
@@ -59,7 +65,10 @@ def description(node: Node) -> dict[str, Any]:
     """The options that open the same disk."""
     if node.driver_name == "file" and not node.children:
         return {"driver": "file", "filename": plain_name(node)}
-    found = {**strong_options(node), "driver": node.driver_name}
+    strong = strong_options(node)
+    behind = {key: strong.pop(key) for key in _BEHIND_DRIVER & strong.keys()}
+    last = {key: strong.pop(key) for key in _LAST & strong.keys()}
+    found = {**strong, "driver": node.driver_name, **behind}
     if "filename" in node.options:
         found["filename"] = node.options["filename"]
     named = hasattr(node, "format")
@@ -68,7 +77,7 @@ def description(node: Node) -> dict[str, Any]:
             found[child_option(slot)] = description(edge.child)
     if "backing" in node.options and "backing" not in node.children:
         found["backing"] = None
-    return found
+    return {**found, **last}
 
 
 def _fills_slot(option: str) -> bool:

@@ -62,6 +62,8 @@ def from_filename(name: str) -> Options:
     """The options of the protocol that a file name selects (``json:`` is its object)."""
     if is_json(name):
         return parse_json(name[5:])
+    if not name:
+        raise UsageError("The 'file' block driver requires a file name")
     check_path(name)
     protocol = protocol_of(name)
     rest = name[len(protocol) + 1 :]
@@ -107,10 +109,35 @@ def parse_json(text: str) -> Options:
     try:
         value = json.loads(_STRING.sub(_double_quoted, text) if "'" in text else text)
     except (ValueError, RecursionError) as error:
-        raise UsageError(f"Could not parse the JSON options: {error}") from None
+        raise UsageError(f"Could not parse the JSON options: {_json_error(error)}") from None
     if not isinstance(value, dict):
         raise UsageError("Invalid JSON object given")
     return nest(flatten(value))
+
+
+def _json_error(error: ValueError | RecursionError) -> str:
+    """What is wrong with a JSON text, in the words of qemu's tools."""
+    import json
+
+    if not isinstance(error, json.JSONDecodeError):
+        return "JSON parse error, too deeply nested"
+    text, at = error.doc, error.pos
+    if not text.strip():
+        return "Expecting a JSON value"
+    if error.msg.startswith("Extra data"):
+        return "Expecting at most one JSON value"
+    if error.msg.startswith(("Invalid \\escape", "Invalid \\u")):
+        return "JSON parse error, invalid escape sequence in string"
+    if error.msg.startswith("Unterminated string"):
+        return f"JSON parse error, stray '{text[at:]}'"
+    if not text[at:].strip():
+        return "JSON parse error, premature EOI"
+    word = re.match(r"[A-Za-z]+", text[at:])
+    if word is not None:
+        return f"JSON parse error, invalid keyword '{word.group()}'"
+    if error.msg.startswith("Expecting ':'"):
+        return "JSON parse error, missing : in object pair"
+    return "JSON parse error, expecting value"
 
 
 def _double_quoted(match: re.Match[str]) -> str:

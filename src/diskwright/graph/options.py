@@ -140,7 +140,10 @@ def size(name: str, value: Any) -> int:
     """A size in bytes: a number, or text with a suffix of 1024's powers (k, M, G, T, P, E)."""
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 64:
         return value
-    match = re.fullmatch(r"(0x[0-9a-f]+|[0-9]+(?:\.[0-9]+)?)([bkmgtpe]?)", str(value).lower())
+    text = "" if isinstance(value, float) else str(value).lower()
+    if re.fullmatch(r"-[0-9]+", text):
+        raise UsageError(f"Value '{value}' is out of range for parameter '{name}'")
+    match = re.fullmatch(r"(0x[0-9a-f]+|[0-9]+(?:\.[0-9]+)?)([bkmgtpe]?)", text)
     if match is not None:
         digits, suffix = match.groups()
         scale = 1 << _SUFFIXES[suffix]

@@ -20,9 +20,15 @@ _COMMON = (
     "backing_file", "backing_fmt", "data_file", "data_file_raw", "lazy_refcounts", "refcount_bits",
     "nocow", "extent_size_hint",
 )  # fmt: skip
+_KEYS = (
+    "key-secret", "cipher-alg", "cipher-mode", "ivgen-alg", "ivgen-hash-alg", "hash-alg",
+    "iter-time",
+)  # fmt: skip
+_ENCRYPTION = ("encryption", "encrypt.format", *(f"encrypt.{name}" for name in _KEYS))
 _OF_PROTOCOLS = ("nocow", "extent_size_hint", "preallocation")
 _ORDER = {
-    "qcow2": _COMMON,
+    "luks": ("size", *_KEYS, "detached-header"),
+    "qcow2": (*_ENCRYPTION, *_COMMON),
     "vhdx": ("size", "log_size", "block_size", "subformat", "block_state_zero"),
     "vmdk": (
         "size", "adapter_type", "backing_file", "backing_fmt", "compat6", "hwversion",
@@ -30,7 +36,7 @@ _ORDER = {
     ),
 }  # fmt: skip
 # Options that are shown only where they were given, and what is shown where nothing was.
-_ONLY_GIVEN = {"preallocation", "compat"}
+_ONLY_GIVEN = {"preallocation", "compat", *_ENCRYPTION}
 _UNSAID = {
     "qcow2": {"extended_l2": "off"},
     "vhdx": {"log_size": "1048576", "block_size": "0"},

@@ -28,6 +28,13 @@ def create_new(options: Mapping[str, Any]) -> Procedure:
     return create_image(options)
 
 
+def measure(options: Mapping[str, Any]) -> tuple[int, int]:
+    """See :func:`.creation.measure`."""
+    from .creation import measure
+
+    return measure(options)
+
+
 _CIPHER = "Name of encryption cipher "
 _HASH = "hash algorithm"
 
@@ -64,5 +71,6 @@ DRIVER = Driver(
     ),
     open=open_format,
     create=create_new,
+    measure=measure,
     capabilities=frozenset({"amend", "resize"}),
 )

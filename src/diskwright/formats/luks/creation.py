@@ -13,6 +13,14 @@ from ..luks1_slots import area, make_keys, plan_header
 from .format import PREALLOCATIONS, SLOT
 
 
+def measure(options: Mapping[str, Any]) -> tuple[int, int]:
+    """Bytes of the header and its key material, which stand before the disk, and 1: the disk has
+    every byte.  Raises UsageError."""
+    if options.get("detached-header"):
+        raise UsageError("Parameter 'detached-header' is unexpected")
+    return plan_header(options)[0].payload, 1
+
+
 def create_image(options: Mapping[str, Any]) -> Procedure:
     """Write an image of ``size`` bytes (rounded up to 512) into slot ``file``; with
     ``detached-header`` its header alone.
