@@ -65,7 +65,7 @@ def test_file_names_become_options() -> None:
         ("json:{", "Could not parse the JSON options"),
         ("json:[]", "Invalid JSON object given"),
         ("file:", "cannot be the name of a file"),
-        ("", "cannot be the name of a file"),
+        ("", "requires a file name"),
         ("a\0b", "cannot be the name of a file"),
         ("a\ud800", "cannot be the name of a file"),
         ("json:" + "[" * 100000, "Could not parse the JSON options"),
