@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..errors import UsageError
+from ..errors import ImageError, UsageError
 from .graph import leaf_of, primary
 from .names import directory_of, protocol_of
 from .node import Node
@@ -108,3 +108,11 @@ def base_of(node: Node) -> str:
     if leaf.driver_name in ("file", "host_device"):
         return name if "/" in name else f"./{name}" if protocol_of(name) else name
     return directory_of(name)
+
+
+def say_file(error: BaseException, node: Node) -> None:
+    """Say which file an error is about, where it does not know."""
+    if isinstance(error, ImageError) and not error.file:
+        error.file = display_name(node)
+    elif isinstance(error, OSError) and error.filename is None and error.errno is not None:
+        error.filename = display_name(node)

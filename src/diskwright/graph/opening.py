@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..errors import DiskError, ImageError, UsageError
 from . import names, registry
 from .closing import discard_disk
-from .display import display_name
+from .display import display_name, say_file
 from .gate import Gate
 from .graph import Graph, leaf_of
 from .guard import GuardedNode
@@ -17,7 +17,7 @@ from .names import Options
 from .node import Node
 from .options import FILES, Mode, checked, child_option, take_children, take_common
 from .perms import ALL
-from .probe import PROBE_BYTES
+from .probe import head_of
 
 if TYPE_CHECKING:
     from .stage import Stage
@@ -112,10 +112,10 @@ class Opening:
     async def _probed(self, options: Options, mode: Mode, name: str, chain: _Chain) -> Node:
         below = await self.child(options.pop("file"), mode, chain)
         try:
-            guess = registry.probe(await _head(below), below.size)
+            guess = registry.probe(await head_of(below), below.size)
             registry.driver(guess)
         except BaseException as error:
-            _say_file(error, below)
+            say_file(error, below)
             await self._give_up(below)
             raise
         return await self._format(guess, options, below, mode, name, chain, guess == "raw")
@@ -253,7 +253,7 @@ class Opening:
                 await opener("backing", reference, inner)
             node.changed()
         except BaseException as error:
-            _say_file(error, below)
+            say_file(error, below)
             if node is not None:
                 node.read_only = True  # of what is half open nothing is to be written
                 await discard_disk(node)
@@ -380,19 +380,3 @@ def _lacks_file(options: Options) -> bool:
         return False
     driver = options.get("driver")
     return driver is None or registry.kind(str(driver)) == "format"
-
-
-async def _head(node: Node) -> bytes:
-    length = min(PROBE_BYTES, node.size)
-    if not length:
-        return b""
-    (head,) = await node.read([0], [length])
-    return bytes(head)
-
-
-def _say_file(error: BaseException, node: Node) -> None:
-    """Say which file an error is about, where it does not know."""
-    if isinstance(error, ImageError) and not error.file:
-        error.file = display_name(node)
-    elif isinstance(error, OSError) and error.filename is None and error.errno is not None:
-        error.filename = display_name(node)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from .node import Node
+
 PROBE_BYTES = 512
 """How much of an image's beginning is looked at."""
 
@@ -70,3 +72,12 @@ def _is_descriptor(head: bytes) -> bool:
             name, equals, value = text.partition(b"=")
             return bool(equals) and name.strip() == b"version" and value.strip() in _VERSIONS
     return False
+
+
+async def head_of(node: Node) -> bytes:
+    """What there is of the first PROBE_BYTES of a node."""
+    length = min(PROBE_BYTES, node.size)
+    if not length:
+        return b""
+    (head,) = await node.read([0], [length])
+    return bytes(head)
