@@ -13,7 +13,7 @@ from diskwright.findings import CheckResult
 from diskwright.formats import qcow2
 from diskwright.formats.qcow2.check import checking, counts, tablewalk
 from diskwright.formats.qcow2.check.checking import Checker
-from diskwright.formats.qcow2.check.counts import CHUNK, Counts, narrow
+from diskwright.formats.qcow2.check.counts import CHUNK, Counts
 
 CLUSTER = 512
 SMALL = 1 << 9
@@ -88,7 +88,7 @@ def test_counts_of_any_size() -> None:
 
 @pytest.mark.parametrize("bits", [1, 2, 4, 8, 16, 32, 64])
 def test_narrow_counts(bits: int) -> None:
-    from diskwright.formats.qcow2.machine.refblock import empty
+    from diskwright.formats.qcow2.machine.refblock import empty, narrow
 
     block = empty(bits, 512)
     for index in range(0, block.entries, 3):

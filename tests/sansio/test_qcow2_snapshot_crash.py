@@ -151,7 +151,7 @@ def nothing(*_: Any) -> Any:
 class Late(sharing.Recounter):
     """Raises no counts."""
 
-    def _raise(self, members: list[int], found: dict[int, int]) -> None:
+    def _raise(self, start: int, end: int, times: int) -> None:
         pass
 
 

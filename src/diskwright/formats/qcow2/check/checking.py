@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 from ....contract import Compute, Procedure, Progress
 from ..machine.core import COPIED, OFFSET, PACKED
-from ..machine.refblock import RefBlock, decode
-from .counts import CHUNK, MOST_CHUNKS, narrow
+from ..machine.refblock import RefBlock, decode, narrow
+from .counts import CHUNK, MOST_CHUNKS
 from .references import Walker, uncovered
 from .scan import Loose, Piece, Run, pieces_of
 

@@ -202,22 +202,3 @@ def _added(times: int) -> bytes:
     if table is None:
         table = _ADDED[times] = bytes([min(value + times, 255) for value in range(256)])
     return table
-
-
-def narrow(bits: int, raw: bytes) -> bytes | None:
-    """The counts of a refcount block of ``bits`` bits as bytes; None where one is too large."""
-    if bits == 8:
-        return raw
-    if bits > 8:
-        size = bits >> 3
-        for column in range(size - 1):
-            part = raw[column::size]
-            if part.count(0) < len(part):
-                return None
-        return raw[size - 1 :: size]
-    per_byte = 8 // bits
-    mask = (1 << bits) - 1
-    out = bytearray(len(raw) * per_byte)
-    for i in range(per_byte):
-        out[i::per_byte] = raw.translate(bytes([v >> i * bits & mask for v in range(256)]))
-    return bytes(out)

@@ -10,7 +10,7 @@ from array import array
 from functools import cache
 from typing import NamedTuple
 
-from ....ondisk import big_endian_array
+from ....ondisk import big_endian_array, big_endian_bytes
 from ..machine.core import COPIED, OFFSET, PACKED
 
 _BLOCK = 512
@@ -42,10 +42,9 @@ Piece = Run | Loose
 @cache
 def _lanes(count: int, size: int) -> tuple[int, int]:
     """Integers of ``count`` lanes of 64 bits: ones, and 0, size, 2 size, ..."""
-    ones = ramp = 0
-    for i in range(count):
-        ones |= 1 << 64 * i
-        ramp |= i * size << 64 * (count - 1 - i)
+    # Joined from bytes: shifting lane by lane into place takes the square of their number.
+    ones = int.from_bytes((1).to_bytes(8, "big") * count, "big")
+    ramp = int.from_bytes(big_endian_bytes(array("Q", range(0, count * size, size))), "big")
     return ones, ramp
 
 

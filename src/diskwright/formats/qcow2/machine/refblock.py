@@ -3,7 +3,9 @@ management")."""
 
 from __future__ import annotations
 
+import sys
 from array import array
+from functools import cache
 from typing import Protocol
 
 from ....ondisk import big_endian_array, big_endian_bytes, zeros
@@ -22,6 +24,12 @@ class RefBlock(Protocol):
 
     def fill(self, start: int, stop: int, value: int) -> None:
         """Set the counts of [start, stop)."""
+
+    def small(self, start: int, stop: int) -> bytes | None:
+        """The counts of [start, stop) as bytes; None where one is larger than 255."""
+
+    def put(self, start: int, counts: bytes) -> None:
+        """Set the counts from ``start`` on; the width has room for each."""
 
     def zero_run(self, start: int) -> tuple[int, int] | None:
         """The first run of zero counts at or behind ``start``, to its end; None without one."""
@@ -51,6 +59,22 @@ class WideBlock:
 
     def fill(self, start: int, stop: int, value: int) -> None:
         self.values[start:stop] = array(self.values.typecode, [value]) * (stop - start)
+
+    def small(self, start: int, stop: int) -> bytes | None:
+        part, size = self.values[start:stop].tobytes(), self.values.itemsize
+        low = 0 if sys.byteorder == "little" else size - 1
+        for column in range(size):
+            if column != low and part[column::size].count(0) < stop - start:
+                return None
+        return part[low::size]
+
+    def put(self, start: int, counts: bytes) -> None:
+        size = self.values.itemsize
+        raw = bytearray(len(counts) * size)
+        raw[0 if sys.byteorder == "little" else size - 1 :: size] = counts
+        part = array(self.values.typecode)
+        part.frombytes(raw)
+        self.values[start : start + len(counts)] = part
 
     def zero_run(self, start: int) -> tuple[int, int] | None:
         values = self.values
@@ -119,6 +143,24 @@ class PackedBlock:
         for index in range(start, stop):
             self.set(index, value)
 
+    def small(self, start: int, stop: int) -> bytes:
+        first = start // self.per_byte
+        found = narrow(self.bits, self.raw[first : -(-stop // self.per_byte)])
+        assert found is not None
+        first *= self.per_byte
+        return found[start - first : stop - first]
+
+    def put(self, start: int, counts: bytes) -> None:
+        per_byte, stop = self.per_byte, start + len(counts)
+        first, last = start // per_byte, -(-stop // per_byte)
+        whole = bytearray(self.small(first * per_byte, last * per_byte))
+        whole[start - first * per_byte : stop - first * per_byte] = counts
+        packed = 0
+        for i in range(per_byte):
+            lane = whole[i::per_byte].translate(_shifted(i * self.bits))
+            packed |= int.from_bytes(lane, "big")
+        self.raw[first:last] = packed.to_bytes(last - first, "big")
+
     def zero_run(self, start: int) -> tuple[int, int] | None:
         while start < self.entries and start % self.per_byte:
             if not self.get(start):
@@ -153,6 +195,37 @@ class PackedBlock:
 
     def encode(self, start: int, stop: int) -> bytes:
         return bytes(self.raw[start:stop])
+
+
+def narrow(bits: int, raw: bytes | bytearray) -> bytes | None:
+    """The counts of a refcount block of ``bits`` bits as bytes; None where one is too large."""
+    if bits == 8:
+        return bytes(raw)
+    if bits > 8:
+        size = bits >> 3
+        for column in range(size - 1):
+            part = raw[column::size]
+            if part.count(0) < len(part):
+                return None
+        return bytes(raw[size - 1 :: size])
+    per_byte = 8 // bits
+    out = bytearray(len(raw) * per_byte)
+    for i, lane in enumerate(_lanes(bits)):
+        out[i::per_byte] = raw.translate(lane)
+    return bytes(out)
+
+
+@cache
+def _lanes(bits: int) -> list[bytes]:
+    """For every place in a byte of counts what the count there is, by the byte's value."""
+    mask = (1 << bits) - 1
+    return [bytes([v >> at & mask for v in range(256)]) for at in range(0, 8, bits)]
+
+
+@cache
+def _shifted(by: int) -> bytes:
+    """For every byte value what of it is left in a byte when it is shifted."""
+    return bytes(value << by & 255 for value in range(256))
 
 
 def decode(bits: int, data: bytes) -> RefBlock:

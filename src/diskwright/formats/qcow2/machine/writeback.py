@@ -10,6 +10,7 @@ from ....contract import Barrier, Groups, HostRange, MetaWrite, Procedure, Table
 from ....ondisk import big_endian_bytes
 from .. import header as hd
 from .core import SLOT
+from .refruns import lower
 from .reserve import BEFORE
 from .runs import Run, RunSet
 from .subplanning import Subclusters
@@ -172,17 +173,12 @@ class Writeback(Subclusters):
         """Take one reference from each cluster of [start, end); the runs that have none left."""
         out: list[Run] = []
         for table, first, stop in self.block_spans(start, end):
-            block = self.block(table)
-            for index in range(first, stop):
-                count = block.get(index)
-                if count:
-                    block.set(index, count - 1)
-                if count == 1:
-                    cluster = start + index - first
-                    if out and out[-1][1] == cluster:
-                        out[-1] = (out[-1][0], cluster + 1)
-                    else:
-                        out.append((cluster, cluster + 1))
+            for a, b in lower(self.block(table), first, stop):
+                a, b = start + a - first, start + b - first
+                if out and out[-1][1] == a:
+                    out[-1] = (out[-1][0], b)
+                else:
+                    out.append((a, b))
             self.touch_block(table, first, stop)
             start += stop - first
         return out

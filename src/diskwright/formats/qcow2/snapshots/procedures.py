@@ -29,7 +29,8 @@ from ..machine.core import COPIED, OFFSET, SLOT
 from ..machine.runs import Run
 from ..resizing import size_fields
 from ..rewrite import drop_clusters
-from .sharing import Recounter, check_counted, clear_copied, set_copied, survey
+from .sharing import Recounter, clear_copied, set_copied
+from .survey import check_counted, survey
 from .table import Snapshot, damage, encode_table
 
 if TYPE_CHECKING:
@@ -188,7 +189,7 @@ def delete(image: Qcow2, snapshot: Snapshot) -> Procedure:
     l1 = yield from read_l1(image, snapshot)
     yield from survey(image, l1, raises=False)
     own = _run(image, snapshot.l1_offset, 8 * snapshot.l1_size)
-    check_counted(image, range(*own))
+    check_counted(image, [(*own, 1)])
     rest = [other for other in image.snapshot_table if other is not snapshot]
     (place,) = yield from _take(image, [len(encode_table(rest))])
     yield from begin(image)

@@ -7,77 +7,28 @@ time, and leave nothing dirty behind.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ....contract import Length, MetaWrite, Procedure, Progress, Quiesce, Read, Table, Write
+from ....contract import MetaWrite, Procedure, Progress, Quiesce, Read, Table, Write
 from ....errors import CorruptImage
-from ....ondisk import big_endian_array, big_endian_bytes
 from ...editing import ask, flush, unpin
-from ..check.counts import Counts
+from ..check.scan import Loose, Run
 from ..machine.core import COPIED, OFFSET, PACKED, SLOT
 from ..machine.refblock import RefBlock, decode
+from ..machine.refruns import lift
+from .named import Claim, Found, claims, each_batch, tables_of
 
 if TYPE_CHECKING:
     from ..format import Qcow2
 
-# Bytes of L2 tables that are read at once, and of refcount blocks between two flushes.
-_BATCH = 1 << 20
+# Bytes of refcount blocks between two flushes.
 _BLOCKS = 16 << 20
-# Entries between two yields: a few milliseconds.
+# L1 entries between two yields: a few milliseconds.
 _SLICE = 8192
 _PART = 4096
 _CLEAR = bytes(value & 0x7F for value in range(256))
-
-Clusters = dict[int, int]  # host cluster: references
-
-
-def tables_of(image: Qcow2, l1: Sequence[int]) -> list[int]:
-    """Where the L2 tables of these L1 entries are.  Raises CorruptImage."""
-    out = [entry & OFFSET for entry in l1 if entry & OFFSET]
-    for offset in out:
-        if offset & image.cluster_mask:
-            raise CorruptImage(f"L2 table offset {offset:#x} unaligned", field="L1 entry")
-    return out
-
-
-def each_table(
-    image: Qcow2, offsets: Sequence[int], look: Callable[[int, bytes], Procedure]
-) -> Procedure:
-    """Run ``look(offset, bytes)`` for every table."""
-    size = image.cluster_size
-    batch = max(1, _BATCH // size)
-    for start in range(0, len(offsets), batch):
-        part = offsets[start : start + batch]
-        raws = yield Read(SLOT, [(offset, size) for offset in part], "l2_load")
-        for offset, raw in zip(part, raws, strict=True):
-            yield from look(offset, raw)
-        yield Progress(start, len(offsets))
-
-
-def hosts(image: Qcow2, offset: int, raw: bytes, start: int, out: Clusters) -> None:
-    """Add what `_SLICE` entries of the L2 table at ``offset`` from ``start`` on refer to.
-
-    Raises CorruptImage for an entry that means nothing.
-    """
-    bits, mask = image.cluster_bits, image.cluster_mask
-    step = image.stride
-    entries = big_endian_array(64, raw[start << 3 : start + _SLICE << 3])
-    if entries.count(0) == len(entries):
-        return
-    for index in range(0, len(entries), step):
-        entry = entries[index]
-        if entry & PACKED:
-            for cluster in range(*image.hosts_of(entry)):
-                out[cluster] = out.get(cluster, 0) + 1
-            continue
-        host = entry & OFFSET
-        if not host:
-            continue
-        if host & mask:
-            image.host_of(entry, offset, start + index)
-        cluster = host >> bits
-        out[cluster] = out.get(cluster, 0) + 1
+_ALONE = bytes(COPIED >> 56 if value == 1 else 0 for value in range(256))
 
 
 # -- counts
@@ -94,57 +45,53 @@ class Recounter:
 
     def l1(self, entries: Sequence[int]) -> Procedure:
         """The L2 tables of ``entries``, and all that these refer to."""
-        yield from each_table(self.image, tables_of(self.image, entries), self._table)
+        yield from each_batch(self.image, tables_of(self.image, entries), self._tables)
         yield from self.finish()
 
-    def _table(self, offset: int, raw: bytes) -> Procedure:
-        found: Clusters = {offset >> self.image.cluster_bits: 1}
-        for start in range(0, len(raw) >> 3, _SLICE):
-            hosts(self.image, offset, raw, start, found)
-            yield from self.clusters(found)
-            found = {}
+    def _tables(self, found: list[Found]) -> Procedure:
+        for table in found:
+            for part in claims(self.image, table):
+                yield from self.claims(part)
 
     def region(self, start: int, end: int) -> Procedure:
         """The host clusters [start, end)."""
-        for at in range(start, end, _SLICE):
-            yield from self.clusters(dict.fromkeys(range(at, min(end, at + _SLICE)), 1))
+        yield from self.claims([(start, end, 1)])
 
-    def clusters(self, found: Clusters) -> Procedure:
+    def claims(self, claims: Sequence[Claim]) -> Procedure:
         """These clusters, as often as is said."""
         shift = self.image.block_shift
-        by_block: dict[int, list[int]] = {}
-        for cluster in sorted(found):
-            by_block.setdefault(cluster >> shift, []).append(cluster)
-        for index, members in by_block.items():
-            if index not in self.touched:
-                if len(self.touched) >= self.most:
-                    yield from self.finish()
-                self.touched.add(index)
-            yield from self._have(members[0])
-            if self.change < 0:
-                self.image.freeing = "snapshot"
-                for cluster in members:
-                    for _ in range(found[cluster]):
-                        self.image.free_later(cluster, cluster + 1)
-                self.image.freeing = "other"
-            else:
-                self._raise(members, found)
+        for start, end, times in claims:
+            while start < end:
+                index = start >> shift
+                stop = min(end, (index + 1) << shift)
+                if index not in self.touched:
+                    if len(self.touched) >= self.most:
+                        yield from self.finish()
+                    self.touched.add(index)
+                yield from self._have(start)
+                if self.change < 0:
+                    self.image.freeing = "snapshot"
+                    for _ in range(times):
+                        self.image.free_later(start, stop)
+                    self.image.freeing = "other"
+                else:
+                    self._raise(start, stop, times)
+                start = stop
 
     def _have(self, cluster: int) -> Procedure:
         runs = [(cluster, cluster + 1)]
         yield from ask(self.image, lambda: self.image.missing_blocks(runs), self.pins)
 
-    def _raise(self, members: list[int], found: Clusters) -> None:
+    def _raise(self, start: int, end: int, times: int) -> None:
+        """[start, end) is in one block."""
         image = self.image
         most = (1 << image.refcount_bits) - 1
-        ((table, first, _),) = image.block_spans(members[0], members[0] + 1)
-        block, base = image.block(table), members[0] - first
-        for cluster in members:
-            count = block.get(cluster - base) + found[cluster]
-            if count > most:
-                raise CorruptImage(f"Cluster {cluster} has more references than its count says")
-            block.set(cluster - base, count)
-        image.touch_block(table, first, members[-1] - base + 1)
+        ((table, first, stop),) = image.block_spans(start, end)
+        wrong = lift(image.block(table), first, stop, times, most)
+        if wrong is not None:
+            cluster = start + wrong - first
+            raise CorruptImage(f"Cluster {cluster} has more references than its count says")
+        image.touch_block(table, first, stop)
 
     def finish(self) -> Procedure:
         """Bring the counts to the disk."""
@@ -159,27 +106,34 @@ def clear_copied(image: Qcow2, l1: Sequence[int]) -> Procedure:
     """Clear COPIED in the L2 tables that ``l1`` names; the caller lets a barrier follow."""
     step = 8 * image.stride
 
-    def look(offset: int, raw: bytes) -> Procedure:
-        flags = raw[0::step]
-        cleared = flags.translate(_CLEAR)
-        if flags == cleared:
-            return
-        data = bytearray(raw)
-        data[0::step] = cleared
-        yield from _write_parts(offset, raw, bytes(data))
+    def look(found: list[Found]) -> Procedure:
+        writes: list[MetaWrite] = []
+        for offset, raw, _ in found:
+            flags = raw[0::step]
+            cleared = flags.translate(_CLEAR)
+            if flags != cleared:
+                data = bytearray(raw)
+                data[0::step] = cleared
+                writes += _parts(offset, raw, bytes(data))
+        if writes:
+            yield Write(writes)
 
-    yield from each_table(image, tables_of(image, l1), look)
+    yield from each_batch(image, tables_of(image, l1), look)
 
 
-def _write_parts(offset: int, old: bytes, new: bytes) -> Procedure:
-    """Write what differs, in parts of 4 KiB."""
-    writes = [
-        MetaWrite(SLOT, offset + at, new[at : at + _PART], "l2_update")
-        for at in range(0, len(new), _PART)
-        if old[at : at + _PART] != new[at : at + _PART]
-    ]
-    if writes:
-        yield Write(writes)
+def _parts(offset: int, old: bytes, new: bytes) -> list[MetaWrite]:
+    """Writes of what differs: parts of 4 KiB, and runs of these."""
+    writes: list[MetaWrite] = []
+    start = None
+    for at in range(0, len(new), _PART):
+        if old[at : at + _PART] != new[at : at + _PART]:
+            start = at if start is None else start
+        elif start is not None:
+            writes.append(MetaWrite(SLOT, offset + start, new[start:at], "l2_update"))
+            start = None
+    if start is not None:
+        writes.append(MetaWrite(SLOT, offset + start, new[start:], "l2_update"))
+    return writes
 
 
 class _Flags:
@@ -203,7 +157,7 @@ class _Flags:
             right = yield from self._right(entry, offset)
             if right != entry:
                 image.set_l1(l1_index, right)
-        yield from each_table(image, list(seen), self._table)
+        yield from each_batch(image, list(seen), self._tables)
         yield from flush(image)
         yield Quiesce()
 
@@ -224,13 +178,49 @@ class _Flags:
             (raw,) = yield Read(SLOT, [(offset, image.cluster_size)], "refblock_load")
             self.block = decode(image.refcount_bits, raw)
 
-    def _table(self, offset: int, raw: bytes) -> Procedure:
+    def _tables(self, found: list[Found]) -> Procedure:
+        writes: list[MetaWrite] = []
+        for offset, raw, pieces in found:
+            new = bytearray(raw)
+            for piece in pieces:
+                if isinstance(piece, Run):
+                    yield from self._run(piece, new)
+                else:
+                    yield from self._loose(piece, new)
+            if new != raw:
+                writes += _parts(offset, raw, bytes(new))
+        if writes:
+            yield Write(writes)
+
+    def _run(self, run: Run, new: bytearray) -> Procedure:
+        """The flags of a run stand alone in the highest bytes of its entries."""
+        image = self.image
+        cluster, index = (run.entry & OFFSET) >> image.cluster_bits, run.at
+        end = cluster + run.length
+        while cluster < end:
+            if cluster >> image.block_shift != self.index:
+                yield from self._load(cluster >> image.block_shift)
+            at = cluster & image.per_block - 1
+            count = min(end - cluster, image.per_block - at)
+            flags = self._flags(at, at + count)
+            new[8 * index : 8 * (index + count) : 8] = flags
+            cluster += count
+            index += count
+
+    def _flags(self, start: int, stop: int) -> bytes:
+        """COPIED as these counts of the block have it."""
+        if self.block is None:
+            return bytes(stop - start)
+        counts = self.block.small(start, stop)
+        if counts is None:
+            counts = bytes(min(self.block.get(i), 2) for i in range(start, stop))
+        return counts.translate(_ALONE)
+
+    def _loose(self, piece: Loose, new: bytearray) -> Procedure:
         image = self.image
         bits, shift, mask = image.cluster_bits, image.block_shift, image.cluster_mask
         inside = image.per_block - 1
-        table = big_endian_array(64, raw)
-        for index in range(0, len(table), image.stride):
-            entry = table[index]
+        for index, entry in enumerate(piece.entries, piece.at):
             host = entry & OFFSET
             if not host or entry & PACKED or host & mask:
                 continue
@@ -238,10 +228,7 @@ class _Flags:
                 yield from self._load(host >> bits >> shift)
             alone = self.block is not None and self.block.get(host >> bits & inside) == 1
             if alone != bool(entry & COPIED):
-                table[index] = entry ^ COPIED
-        new = big_endian_bytes(table)
-        if new != raw:
-            yield from _write_parts(offset, raw, new)
+                new[8 * image.stride * index] ^= COPIED >> 56
 
 
 def set_copied(image: Qcow2) -> Procedure:
@@ -253,92 +240,4 @@ def set_copied(image: Qcow2) -> Procedure:
     yield from _Flags(image).run()
 
 
-# -- before anything changes
-def check_counted(image: Qcow2, clusters: Iterable[int]) -> None:
-    """Raise CorruptImage where a cluster has no refcount block to count it."""
-    shift = image.block_shift
-    for index in {cluster >> shift for cluster in clusters}:
-        if not image.block_offset(index):
-            raise CorruptImage(
-                f"Clusters are in use that have no refcount block (index {index:#x})",
-                field="refcount table entry",
-                offset=image.header.reftable_offset + 8 * index,
-            )
-
-
-def survey(image: Qcow2, l1: Sequence[int], raises: bool) -> Procedure:
-    """Look at all that ``l1`` refers to.  Raises CorruptImage where an entry means nothing, or
-    names what is not in the file or not counted.
-
-    ``raises``: every reference is about to be counted once more.  Returns whether all counts have
-    room for that.
-    """
-    offsets = tables_of(image, l1)
-    most = (1 << image.refcount_bits) - 1
-    full = set((yield from _nearly_full(image, most))) if raises else set()
-    need = Counts()
-    length = yield Length(SLOT)
-    end = -(-length >> image.cluster_bits)
-
-    def look(offset: int, raw: bytes) -> Procedure:
-        found: Clusters = {offset >> image.cluster_bits: 1}
-        for start in range(0, len(raw) >> 3, _SLICE):
-            hosts(image, offset, raw, start, found)
-            if found and max(found) >= end:
-                raise CorruptImage(
-                    "A table names a cluster outside of the file", field="L2 table", offset=offset
-                )
-            check_counted(image, found)
-            if full:
-                _note(found, full, image.block_shift, need)
-            found.clear()
-            yield Progress(start, len(raw) >> 3)
-
-    yield from each_table(image, offsets, look)
-    return (yield from _has_room(image, need, most))
-
-
-def _note(found: Clusters, full: set[int], shift: int, need: Counts) -> None:
-    for cluster, times in found.items():
-        if cluster >> shift in full:
-            need.add(cluster, times)
-
-
-def _nearly_full(image: Qcow2, most: int) -> Procedure:
-    """The refcount blocks with a count that is more than half of what the width can say: below,
-    adding as many references as a cluster has cannot be too much."""
-    out = []
-    indexes = [i for i, entry in enumerate(image.reftable) if entry]
-    for done, index in enumerate(indexes):
-        offset = image.block_offset(index)
-        (raw,) = yield Read(SLOT, [(offset, image.cluster_size)], "refblock_load")
-        if most == 1 or highest(image.refcount_bits, raw) > most // 2:
-            out.append(index)
-        yield Progress(done, len(indexes))
-    return out
-
-
-def highest(bits: int, raw: bytes) -> int:
-    """The largest count in a refcount block."""
-    if bits < 8:
-        mask = (1 << bits) - 1
-        return max(value >> at & mask for value in set(raw) for at in range(0, 8, bits))
-    return max(big_endian_array(bits, raw))
-
-
-def _has_room(image: Qcow2, need: Counts, most: int) -> Procedure:
-    index, block = -1, None
-    used = (each for run in need.used(0, need.end) for each in range(*run))
-    for done, cluster in enumerate(used):
-        if cluster >> image.block_shift != index:
-            index = cluster >> image.block_shift
-            (raw,) = yield Read(SLOT, [(image.block_offset(index), image.cluster_size)])
-            block = decode(image.refcount_bits, raw)
-            yield Progress(done, done + 1)
-        assert block is not None
-        if block.get(cluster & image.per_block - 1) + need.get(cluster) > most:
-            return False
-    return True
-
-
-__all__ = ["Recounter", "clear_copied", "set_copied", "survey", "tables_of"]
+__all__ = ["Recounter", "clear_copied", "set_copied"]
