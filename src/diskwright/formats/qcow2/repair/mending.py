@@ -6,10 +6,11 @@ from array import array
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ....contract import Barrier, MetaWrite, Procedure, Progress, Read, Write
+from ....contract import Barrier, Compute, MetaWrite, Procedure, Progress, Read, Write
 from ....findings import CheckResult
 from ....ondisk import big_endian_array, big_endian_bytes
 from ..check.checking import Block, Checker
+from ..check.scan import Loose, Piece, Run, pieces_of
 from ..machine.core import COPIED, OFFSET, PACKED, SLOT
 from ..machine.refblock import decode
 
@@ -136,21 +137,41 @@ class Mender(Checker):
         yield from self._write_entries(self.header.l1_offset, l1, changed, "l1_update")
         if self.external:
             return
-        for done, offset in enumerate(offsets):
-            self._alone = self.counts.get(offset >> self.bits) == 1
-            (raw,) = yield Read(SLOT, [(offset, self.size)], "l2_load")
-            table = big_endian_array(64, raw)
-            changed = []
-            for start in range(0, len(table), _SLICE):
-                yield from self._table_flags(table, start, cache, changed)
-                yield Progress(done, len(offsets))
-            yield from self._write_entries(offset, table, changed, "l2_update")
+        tables = list(offsets)
+        for start in range(0, len(tables), self.batch):
+            some = tables[start : start + self.batch]
+            raws = yield Read(SLOT, [(offset, self.size) for offset in some], "l2_load")
+            found: list[list[Piece]] = yield Compute(pieces_of, (raws, self.size, self.stride == 2))
+            for offset, raw, table in zip(some, raws, found, strict=True):
+                yield from self._mend_flags(offset, raw, table, cache)
+            yield Progress(start, len(tables))
+
+    def _mend_flags(
+        self, offset: int, raw: bytes, pieces: list[Piece], cache: dict[int, Block]
+    ) -> Procedure:
+        """Mend the flags of one L2 table; runs of entries that are right are not looked into."""
+        self._alone = self.counts.get(offset >> self.bits) == 1
+        wrong: list[Piece] = []
+        for piece in pieces:
+            if isinstance(piece, Loose) or (yield from self.wrong_run(piece, cache)):
+                wrong.append(piece)
+        if not wrong:
+            return
+        table = big_endian_array(64, raw)
+        indexes: list[int] = []
+        for piece in wrong:
+            stop = piece.at + (piece.length if isinstance(piece, Run) else len(piece.entries))
+            for start in range(piece.at, stop, _SLICE):
+                span = range(start * self.stride, min(start + _SLICE, stop) * self.stride)
+                yield from self._table_flags(table, span[:: self.stride], cache, indexes)
+                yield Progress(start, stop)
+        yield from self._write_entries(offset, table, indexes, "l2_update")
 
     def _table_flags(
-        self, table: array[int], start: int, cache: dict[int, Block], changed: list[int]
+        self, table: array[int], span: range, cache: dict[int, Block], changed: list[int]
     ) -> Procedure:
         mask = self.size - 1
-        for index in range(start, min(start + _SLICE, len(table)), self.stride):
+        for index in span:
             entry = table[index]
             host = entry & OFFSET
             if not host or entry & PACKED or host & mask:

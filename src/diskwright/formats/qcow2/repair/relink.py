@@ -17,8 +17,9 @@ from ....ondisk import big_endian_array, big_endian_bytes
 from ..check.checking import Checker
 from ..machine.core import COPIED, OFFSET, PACKED, SLOT, ZERO_FLAG
 from ..machine.submapping import ALL
-from .entrymending import FULL_ZEROES, EntryMending
+from .entrymending import FULL_ZEROES
 from .mending import write_entries
+from .passing import Passing, everything, nothing
 from .places import Root
 
 if TYPE_CHECKING:
@@ -29,8 +30,7 @@ _SLICE = 4096
 _KEEP, _COPY, _ZEROES = range(3)
 
 
-
-class Relinker(EntryMending):
+class Relinker(Passing):
     """One pass over all tables, with counts that can be relied on; ``found``: the walk before.
 
     Without snapshots every guest cluster gets a host cluster of its own.  With them a cluster may
@@ -43,14 +43,11 @@ class Relinker(EntryMending):
 
     def __init__(self, image: Qcow2, found: Checker) -> None:
         super().__init__(image, found)
-        self.fixed = image.header.crypt_method == 2
-        self.sharing = self.fixed or bool(image.snapshot_table)
-        self.stride = found.stride
-        self.external = found.external
-        extended = self.stride == 2
-        self.zero = ZERO_FLAG if self.header.version > 2 and not extended else 0
+        self.zero = ZERO_FLAG if self.header.version > 2 and self.stride == 1 else 0
         self.moved: dict[int, int] = {}
         """New places of guest clusters by (place of the L2 entry), not yet in the table."""
+        self.moved_in: set[int] = set()
+        """The tables of these L2 entries."""
         self.taken: set[int] = set()
         """Those of ``moved`` that a table has already."""
         self.kept: dict[int, array[int]] = {}
@@ -164,12 +161,12 @@ class Relinker(EntryMending):
         """Compressed clusters stay where they are, and may share a host cluster."""
         for place in places:
             table = yield from self._read_table(place)
-            for start in range(0, len(table), _SLICE):
-                for entry in table[start : start + _SLICE : self.stride]:
+            for span in self.spans(table, everything):
+                for entry in table[span.start : span.stop : self.stride]:
                     if entry & PACKED:
                         first, stop = self.image.hosts_of(entry)
                         self.claims.add_run(first, min(stop, self.end))
-                yield Progress(start, len(table))
+                yield Progress(span.start, len(table))
 
     def _over_structures(self, places: Iterable[int]) -> Procedure:
         """Copy the guest clusters that lie over tables, then let their entries name the copies
@@ -178,15 +175,15 @@ class Relinker(EntryMending):
         found: list[tuple[int, int, int]] = []
         for place in seen:
             table = yield from self._read_table(place)
-            for start in range(0, len(table), _SLICE):
-                part = table[start : start + _SLICE : self.stride]
-                for index, entry in enumerate(part):
+            for span in self.spans(table, self.free_run):
+                for index in span:
+                    entry = table[index]
                     _, new = (_KEEP, 0) if entry & PACKED else self._entry(entry)
                     host = 0 if new & self.zero else new & OFFSET
                     if host and self.claims.get(host >> self.bits):
-                        found.append((place, start + index * self.stride, host >> self.bits))
+                        found.append((place, index, host >> self.bits))
                 self._bound(len(found))
-                yield Progress(start, len(table))
+                yield Progress(span.start, len(table))
         if not found:
             return
         fresh = yield from self._take(len(found))
@@ -194,6 +191,7 @@ class Relinker(EntryMending):
         yield Barrier()
         for (place, index, _), cluster in zip(found, fresh, strict=True):
             self.moved[place + 8 * index] = cluster << self.bits | COPIED
+            self.moved_in.add(place)
         yield from self._link(found)
 
     def _link(self, found: list[tuple[int, int, int]]) -> Procedure:
@@ -253,15 +251,17 @@ class Relinker(EntryMending):
         table = yield from self._read_table(place)
         changed: list[int] = []
         sources: list[tuple[int, int]] = []  # (index, host cluster, -1 for zeroes)
-        for start in range(0, len(table), _SLICE):
-            stop = min(start + _SLICE, len(table))
-            if self.external:
-                base = l1_index * len(table) // self.stride << self.bits
+        if self.external:
+            base = l1_index * len(table) // self.stride << self.bits
+            for start in range(0, len(table), _SLICE):
+                stop = min(start + _SLICE, len(table))
                 self.changed_external(table, place, base, (start, stop), changed)
                 yield Progress(start, len(table))
-                continue
-            self._look(table, place, (start, stop), changed, sources)
-            yield Progress(start, len(table))
+        else:
+            run = nothing if place in self.moved_in else self.claim_run
+            for span in self.spans(table, run):
+                self._look(table, place, span, changed, sources)
+                yield Progress(span.start, len(table))
         if sources or shared:
             yield from self._give_places(table, sources, changed)
         if shared:
@@ -270,6 +270,7 @@ class Relinker(EntryMending):
             if place in self.common:  # it is read again for the next L1 entry
                 for index, _ in sources:
                     self.moved[place + 8 * index] = table[index]
+                    self.moved_in.add(place)
                     self.taken.add(place + 8 * index)
             yield from write_entries(place, table, changed, "l2_update")
 
@@ -277,12 +278,12 @@ class Relinker(EntryMending):
         self,
         table: array[int],
         place: int,
-        span: tuple[int, int],
+        span: range,
         changed: list[int],
         sources: list[tuple[int, int]],
     ) -> None:
         claims = self.claims
-        for index in range(*span, self.stride):
+        for index in span:
             entry = table[index]
             at = place + 8 * index
             if self.moved and at in self.moved:
