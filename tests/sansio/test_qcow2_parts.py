@@ -15,6 +15,7 @@ from diskwright.contract import DISCARD, OP_DATA, OP_ZERO, WRITE, NeedMeta
 from diskwright.errors import NoSpace, UsageError
 from diskwright.formats import qcow2
 from diskwright.formats.qcow2.machine.refblock import decode, empty
+from diskwright.formats.qcow2.machine.refruns import lift, lower
 from diskwright.formats.qcow2.machine.runs import RunSet
 
 RUN = st.tuples(st.sampled_from(["add", "remove"]), st.integers(0, 40), st.integers(0, 12))
@@ -73,6 +74,40 @@ def test_refcount_blocks(width: int, fills: list[tuple[int, int, int]], at: int)
         assert data[0] & ((1 << width) - 1) == model[0]
     else:
         assert int.from_bytes(data[: width // 8], "big") == model[0]
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    st.sampled_from([1, 2, 4, 8, 16, 32, 64]),
+    st.lists(st.integers(0, 300), min_size=1, max_size=64),
+    st.integers(0, 63),
+    st.integers(0, 64),
+    st.integers(1, 300),
+)
+def test_many_counts_change_at_once(
+    width: int, counts: list[int], start: int, stop: int, times: int
+) -> None:
+    most = (1 << width) - 1
+    model = [min(count, most) for count in counts] + [0] * (64 - len(counts))
+    block = empty(width, 64 * width // 8)
+    for index, count in enumerate(model):
+        block.set(index, count)
+    if start >= stop:
+        return
+    part = model[start:stop]
+    assert block.small(start, stop) == (bytes(part) if max(part) < 256 else None)
+    wrong = lift(block, start, stop, times, most)
+    over = [i for i in range(start, stop) if model[i] + times > most]
+    assert wrong == (over[0] if over else None)
+    if wrong is None:
+        model[start:stop] = [count + times for count in part]
+    assert [block.get(i) for i in range(64)] == model
+    ones = {i for i in range(start, stop) if model[i] == 1}
+    runs = lower(block, start, stop)
+    assert {i for first, end in runs for i in range(first, end)} == ones
+    assert all(a[1] < b[0] for a, b in itertools.pairwise(runs))
+    model[start:stop] = [max(count - 1, 0) for count in model[start:stop]]
+    assert [block.get(i) for i in range(64)] == model
 
 
 def test_large_counts_have_no_low_byte() -> None:

@@ -98,9 +98,7 @@ class Layout:
         out: list[int] = []
         bits, last = self.refcount_bits, first + self.per_block
         raw = b""
-        for start, end, count in zip(
-            edges, edges[1:], (1, 1 + self.snapshots, 0), strict=False
-        ):
+        for start, end, count in zip(edges, edges[1:], (1, 1 + self.snapshots, 0), strict=False):
             length = min(end, last) - max(start, first)
             if length <= 0:
                 continue
