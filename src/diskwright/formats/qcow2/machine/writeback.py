@@ -10,7 +10,7 @@ from ....contract import Barrier, Groups, HostRange, MetaWrite, Procedure, Table
 from ....ondisk import big_endian_bytes
 from .. import header as hd
 from .core import SLOT
-from .refruns import lower
+from .refblock import lower
 from .reserve import BEFORE
 from .runs import Run, RunSet
 from .subplanning import Subclusters

@@ -15,8 +15,7 @@ from ....errors import CorruptImage
 from ...editing import ask, flush, unpin
 from ..check.scan import Loose, Run
 from ..machine.core import COPIED, OFFSET, PACKED, SLOT
-from ..machine.refblock import RefBlock, decode
-from ..machine.refruns import lift
+from ..machine.refblock import RefBlock, decode, lift
 from .named import Claim, Found, claims, each_batch, tables_of
 
 if TYPE_CHECKING:
