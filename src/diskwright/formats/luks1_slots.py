@@ -243,6 +243,8 @@ def _erase(
         )
     if index is not None:
         if index not in active:
+            if force:
+                return header  # erased is what it was to be
             raise UsageError(f"Given keyslot {index} is already erased (inactive) ")
         if old is not None and not (yield from _opened(header, place, index, old)):
             raise UsageError(
