@@ -7,13 +7,16 @@ from typing import Any
 
 from diskwright.graph import registry
 from races import sesparse
-from races.cases import new_image, random_base
+from races.cases import SECRETS, new_image, random_base
 from races.packed import Recall
 
 KIB, MIB = 1 << 10, 1 << 20
 EXTERNAL = ("data-file", "raw-data-file", "data-file-backing", "extended-data-file")
+DATA_FILE = (*EXTERNAL, "data-file-bitmaps")
 QCOW2 = ("plain", "backing", "lazy", "v2", "narrow", "wide", "zeroing", "packed",
-         "extended", "extended-packed", *EXTERNAL, "bitmaps")  # fmt: skip
+         "extended", "extended-packed", *EXTERNAL, "bitmaps",
+         "extended-bitmaps", "data-file-bitmaps", "aes", "aes-backing", "aes-bitmaps",
+         "luks")  # fmt: skip
 VHDX = ("vhdx", "vhdx-4096", "vhdx-differencing")
 VMDK = ("vmdk", "vmdk-zeroed", "vmdk-backing", "vmdk-split", "sesparse", "sesparse-backing")
 KINDS = QCOW2 + VHDX + VMDK
@@ -33,7 +36,7 @@ class Kit:
         """What was discarded reads as zeroes."""
         self.others = True
         """Other programs can open it by itself."""
-        self.bitmaps = kind == "bitmaps"
+        self.bitmaps = kind.endswith("bitmaps")
         """It has persistent dirty bitmaps."""
         self.packs = kind.endswith("packed")
         """Some writes are compressed, by a codec of our own."""
@@ -63,7 +66,7 @@ class Kit:
         self.lengths = [1, 100, unit, unit, 700, 4 * unit, 9 * unit]
         self.budget = 1600
         self.create["cluster_size"] = unit
-        if self.kind in EXTERNAL:
+        if self.kind in DATA_FILE:
             self.create["data_file"] = "data"
             self.opened["data-file"] = "given"
         if self.kind == "raw-data-file":
@@ -71,6 +74,8 @@ class Kit:
         if self.kind.endswith("backing"):
             self.base = random_base(rng, rng.choice([40 * unit, 20 * unit + 100]))
             self.create |= {"backing_file": "base", "backing_fmt": "raw"}
+        if self.kind.startswith(("aes", "luks")):
+            self._encrypted()
         if self.kind == "lazy":
             self.create["lazy_refcounts"] = True
         if self.kind == "v2":
@@ -81,6 +86,17 @@ class Kit:
             self.create["refcount_bits"] = rng.choice([1, 2, 16])
             self.others = False
 
+    def _encrypted(self) -> None:
+        self.others = False  # without a secret
+        self.most = min(self.most, 200)
+        cipher = self.kind.split("-")[0]
+        self.create |= {"encrypt.format": cipher, "encrypt.key-secret": "s0"}
+        self.opened |= {"encrypt.key-secret": "s0", "secrets": SECRETS}
+        if cipher == "luks":  # a header of 2 MiB
+            self.create |= {"encrypt.iter-time": 1, "cluster_size": 4096}
+            self.unit, self.most, self.steps = 4096, 50, 20
+            self.budget = 9000
+
     def _extended(self, rng: random.Random) -> None:
         """qcow2 with subclusters of 512 bytes."""
         self.format, self.unit, self.steps, self.most = "qcow2", 512, 24, 150
@@ -90,7 +106,7 @@ class Kit:
         self.lengths = [1, 100, 512, 700, 3 * 512, cluster, 2 * cluster + 512]
         self.budget = 40_000
         self.create |= {"cluster_size": cluster, "extended_l2": True}
-        if self.kind in EXTERNAL:
+        if self.kind in DATA_FILE:
             self.create["data_file"] = "data"
             self.opened["data-file"] = "given"
             self.create["data_file_raw"] = rng.random() < 0.5
@@ -153,14 +169,14 @@ class Kit:
         """What the files of `files` fill."""
         if self.kind == "vmdk-split":
             return "file", "extent.0", "extent.1"
-        return ("file", "data-file") if self.kind in EXTERNAL else ("file",)
+        return ("file", "data-file") if self.kind in DATA_FILE else ("file",)
 
     def files(self) -> list[bytes]:
         """A new image: its own file first."""
         if self.kind == "vmdk-split":
             return self._split()
         image = self._image()
-        return [image, bytes(self.size)] if self.kind in EXTERNAL else [image]
+        return [image, bytes(self.size)] if self.kind in DATA_FILE else [image]
 
     def _split(self) -> list[bytes]:
         """A descriptor and two sparse extents, which are images themselves."""

@@ -23,6 +23,7 @@ from diskwright.testing.toy import Toy, create_toy
 from . import packed, sesparse
 
 MIB = 1 << 20
+SECRETS = {"s0": b"of the tests"}
 
 
 class Graph:
@@ -222,7 +223,7 @@ def new_image(format: str, *options: tuple[str, Any]) -> bytes:
     holder = MappedNode(driver, "create", Crypt(64), {"file": leaf})
     create = registry.driver(format).create
     assert create is not None
-    given = {"file-name": f"disk.{format}", **dict(options)}
+    given = {"file-name": f"disk.{format}", "secrets": SECRETS, **dict(options)}
 
     async def beside(slot: str, name: str) -> None:
         holder.attach(slot, RecordingNode(driver))

@@ -25,6 +25,7 @@ _BASE_SIZE = 700_000
 
 
 _ALIGNED = [("monolithicSparse", 327680), ("monolithicSparse", 65536), ("monolithicSparse", 0)]
+_SECRETS = {"s0": b"of the suite"}
 # No grid of grains fits these.
 _RAGGED = [("monolithicSparse", 300544), ("monolithicFlat", 66048), ("vmfsSparse", 100352),
            ("monolithicSparse", 0)]  # fmt: skip
@@ -48,6 +49,7 @@ class _Opened:
         self.size = create.pop("size", SIZE)
         # These have no parents of another format.
         self.below = format if format in ("vmdk", "vhdx") else "raw"
+        self.encrypted = {n: v for n, v in create.items() if n.endswith("key-secret")}
         self.packed: dict[str, Any] = create.pop("packed_base", {})
         """Options of a compressed base."""
         if self.packed:
@@ -70,21 +72,27 @@ class _Opened:
             if self.backing:
                 options["backing_file"] = str(base)
             size = self.size + self.offset
-            await create_image(driver, str(path), self.format, size, options)
+            await create_image(
+                driver, str(path), self.format, size, options, secrets=_SECRETS
+            )
         reference = self._reference(path, base)
         try:
-            return await open_disk(
+            node = await open_disk(
                 driver,
                 reference,
                 writable=True,
                 resize=True,
                 cache=self.cache,
                 gate=Gate("trusted"),  # the extents of an image are files that it names
+                secrets=_SECRETS,
             )
         except (NotSupported, OSError) as error:
             if self.cache in ("none", "directsync") and fresh:
                 raise Unavailable(f"cache={self.cache}: {error}") from error
             raise
+        if fresh and self.format == "luks":  # what was never written reads as noise
+            await node.write([0], [bytes(self.size)])
+        return node
 
     def _reference(self, path: Path, base: Path) -> dict[str, Any]:
         file: dict[str, Any] = {"driver": "file", "filename": str(path)}
@@ -92,7 +100,7 @@ class _Opened:
             file = {"driver": "blkdebug", "image": file}
         if self.format == "file":
             return file
-        out: dict[str, Any] = {"driver": self.format, "file": file}
+        out: dict[str, Any] = {"driver": self.format, "file": file, **self.encrypted}
         if self.offset:
             out["offset"] = self.offset
         if self.backing:
@@ -230,6 +238,7 @@ def subjects() -> list[Subject]:
             cluster_size=65536,
             unit=2048,
         ),
+        *_encrypted(),
         _filed("qcow2, cache=none", "qcow2", cache="none", cluster_size=4096, unit=4096),
         _filed("raw over blkdebug", "raw", blkdebug=True),
         _filed("qcow2 over blkdebug", "qcow2", blkdebug=True, cluster_size=4096, unit=4096),
@@ -283,6 +292,24 @@ def subjects() -> list[Subject]:
         _filed("vmdk, cache=none", "vmdk", cache="none", unit=65536),
     ]
     return out
+
+
+def _encrypted() -> list[Subject]:
+    """Where reading and writing have a cipher in between."""
+    aes = {"encrypt.format": "aes", "encrypt.key-secret": "s0"}
+    luks = {"encrypt.format": "luks", "encrypt.key-secret": "s0", "encrypt.iter-time": 1}
+    backing = {"backing_file": "", "backing_fmt": "raw"}
+    alone = {"key-secret": "s0", "iter-time": 1}
+    return [
+        _filed("luks", "luks", resizes=False, **alone),
+        _filed("qcow2, aes", "qcow2", cluster_size=4096, unit=4096, **aes),
+        _filed("qcow2, luks over a backing file", "qcow2", unit=65536, **luks, **backing),
+        _filed("qcow2, luks, with a data file", "qcow2", data_file="data", unit=65536, **luks),
+        _filed(
+            "qcow2, luks, with subclusters over a backing file", "qcow2", extended_l2=True,
+            cluster_size=16384, unit=512, **luks, **backing,
+        ),
+    ]  # fmt: skip
 
 
 @contextmanager
