@@ -296,10 +296,10 @@ def subjects() -> list[Subject]:
 
 def _encrypted() -> list[Subject]:
     """Where reading and writing have a cipher in between."""
-    aes = {"encrypt.format": "aes", "encrypt.key-secret": "s0"}
-    luks = {"encrypt.format": "luks", "encrypt.key-secret": "s0", "encrypt.iter-time": 1}
-    backing = {"backing_file": "", "backing_fmt": "raw"}
-    alone = {"key-secret": "s0", "iter-time": 1}
+    aes: dict[str, Any] = {"encrypt.format": "aes", "encrypt.key-secret": "s0"}
+    luks: dict[str, Any] = {**aes, "encrypt.format": "luks", "encrypt.iter-time": 1}
+    backing: dict[str, Any] = {"backing_file": "", "backing_fmt": "raw"}
+    alone: dict[str, Any] = {"key-secret": "s0", "iter-time": 1}
     return [
         _filed("luks", "luks", resizes=False, **alone),
         _filed("qcow2, aes", "qcow2", cluster_size=4096, unit=4096, **aes),
