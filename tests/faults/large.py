@@ -34,7 +34,8 @@ class Large(Faulty):
         self.kit = kit_of(kind)
         self.driver = Driver()
         self.clock = 0
-        self.leaves = [RecordingNode(self.driver, self.kit.image(), clock=self.tick)]
+        (image,) = self.kit.files()
+        self.leaves = [RecordingNode(self.driver, image, clock=self.tick)]
         self.which, self.at, self.code = which, at, code
         self.opening = self.layers(self.driver, self.leaves)
         self.node = self.opening[-1][0]
