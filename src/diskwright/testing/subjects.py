@@ -72,9 +72,14 @@ class _Opened:
             if self.backing:
                 options["backing_file"] = str(base)
             size = self.size + self.offset
-            await create_image(
-                driver, str(path), self.format, size, options, secrets=_SECRETS
-            )
+            try:
+                await create_image(
+                    driver, str(path), self.format, size, options, secrets=_SECRETS
+                )
+            except UnsupportedFeature as error:
+                if self.encrypted:
+                    raise Unavailable(str(error)) from error
+                raise
         reference = self._reference(path, base)
         try:
             node = await open_disk(
