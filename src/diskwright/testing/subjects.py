@@ -58,6 +58,8 @@ class _Opened:
     async def __call__(self, driver: BaseDriver, folder: Path, fresh: bool) -> Node:
         path = folder / "disk"
         base = folder / "base"
+        if self.encrypted:
+            _need_ciphers()
         if fresh and self.backing:
             if self.below != "raw":
                 await _made(driver, base, self.below, self.packed)
@@ -72,14 +74,9 @@ class _Opened:
             if self.backing:
                 options["backing_file"] = str(base)
             size = self.size + self.offset
-            try:
-                await create_image(
-                    driver, str(path), self.format, size, options, secrets=_SECRETS
-                )
-            except UnsupportedFeature as error:
-                if self.encrypted:
-                    raise Unavailable(str(error)) from error
-                raise
+            await create_image(
+                driver, str(path), self.format, size, options, secrets=_SECRETS
+            )
         reference = self._reference(path, base)
         try:
             node = await open_disk(
@@ -115,6 +112,15 @@ class _Opened:
                 "file": {"driver": "file", "filename": str(base)},
             }
         return {"driver": "compress", "file": out} if self.compress else out
+
+
+def _need_ciphers() -> None:
+    from ..codecs.aes import library
+
+    try:
+        library()
+    except UnsupportedFeature as error:
+        raise Unavailable(str(error)) from error
 
 
 async def _made(driver: BaseDriver, path: Path, format: str, packed: dict[str, Any]) -> None:
