@@ -6,6 +6,7 @@ import errno
 import random
 import sys
 import time
+import zlib
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -22,7 +23,8 @@ from .kits import KINDS, Kit
 
 
 class Saved(NamedTuple):
-    """A crash state for other programs: the image, its backing file, and the guest's bytes."""
+    """A crash state for other programs: the image (compressed), its backing file, and the guest's
+    bytes."""
 
     kind: str
     seed: int
@@ -229,7 +231,8 @@ def explore(kind: str, seed: int, each: int, keep: int) -> tuple[Counter[str], l
             saved = work.look(*work.state(i, moment))
             work.stats["states"] += 1
             if i in chosen:
-                kept.append(saved)
+                # Of many images at a time, which are mostly zeroes.
+                kept.append(saved._replace(image=zlib.compress(saved.image, 1)))
     except Exception as error:
         return work.stats, kept, f"{kind} seed {seed}: {type(error).__name__}: {error}"
     work.stats["workloads"] += 1

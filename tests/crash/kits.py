@@ -13,10 +13,10 @@ from races.packed import Recall
 KIB, MIB = 1 << 10, 1 << 20
 EXTERNAL = ("data-file", "raw-data-file", "data-file-backing", "extended-data-file")
 DATA_FILE = (*EXTERNAL, "data-file-bitmaps")
-QCOW2 = ("plain", "backing", "lazy", "v2", "narrow", "wide", "zeroing", "packed",
-         "extended", "extended-packed", *EXTERNAL, "bitmaps",
-         "extended-bitmaps", "data-file-bitmaps", "aes", "aes-backing", "aes-bitmaps",
-         "luks")  # fmt: skip
+PLAIN = ("plain", "backing", "lazy", "v2", "narrow", "wide", "zeroing", "packed")
+FEATURES = ("extended", "extended-packed", *EXTERNAL, "bitmaps", "extended-bitmaps",
+            "data-file-bitmaps", "aes", "aes-backing", "aes-bitmaps", "luks")  # fmt: skip
+QCOW2 = PLAIN + FEATURES
 VHDX = ("vhdx", "vhdx-4096", "vhdx-differencing")
 VMDK = ("vmdk", "vmdk-zeroed", "vmdk-backing", "vmdk-split", "sesparse", "sesparse-backing")
 KINDS = QCOW2 + VHDX + VMDK
