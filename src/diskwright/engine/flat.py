@@ -96,9 +96,12 @@ class Flat:
         for offset, length in ranges:
             first = align_down(offset, unit) >> bits
             last = (align_up(offset + length, unit) - 1) >> bits
-            for index in range(first >> _WINDOW_BITS, (last >> _WINDOW_BITS) + 1):
+            touched = range(first >> _WINDOW_BITS, (last >> _WINDOW_BITS) + 1)
+            # A discard may be of a whole disk of many TiB, of which few windows are known.
+            few = touched if len(touched) < len(self.windows) else list(self.windows)
+            for index in few:
                 window = self.windows.get(index)
-                if window is not None:
+                if window is not None and index in touched:
                     base = index << _WINDOW_BITS
                     start, stop = max(first - base, 0), min(last + 1 - base, len(window))
                     window[start:stop] = zeros(64, stop - start)
