@@ -86,6 +86,21 @@ class Planner(Packing):
             return chosen
         return self._reserve_write(want, entries, tables, fresh, chosen, freed)
 
+    def begin(
+        self, tables: dict[int, Table], fresh: list[int], chosen: list[Choice]
+    ) -> tuple[Plan, State, list[tuple[int, bool]]]:
+        """A plan that holds what was chosen: the missing L2 tables are installed in the first
+        clusters, the others (number, whether it reads as zeroes) are for data."""
+        plan = Plan()
+        state = plan.state = State()
+        plan.pins = self.take(chosen)
+        supply = [(c, zero) for start, end, zero in chosen for c in range(start, end)]
+        if fresh:
+            self.install_l2(tables, fresh, supply[: len(fresh)])
+            del supply[: len(fresh)]
+        state.reserved = as_runs(supply)
+        return plan, state, supply
+
     def _reserve_write(
         self,
         want: dict[int, Range],
@@ -96,14 +111,7 @@ class Planner(Packing):
         freed: list[Run],
     ) -> Plan:
         """All that is needed is in memory: from here on it changes."""
-        plan = Plan()
-        state = plan.state = State()
-        plan.pins = self.take(chosen)
-        supply = [(c, zero) for start, end, zero in chosen for c in range(start, end)]
-        if fresh:
-            self.install_l2(tables, fresh, supply[: len(fresh)])
-            del supply[: len(fresh)]
-        state.reserved = as_runs(supply)
+        plan, state, supply = self.begin(tables, fresh, chosen)
         bits, l2_bits, l2_mask = self.cluster_bits, self.l2_bits, self.l2_mask
         steps: list[list[int]] = []  # guest, length, host
         tails: list[Step] = []

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from ....contract import OP_DATA, OP_ZERO, NeedMeta, Plan, Range, Step, Table
 from .alloc import Choice
 from .core import COPIED, OFFSET, PACKED, SLOT
-from .planning import as_runs
 from .reserve import State
 from .runs import Run
 from .submapping import ALL, SUBCLUSTERS, runs_of
@@ -90,14 +89,7 @@ class Subclusters(SubZeroing):
         freed: list[Run],
     ) -> Plan:
         """All that is needed is in memory: from here on it changes."""
-        plan = Plan()
-        state = plan.state = State()
-        plan.pins = self.take(chosen)
-        supply = [(c, zero) for start, end, zero in chosen for c in range(start, end)]
-        if fresh:
-            self.install_l2(tables, fresh, supply[: len(fresh)])
-            del supply[: len(fresh)]
-        state.reserved = as_runs(supply)
+        plan, state, supply = self.begin(tables, fresh, chosen)
         steps: list[list[int]] = []  # guest, length, host
         tails: list[Step] = []
         taken = 0
