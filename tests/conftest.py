@@ -20,6 +20,7 @@ PACKAGES = {
     "qemu-img": "qemu-utils",
     "qemu-io": "qemu-utils",
     "qemu-nbd": "qemu-utils",
+    "qemu-system-x86_64": "qemu-system-x86",
     "nbdinfo": "libnbd-bin",
     "nbdcopy": "libnbd-bin",
     "nbdkit": "nbdkit",

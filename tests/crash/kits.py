@@ -6,16 +6,20 @@ import random
 from typing import Any
 
 from diskwright.graph import registry
+from diskwright.testing.memory import POISON
 from races import sesparse
 from races.cases import SECRETS, new_image, random_base
 from races.packed import Recall
 
 KIB, MIB = 1 << 10, 1 << 20
 EXTERNAL = ("data-file", "raw-data-file", "data-file-backing", "extended-data-file")
-DATA_FILE = (*EXTERNAL, "data-file-bitmaps")
+DATA_FILE = (*EXTERNAL, "data-file-bitmaps", "data-file-snapshots")
 PLAIN = ("plain", "backing", "lazy", "v2", "narrow", "wide", "zeroing", "packed")
 FEATURES = ("extended", "extended-packed", *EXTERNAL, "bitmaps", "extended-bitmaps",
-            "data-file-bitmaps", "aes", "aes-backing", "aes-bitmaps", "luks")  # fmt: skip
+            "data-file-bitmaps", "aes", "aes-backing", "aes-bitmaps", "luks", "snapshots",
+            "snapshots-backing", "snapshots-packed", "snapshots-v2", "extended-snapshots",
+            "extended-snapshots-packed", "aes-snapshots", "luks-snapshots", "data-file-snapshots",
+            "amend", "amend-snapshots", "luks-amend")  # fmt: skip
 QCOW2 = PLAIN + FEATURES
 VHDX = ("vhdx", "vhdx-4096", "vhdx-differencing")
 VMDK = ("vmdk", "vmdk-zeroed", "vmdk-backing", "vmdk-split", "sesparse", "sesparse-backing")
@@ -41,8 +45,14 @@ class Kit:
         self.packs = kind.endswith("packed")
         """Some writes are compressed, by a codec of our own."""
         self.pack_unit = 512
+        self.snapshots = "snapshots" in kind
+        """Snapshots are taken, applied and given up."""
+        self.amendments: list[dict[str, Any]] = []
         if self.bitmaps:
             self.most = 150
+        if self.snapshots or "amend" in kind:
+            self.most = 60
+            self.others = kind in ("snapshots", "extended-snapshots")
         if kind in VHDX:
             self._vhdx(rng)
         elif kind.startswith("sesparse"):
@@ -55,6 +65,12 @@ class Kit:
             self._qcow2(rng)
         self.zeroes_discards = kind == "zeroing" or rng.random() < (kind not in QCOW2) / 2
         self.create["size"] = self.size
+        self.used = bytes([POISON]) * (rng.randrange(2) * self.create.get("cluster_size", 0) * 300)
+        """Stands behind a new qcow2 image: what the clusters held that nobody uses yet."""
+        if kind in QCOW2:
+            for what in ("request", "snapshot", "other"):
+                if rng.random() < 0.25:
+                    self.opened[f"pass-discard-{what}"] = False
         if self.base:
             self.opened["backing"] = "given"
 
@@ -78,13 +94,30 @@ class Kit:
             self._encrypted()
         if self.kind == "lazy":
             self.create["lazy_refcounts"] = True
-        if self.kind == "v2":
+        if self.kind.endswith("v2"):
             self.create["compat"] = "0.10"
         if self.kind in ("narrow", "wide"):
             self.create["refcount_bits"] = 1 if self.kind == "narrow" else 64
         if self.packs:
             self.create["refcount_bits"] = rng.choice([1, 2, 16])
             self.others = False
+        if self.kind == "snapshots":
+            self.create["refcount_bits"] = rng.choice([2, 4, 8, 64])
+            self.create["lazy_refcounts"] = rng.random() < 0.3
+        if "amend" in self.kind:
+            self._amended()
+
+    def _amended(self) -> None:
+        self.amendments = [{"refcount_bits": 1 << n} for n in range(7)]
+        self.amendments += [{"lazy_refcounts": True}, {"lazy_refcounts": False}]
+        self.amendments += [{"compat": "0.10"}, {"compat": "1.1"}] * 2
+        if self.kind.startswith("luks"):
+            key = {"encrypt.new-secret": "s1", "encrypt.iter-time": 1}
+            self.amendments = [
+                {"encrypt.state": "active", **key},
+                {"encrypt.state": "inactive", "encrypt.old-secret": "s1"},
+                {"refcount_bits": 64},
+            ]
 
     def _encrypted(self) -> None:
         self.others = False  # without a secret
@@ -175,8 +208,11 @@ class Kit:
         """A new image: its own file first."""
         if self.kind == "vmdk-split":
             return self._split()
-        image = self._image()
-        return [image, bytes(self.size)] if self.kind in DATA_FILE else [image]
+        image = self._image() + self.used
+        if self.kind not in DATA_FILE:
+            return [image]
+        raw = self.create.get("data_file_raw")
+        return [image, bytes(self.size) if raw else self.used[: self.size].ljust(self.size, b"\0")]
 
     def _split(self) -> list[bytes]:
         """A descriptor and two sparse extents, which are images themselves."""
@@ -208,4 +244,6 @@ class Kit:
 
     def may_resize(self) -> bool:
         """The driver can."""
-        return "resize" in registry.driver(self.format).capabilities
+        # Version 2 does not say how large a disk was when its snapshot was taken.
+        old = self.snapshots and self.create.get("compat") == "0.10"
+        return not old and "resize" in registry.driver(self.format).capabilities

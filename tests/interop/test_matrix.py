@@ -108,10 +108,13 @@ def test_shapes_and_operations(tmp_path: Path, both: tuple[Ours, Theirs]) -> Non
         except AssertionError as wrong:
             problems.append(f"MATRIX_SEED={seed}: {wrong}\n{matrix.told()}")
             if LONG:
+                print(problems[-1], flush=True)
                 shutil.rmtree(tmp_path.parent / f"bad{seed}", ignore_errors=True)
                 shutil.copytree(folder, tmp_path.parent / f"bad{seed}")
             if len(problems) == 40 or not LONG:
                 break
+        except subprocess.TimeoutExpired as hung:  # QEMU's amend does, now and then
+            print(f"MATRIX_SEED={seed}: {hung}\n{matrix.told()}", flush=True)
         shutil.rmtree(folder)
     if problems:
         pytest.fail("\n\n".join(problems), pytrace=False)

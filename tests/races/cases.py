@@ -23,7 +23,7 @@ from diskwright.testing.toy import Toy, create_toy
 from . import packed, sesparse
 
 MIB = 1 << 20
-SECRETS = {"s0": b"of the tests"}
+SECRETS = {"s0": b"of the tests", "s1": b"another"}
 
 
 class Graph:

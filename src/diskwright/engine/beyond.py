@@ -30,17 +30,20 @@ async def read_beyond(engine: Engine, offset: int, length: int) -> bytes:
 async def _stored(engine: Engine, offset: int, length: int) -> bytes:
     if not length:
         return b""
-    out = bytearray(length)
+    # The sectors of a cipher are read as a whole.
+    sector = engine.format.cipher_unit
+    first, end = align_down(offset, sector), align_up(offset + length, sector)
+    out = bytearray(end - first)
     view = memoryview(out)
     at = 0
     starts, views = [], []
-    for extent in await engine.map_range(offset, length):
+    for extent in await engine.map_range(first, end - first):
         if extent.kind in (DATA, PACKED):
-            starts.append(offset + at)
+            starts.append(first + at)
             views.append(view[at : at + extent.length])
         at += extent.length
     await engine.reader.fill(starts, views, zeroed=True)
-    return bytes(out)
+    return bytes(view[offset - first : offset - first + length])
 
 
 async def write_beyond(engine: Engine, place: Callable[[], int | None], data: bytes) -> bool:

@@ -45,18 +45,22 @@ def pattern(number: int, offset: int, length: int) -> bytes:
 
 
 class Request:
-    """One write (``number`` > 0) or zeroing (0) of [start, end), in bytes."""
+    """One write (``number`` > 0) or zeroing (0) of [start, end), in bytes; or (-1) what is
+    ``given`` comes there."""
 
-    __slots__ = ("begun", "durable", "end", "ended", "number", "ok", "start")
+    __slots__ = ("begun", "durable", "end", "ended", "given", "number", "ok", "start")
 
-    def __init__(self, begun: int, start: int, end: int, number: int) -> None:
+    def __init__(self, begun: int, start: int, end: int, number: int, given: bytes = b"") -> None:
         self.begun, self.start, self.end, self.number = begun, start, end, number
+        self.given = given
         self.ended: int | None = None
         self.ok = False
         self.durable = False
 
     def content(self, start: int, length: int) -> bytes:
         """What it puts at ``start``."""
+        if self.number < 0:
+            return self.given[start - self.start : start - self.start + length]
         return pattern(self.number, start, length) if self.number else bytes(length)
 
     def finish(self, moment: int, ok: bool, durable: bool = False) -> None:
@@ -98,6 +102,12 @@ class Model:
     def zero(self, offset: int, length: int) -> Request:
         """Begin a request that leaves zeroes."""
         request = Request(self.tick(), offset, offset + length, 0)
+        self.requests.append(request)
+        return request
+
+    def put(self, content: bytes) -> Request:
+        """Begin a request that makes the disk ``content``, from its first byte on."""
+        request = Request(self.tick(), 0, len(content), -1, content)
         self.requests.append(request)
         return request
 

@@ -110,14 +110,14 @@ class Subclusters(SubZeroing):
             if new != (entry, bitmap):
                 place = tables[cluster >> self.l2_bits], cluster & self.l2_mask
                 state.pairs.append((*place, *new))
+            end = self._end_of(base)
             for start, stop in spans:
                 at = host + start - base
-                if stop > self.size:
+                if stop > end:
                     if not zero:
                         # A larger disk would show what is there.
-                        end = self.size
                         tails.append(Step(OP_ZERO, end, stop - end, SLOT, host + end - base))
-                    stop = self.size
+                    stop = end
                 if steps and sum(steps[-1][:2]) == start and sum(steps[-1][1:]) == at:
                     steps[-1][1] += stop - start
                 else:
@@ -131,12 +131,18 @@ class Subclusters(SubZeroing):
         subclusters that move along, and those of which no more must be written than is asked."""
         moved = 0
         if entry:
-            moved = bitmap & ALL & self.covering(0, min(self.cluster_size, self.size - base))
+            moved = bitmap & ALL & self.covering(0, self._end_of(base) - base)
         if not zero:
             return moved, 0
         if self.has_backing:
             return moved, bitmap >> SUBCLUSTERS & ~moved
         return moved, ALL & ~moved
+
+    def _end_of(self, base: int) -> int:
+        """Where the cluster at ``base`` ends, or the disk in it; clusters behind the disk are VM
+        state."""
+        end = base + self.cluster_size
+        return self.size if base < self.size < end else end
 
     def _spans(
         self, base: int, parts: list[Range], moved: int, exact: int
