@@ -96,6 +96,24 @@ class Bits:
         inside = index & _BITS - 1
         return bool(data and data[inside >> 3] >> (inside & 7) & 1)
 
+    def any(self, first: int, stop: int) -> bool:
+        """Is one of the bits [first, stop) set?"""
+        while first < stop:
+            index = first >> _SHIFT
+            end = min(stop, (index + 1) << _SHIFT)
+            data = self._chunks.get(index, b"")
+            if data is None:
+                return True
+            if data:
+                a, b = first & _BITS - 1, (end - 1 & _BITS - 1) + 1
+                part = data[a >> 3 : b + 7 >> 3]
+                if part.count(0) < len(part):
+                    inside = int.from_bytes(part, "little") >> (a & 7)
+                    if inside & (1 << b - a) - 1:
+                        return True
+            first = end
+        return False
+
     @property
     def count(self) -> int:
         """How many bits are set."""

@@ -8,12 +8,15 @@ table counts less the more of what it names is known to belong to somebody else.
 from __future__ import annotations
 
 import struct
+import sys
 from array import array
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import cache
+from itertools import chain, repeat
 from typing import NamedTuple
 
-from ....ondisk import big_endian_array
+from ..check.scan import Loose, Run, pieces
 from ..machine.core import COPIED, OFFSET, PACKED, ZERO_FLAG
 from ..machine.submapping import ALL, SUBCLUSTERS
 
@@ -26,6 +29,8 @@ _COUNTS = bytes(range(4))
 MIN_BITS, MAX_BITS = 9, 21
 _VALUE = struct.Struct(">64Q")
 _SECTOR = 512
+_LEAST_PLACES = 4
+"""Entries in a sector that must lie as those of a data file do."""
 
 
 class Geometry(NamedTuple):
@@ -48,14 +53,24 @@ class Geometry(NamedTuple):
 class Seen(NamedTuple):
     """What a cluster would be as a table."""
 
-    good: int
-    beyond: int
+    good: int = 0
+    beyond: int = 0
     """Sound entries, but for a place behind the end of the file."""
-    bad: int
-    copied: int
-    packed: int
-    targets: array[int]
-    """Host offsets of its standard entries."""
+    bad: int = 0
+    copied: int = 0
+    packed: int = 0
+    named: int = 0
+    """Standard entries with a place in this file."""
+    runs: array[int] = array("Q")
+    """Their host clusters in the order of the entries: first, end, first, end, ..."""
+
+    def pairs(self) -> Iterator[tuple[int, int]]:
+        """The runs."""
+        return zip(self.runs[::2], self.runs[1::2], strict=True)
+
+    def clusters(self) -> Iterator[int]:
+        """The host clusters, one by one."""
+        return chain.from_iterable(range(first, stop) for first, stop in self.pairs())
 
 
 def entry_problem(entry: int, geometry: Geometry, bitmap: int = 0) -> str:
@@ -95,32 +110,110 @@ def _bad_bitmap(bitmap: int, placed: bool) -> bool:
 
 def look(data: bytes, geometry: Geometry) -> Seen:
     """Take a cluster for an L2 table."""
-    good = beyond = bad = copied = packed = 0
-    targets = array("Q")
-    if data.count(0) == len(data):
-        return Seen(0, 0, 0, 0, 0, targets)
-    words = big_endian_array(64, data)
-    bitmaps = words[1::2] if geometry.stride == 2 else None
-    for index, entry in enumerate(words[:: geometry.stride]):
-        bitmap = bitmaps[index] if bitmaps is not None else 0
-        if not entry and not bitmap:
+    size, length = 1 << geometry.bits, geometry.length
+    good = beyond = bad = copied = packed = named = 0
+    runs = array("Q")
+    for piece in pieces(data, size, geometry.stride == 2):
+        if isinstance(piece, Run):
+            host = piece.entry & OFFSET
+            inside = piece.length
+            if not geometry.external:
+                inside = max(0, min(inside, -(-(length - host) // size)))
+                named += inside
+                join(runs, range(host, host + inside * size, size), geometry.bits)
+            good += inside
+            beyond += piece.length - inside
+            copied += inside * (piece.entry >> 63)
             continue
-        why = entry_problem(entry, geometry, bitmap)
-        if why:
-            if why == BEHIND:
-                beyond += 1
+        quick = plain(piece, geometry)
+        if quick is not None:
+            good += quick.good
+            copied += quick.copied
+            if not geometry.external:
+                named += len(quick.hosts) - quick.hosts.count(0)
+                join(runs, quick.hosts, geometry.bits)
+            continue
+        hosts = array("Q")
+        for entry, bitmap in zip(piece.entries, piece.bitmaps or repeat(0), strict=False):
+            if not entry and not bitmap:
+                continue
+            why = entry_problem(entry, geometry, bitmap)
+            if why:
+                beyond += why == BEHIND
+                bad += why != BEHIND
+                continue
+            good += 1
+            if entry & PACKED:
+                packed += 1
+            elif geometry.external:
+                copied += entry >> 63
+            elif entry & OFFSET:
+                hosts.append(entry & OFFSET)
+                copied += entry >> 63
+        named += len(hosts)
+        join(runs, hosts, geometry.bits)
+    return Seen(good, beyond, bad, copied, packed, named, runs)
+
+
+class Plain(NamedTuple):
+    """Entries of which none is compressed, a zero cluster, wrong or behind the end of the file."""
+
+    hosts: array[int]
+    """Their places, 0 for none."""
+    good: int
+    copied: int
+
+
+@cache
+def _lanes(count: int) -> int:
+    """``count`` lanes of 64 bits, a 1 in each."""
+    return int.from_bytes((1).to_bytes(8, "big") * count, "big")
+
+
+def plain(piece: Loose, geometry: Geometry) -> Plain | None:
+    """None when the entries must be looked at one by one."""
+    entries, bitmaps = piece.entries, piece.bitmaps
+    count = len(entries)
+    ones = _lanes(count)
+    value = int.from_bytes(entries.tobytes(), sys.byteorder)
+    allowed = COPIED | OFFSET & -(1 << geometry.bits)
+    if value & ones * (allowed ^ (1 << 64) - 1):
+        return None
+    hosts = array("Q", (value & ones * OFFSET).to_bytes(8 * count, sys.byteorder))
+    none = hosts.count(0) - entries.count(0)  # of those that are not empty
+    if not geometry.external and (none or max(hosts) >= geometry.length):
+        return None
+    good = count - entries.count(0)
+    if bitmaps is not None:
+        both = int.from_bytes(bitmaps.tobytes(), sys.byteorder)
+        if both >> SUBCLUSTERS & both & ones * ALL:
+            return None
+        for entry, bitmap in zip(entries, bitmaps, strict=True):
+            if bitmap and not entry:
+                if bitmap & ALL:
+                    return None
+                good += 1
+    return Plain(hosts, good, (value >> 63 & ones).bit_count())
+
+
+def join(runs: array[int], hosts: Sequence[int], bits: int) -> None:
+    """Add the clusters at ``hosts`` to runs; one that continues the last becomes a part of it."""
+    if isinstance(hosts, range):
+        first, stop = hosts.start >> bits, hosts.stop >> bits
+        if runs and runs[-1] == first:
+            runs[-1] = stop
+        elif first < stop:
+            runs.extend((first, stop))
+        return
+    end = runs[-1] if runs else -1
+    for host in hosts:
+        if host:
+            cluster = host >> bits
+            if cluster == end:
+                end = runs[-1] = cluster + 1
             else:
-                bad += 1
-            continue
-        good += 1
-        if entry & PACKED:
-            packed += 1
-        elif geometry.external:
-            copied += entry >> 63
-        elif entry & OFFSET:
-            targets.append(entry & OFFSET)
-            copied += entry >> 63
-    return Seen(good, beyond, bad, copied, packed, targets)
+                end = cluster + 1
+                runs.extend((cluster, end))
 
 
 def may_be_table(data: bytes, stride: int = 1) -> bool:
@@ -139,31 +232,73 @@ def may_be_counts(data: bytes) -> bool:
     return data[0::2].count(0) * 2 == len(data) and not data[1::2].translate(None, _COUNTS)
 
 
-def vote(window: bytes, length: int, votes: Counter[int]) -> None:
-    """Let every sector of a table speak for a cluster size: the largest that divides all places in
-    it.  Each entry more halves the chance that it is too large, so a sector counts by its
-    entries."""
+class Kind(NamedTuple):
+    """What tables in a file without header speak for."""
+
+    bits: int
+    extended: bool
+    external: bool
+
+
+def vote(window: bytes, start: int, length: int, votes: Counter[Kind]) -> None:
+    """Let every sector of a table in ``window``, which begins at ``start`` of the file, speak.
+
+    The cluster size is the largest that divides all places in it.  Each entry more halves the
+    chance that it is too large, so a sector counts by its entries.
+    """
     tops = window[::8]
     for at in range(0, len(window) - _SECTOR + 1, _SECTOR):
         part = tops[at // 8 : (at + _SECTOR) // 8]
-        if 0x80 not in part or part.translate(None, b"\0\x80"):
+        if 0x80 not in part:
             continue
-        together = count = 0
-        for entry in _VALUE.unpack_from(window, at):
-            if entry:
-                if entry & _RESERVED or entry & OFFSET >= length:
-                    break
-                together |= entry & OFFSET
-                count += 1
-        else:
-            if together:
-                bits = (together & -together).bit_length() - 1
-                votes[min(bits, MAX_BITS)] += count * count
+        values = _VALUE.unpack_from(window, at)
+        if not part.translate(None, b"\0\x80"):
+            if (bits := _common(values, length)) is not None:
+                votes[Kind(bits, False, False)] += sum(map(bool, values)) ** 2
+                continue
+            if (kind := _by_place(values, start + at, False)) is not None:
+                votes[kind] += sum(map(bool, values)) ** 2
+                continue
+        if part[::2].translate(None, b"\0\x80") or not any(values[1::2]):
+            continue
+        entries, bitmaps = values[::2], values[1::2]
+        pairs = zip(entries, bitmaps, strict=True)
+        if any(_bad_bitmap(bitmap, bool(entry & (OFFSET | COPIED))) for entry, bitmap in pairs):
+            continue
+        weight = (2 * sum(map(bool, entries))) ** 2
+        if (bits := _common(entries, length)) is not None:
+            votes[Kind(bits, True, False)] += weight
+        elif (kind := _by_place(entries, start + at, True)) is not None:
+            votes[kind] += weight
 
 
-def winner(votes: Counter[int]) -> int | None:
-    """The cluster bits that most speaks for; None without any."""
-    return votes.most_common(1)[0][0] if votes else None
+def _common(entries: Sequence[int], length: int) -> int | None:
+    """The most bits of a cluster that entries with places in the file allow."""
+    together = 0
+    for entry in entries:
+        if entry & _RESERVED or entry & OFFSET >= length:
+            return None
+        together |= entry & OFFSET
+    return min((together & -together).bit_length() - 1, MAX_BITS) if together else None
+
+
+def _by_place(entries: Sequence[int], start: int, extended: bool) -> Kind | None:
+    """Entries of a data file name the place in it at which they stand in their table: the distance
+    of two neighbours is a cluster."""
+    known = [(i, entry & OFFSET) for i, entry in enumerate(entries) if entry & OFFSET]
+    if len(known) < _LEAST_PLACES or any(entry & _RESERVED for entry in entries):
+        return None
+    (one, first), (other, second) = known[0], known[1]
+    size = (second - first) // (other - one)
+    if size < 1 << MIN_BITS or size > 1 << MAX_BITS or size & size - 1:
+        return None
+    index = (start % size) >> (4 if extended else 3)
+    base = first - (index + one) * size
+    if base % (size * size >> (4 if extended else 3)):
+        return None
+    if any(host != base + (index + i) * size for i, host in known):
+        return None
+    return Kind(size.bit_length() - 1, extended, True)
 
 
 def l1_entry_problem(entry: int, geometry: Geometry) -> str:
@@ -172,84 +307,3 @@ def l1_entry_problem(entry: int, geometry: Geometry) -> str:
     if entry & ~(COPIED | OFFSET) or not host or host & (1 << geometry.bits) - 1:
         return "the L1 entry of its table is damaged"
     return "" if host < geometry.length else "its L2 table is behind the end of the file"
-
-
-class Marks:
-    """Which clusters of the file are named by something, and which by more than one entry.
-
-    Two bits a cluster, made in pages when they are needed; beyond ``limit`` pages nothing is noted,
-    and ``full`` says so."""
-
-    _PAGE = 15
-
-    def __init__(self, limit: int = 1 << 15) -> None:
-        self._used: dict[int, bytearray] = {}
-        self._shared: dict[int, bytearray] = {}
-        self._soft: dict[int, bytearray] = {}
-        self._limit = limit
-        self.full = False
-
-    def _set(self, pages: dict[int, bytearray], cluster: int) -> None:
-        page = pages.get(cluster >> self._PAGE)
-        if page is None:
-            if len(self._used) + len(self._shared) + len(self._soft) >= self._limit:
-                self.full = True
-                return
-            page = pages[cluster >> self._PAGE] = bytearray(1 << self._PAGE - 3)
-        inside = cluster & (1 << self._PAGE) - 1
-        page[inside >> 3] |= 1 << (inside & 7)
-
-    @staticmethod
-    def _get(pages: dict[int, bytearray], cluster: int) -> bool:
-        page = pages.get(cluster >> Marks._PAGE)
-        inside = cluster & (1 << Marks._PAGE) - 1
-        return page is not None and bool(page[inside >> 3] >> (inside & 7) & 1)
-
-    def use(self, cluster: int, alone: bool = True, soft: bool = False) -> None:
-        """Note a reference.  One that is ``alone`` conflicts with any before it, but for those of
-        snapshots (``soft``)."""
-        if not self._get(self._used, cluster):
-            self._set(self._used, cluster)
-            if soft:
-                self._set(self._soft, cluster)
-        elif alone and not soft:
-            if self._get(self._soft, cluster):
-                inside = cluster & (1 << self._PAGE) - 1
-                self._soft[cluster >> self._PAGE][inside >> 3] &= ~(1 << (inside & 7))
-            else:
-                self._set(self._shared, cluster)
-
-    def used(self, cluster: int) -> bool:
-        return self._get(self._used, cluster)
-
-    def shared(self, cluster: int) -> bool:
-        return self._get(self._shared, cluster)
-
-
-class Reasons:
-    """A reason for some L1 indexes: a byte for each, so that any number of them costs little."""
-
-    def __init__(self) -> None:
-        self._codes = bytearray()
-        self._texts: list[str] = [""]
-
-    def __setitem__(self, index: int, text: str) -> None:
-        if text not in self._texts:
-            self._texts.append(text)
-        if index >= len(self._codes):
-            self._codes.extend(bytes(index + 1 - len(self._codes)))
-        self._codes[index] = self._texts.index(text)
-
-    def get(self, index: int) -> str:
-        """The text, empty where there is none."""
-        return self._texts[self._codes[index]] if index < len(self._codes) else ""
-
-    def drop(self, index: int) -> None:
-        if index < len(self._codes):
-            self._codes[index] = 0
-
-    def __iter__(self) -> Iterator[int]:
-        return (index for index, code in enumerate(self._codes) if code)
-
-    def __bool__(self) -> bool:
-        return self._codes.count(0) != len(self._codes)

@@ -12,6 +12,7 @@ from ....ondisk import big_endian_array
 from .. import header as hd
 from ..bitmaps.directory import ENTRY_OFFSET, parse_directory, parse_place
 from ..machine.core import SLOT
+from .reading import read_some
 
 if TYPE_CHECKING:
     from .opening import Salvage
@@ -42,8 +43,6 @@ class Others:
             self.salvage.say(f"The persistent bitmaps cannot be read: {error}")
 
     def _bitmaps(self) -> Procedure:
-        from .opening import read_some
-
         h, length = self.image.header, self.salvage.length
         place = parse_place(h)
         if place is None or place.offset + place.size > length:

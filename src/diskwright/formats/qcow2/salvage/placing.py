@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from ....contract import Procedure, Progress
+from ....contract import Length, Procedure, Progress
 from ....ondisk import big_endian_array, zeros
 from .. import header as hd
-from ..machine.core import COPIED, OFFSET, PACKED, SLOT, ZERO_FLAG
-from .evidence import Geometry, Seen, is_table, look
+from ..check.scan import Run, pieces
+from ..machine.core import COPIED, DATA_SLOT, OFFSET, PACKED, SLOT, ZERO_FLAG
+from .evidence import Seen
+from .reading import read_some
 
 if TYPE_CHECKING:
     from .opening import Salvage
@@ -32,53 +35,32 @@ class Placer:
 
     def run(self) -> Procedure:
         """Step 3 of :mod:`.opening`: every loose table where it belongs."""
-        image, loose = self.image, self.salvage.loose
-        tables: dict[int, Seen] = {}
-        flat: dict[int, Seen] = tables
-        geometry = image.geometry
-        if geometry != geometry.of_l1:
-            flat = {}
-        for cluster in loose:
-            seen = yield from self._look(cluster, geometry)
-            if flat is not tables:
-                flat[cluster] = yield from self._look(cluster, geometry.of_l1)
-            if flat is tables or is_table(seen):
-                tables[cluster] = seen
-            yield Progress(0, 1)
+        image, found = self.image, self.salvage.found
         missing = not self.salvage.has_header or not any(image.l1) or bool(image.l1_lost)
-        roots = self._roots(tables, flat) if missing else []
+        roots = self._roots(found.tables, found.roots) if missing else []
         if roots:
             yield from self._by_l1(roots)
-        rest = self._unknown(tables, {cluster for run in roots for cluster in run})
+        rest = self._unknown(found.tables, {cluster for run in roots for cluster in run})
         if image.external:
             rest = yield from self._by_entries(rest)
         rest = yield from self._by_snapshots(rest)
         yield from self._by_order(rest)
-        if not self.salvage.has_header:
+        if not self.salvage.sized:
             yield from self._size()
-
-    def _look(self, cluster: int, geometry: Geometry) -> Procedure:
-        from .opening import read_some
-
-        image = self.image
-        data, _ = yield from read_some(SLOT, cluster << image.cluster_bits, image.cluster_size)
-        return look(data, geometry)
 
     # -- an L1 table
     def _roots(self, tables: dict[int, Seen], flat: dict[int, Seen]) -> list[list[int]]:
         """Runs of clusters whose entries all name ``tables``: the best first.  ``flat``: what they
         would be as L1 tables."""
-        bits = self.image.cluster_bits
         known = self.image.tables_at.used
 
         def is_root(seen: Seen) -> bool:
             return (
-                bool(seen.targets)
+                bool(seen.named)
                 and not seen.packed
-                and seen.copied == len(seen.targets)
-                and len(seen.targets) == seen.good
+                and seen.copied == seen.named == seen.good
                 and not (seen.beyond and flat is not tables)
-                and all(host >> bits in tables or known(host >> bits) for host in seen.targets)
+                and all(cluster in tables or known(cluster) for cluster in seen.clusters())
             )
 
         runs: list[list[int]] = []
@@ -87,26 +69,24 @@ class Placer:
                 runs[-1].append(cluster)
             else:
                 runs.append([cluster])
-        runs.sort(key=lambda run: -sum(len(flat[cluster].targets) for cluster in run))
+        runs.sort(key=lambda run: -sum(flat[cluster].named for cluster in run))
         return runs
 
     def _by_l1(self, roots: list[list[int]]) -> Procedure:
         """Fill what is missing from the best L1 table that was found."""
-        from .opening import read_some
-
         image, salvage = self.image, self.salvage
         bits = image.cluster_bits
         best = roots[0]
         at = best[0] << bits
-        wanted = len(image.l1) if salvage.has_header else 0
+        wanted = len(image.l1) if salvage.sized else 0
         length = max(8 * wanted, len(best) << bits)
         raw, _ = yield from read_some(SLOT, at, min(length, hd.MAX_L1_BYTES, salvage.length - at))
         entries = big_endian_array(64, raw[: len(raw) & ~7])
-        if not salvage.has_header:
+        if not salvage.sized:
             # Its end is where its last cluster ends: behind it nothing is a table of this one.
             entries = entries[: (len(best) << bits) // 8]
         salvage.say(f"An L1 table was found at {at:#x}")
-        if len(image.l1) < len(entries) and not salvage.has_header:
+        if len(image.l1) < len(entries) and not salvage.sized:
             image.l1 = image.l1 + zeros(64, len(entries) - len(image.l1))
         unsure = len(roots) > 1
         for index, entry in enumerate(entries[: len(image.l1)]):
@@ -130,21 +110,22 @@ class Placer:
     def _unknown(self, tables: dict[int, Seen], roots: set[int]) -> list[int]:
         """Loose tables that are neither a copy of one in use nor data of another one."""
         image = self.image
-        bits = image.cluster_bits
         left = {
             cluster: seen
             for cluster, seen in tables.items()
             if cluster not in roots and not image.marks.used(cluster)
         }
+        order = sorted(left)
         inner: set[int] = set()
         for seen in left.values():
-            inner.update(host >> bits for host in seen.targets if host >> bits in left)
+            for first, stop in seen.pairs():
+                inner.update(order[bisect_left(order, first) : bisect_left(order, stop)])
         kept = []
         stale = 0
-        for cluster, seen in sorted(left.items()):
+        for cluster in order:
             if cluster in inner:
                 continue
-            taken = any(image.marks.used(host >> bits) for host in seen.targets)
+            taken = any(image.marks.any(first, stop) for first, stop in left[cluster].pairs())
             if taken and not self.salvage.snapshots:
                 # What it names belongs to others: it was replaced, or is of a disk in this disk.
                 stale += 1
@@ -156,33 +137,44 @@ class Placer:
 
     def _by_entries(self, rest: list[int]) -> Procedure:
         """Of a data file each entry tells where it belongs."""
-        from .opening import read_some
-
         image = self.image
         left = []
         for cluster in rest:
             data, _ = yield from read_some(SLOT, cluster << image.cluster_bits, image.cluster_size)
-            votes: Counter[int] = Counter()
-            for index, entry in enumerate(big_endian_array(64, data)[:: image.stride]):
-                if entry & COPIED:
-                    guest = entry & OFFSET
-                    if guest >> image.cluster_bits & image.l2_mask == index:
-                        votes[guest >> image.l1_shift] += 1
+            votes = self._places(data)
             best = votes.most_common(1)
-            if best and best[0][0] < len(image.l1) and not image.l1[best[0][0]]:
-                yield from self._put(best[0][0], cluster, _BY_ENTRIES)
-            elif not best:
+            if not best:
                 left.append(cluster)
+                continue
+            index = best[0][0]
+            if not self.salvage.sized and len(image.l1) <= index < _MOST_ENTRIES:
+                image.l1 = image.l1 + zeros(64, index + 1 - len(image.l1))
+            if index < len(image.l1) and not image.l1[index]:
+                yield from self._put(index, cluster, _BY_ENTRIES)
             yield Progress(0, 1)
         return left
+
+    def _places(self, data: bytes) -> Counter[int]:
+        """For which L1 entries the entries of a table speak, each by its place in the data file."""
+        image = self.image
+        votes: Counter[int] = Counter()
+        for piece in pieces(data, image.cluster_size, image.stride == 2):
+            if isinstance(piece, Run):
+                base = (piece.entry & OFFSET) - (piece.at << image.cluster_bits)
+                if piece.entry & COPIED and not base & (1 << image.l1_shift) - 1:
+                    votes[base >> image.l1_shift] += piece.length
+                continue
+            for index, entry in enumerate(piece.entries, piece.at):
+                guest = entry & OFFSET
+                if entry & COPIED and guest >> image.cluster_bits & image.l2_mask == index:
+                    votes[guest >> image.l1_shift] += 1
+        return votes
 
     def _by_snapshots(self, rest: list[int]) -> Procedure:
         """A table that was copied from a snapshot's still shares clusters with it, entry by
         entry."""
         if not self.salvage.snapshots or not rest:
             return rest
-        from .opening import read_some
-
         image = self.image
         size, bits = image.cluster_size, image.cluster_bits
         left = []
@@ -214,7 +206,7 @@ class Placer:
         image = self.image
         if not rest:
             return
-        if not self.salvage.has_header:
+        if not self.salvage.sized:
             used = max((index for index, entry in enumerate(image.l1) if entry), default=-1) + 1
             more = max(min(used + len(rest), _MOST_ENTRIES) - len(image.l1), 0)
             image.l1 = image.l1 + zeros(64, more)
@@ -234,17 +226,21 @@ class Placer:
             image.l1_guessed[index] = why
 
     def _size(self) -> Procedure:
-        """Without a header the disk ends with the last cluster that its tables name."""
-        from .opening import read_some
-
+        """Without a header the disk ends with the last cluster that its tables name, or with its
+        data file."""
         image = self.image
         last = max((index for index, entry in enumerate(image.l1) if entry), default=-1)
         image.l1 = image.l1[: last + 1]
         image.size = 0
         if last >= 0:
             data, _ = yield from read_some(SLOT, image.l1[last] & OFFSET, image.cluster_size)
-            table = big_endian_array(64, data)
-            end = max((index + 1 for index, entry in enumerate(table) if entry), default=1)
+            used = [index for index, entry in enumerate(big_endian_array(64, data)) if entry]
+            end = max(used, default=0) // image.stride + 1
             image.size = (last << image.l1_shift) + (end << image.cluster_bits)
+        if image.external:
+            length = yield Length(DATA_SLOT)
+            if image.size < length <= hd.MAX_L1_BYTES // 8 << image.l1_shift:
+                image.size = length
+                image.l1 = image.l1 + zeros(64, -(-length >> image.l1_shift) - len(image.l1))
         image.header.size = image.size
         self.salvage.say(f"The size of the disk is lost, and taken for {image.size} bytes")

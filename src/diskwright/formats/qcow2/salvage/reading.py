@@ -7,15 +7,36 @@ from array import array
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from ....contract import NeedMeta, Range, Table
-from ....ondisk import big_endian_array
+from ....contract import NeedMeta, Procedure, Range, Read, Table
+from ....ondisk import big_endian_array, big_endian_bytes
+from ..check.scan import Loose, Run, pieces
 from ..format import Qcow2
 from ..machine.core import OFFSET, PACKED, SLOT, ZERO_FLAG
-from .evidence import Geometry, Marks, Reasons, entry_problem
+from .evidence import Geometry, entry_problem, join, plain
+from .marks import Marks, Reasons
 
 LOST, GUESSED = "lost", "guessed"
+_Said = tuple[int, int, str, str]  # number of the entry, count, state, why
 _MOST_NOTES = 1 << 20
-_FEW_PAGES = 1 << 13
+_FEW = 16 << 20
+_SECTOR = 512
+
+
+def read_some(slot: str, offset: int, length: int) -> Procedure:
+    """Read; returns the bytes, with zeroes for sectors that cannot be read, and those sectors."""
+    try:
+        (data,) = yield Read(slot, [(offset, length)])
+        return data, []
+    except OSError:
+        pass
+    out, lost = bytearray(length), []
+    for at in range(0, length, _SECTOR):
+        try:
+            (data,) = yield Read(slot, [(offset + at, min(_SECTOR, length - at))])
+            out[at : at + len(data)] = data
+        except OSError:
+            lost.append(at // _SECTOR)
+    return bytes(out), lost
 
 
 class Note(NamedTuple):
@@ -30,6 +51,8 @@ class Note(NamedTuple):
 class Salvaged(Qcow2):
     """Read-only.  ``l1`` is what was found; the tables are cleaned when they are loaded."""
 
+    sparse_slots = ("file", "data-file")
+
     def __init__(self, options: Mapping[str, Any]) -> None:
         super().__init__({**options, "writable": False})
         self.geometry = Geometry(16, 0, 3)
@@ -42,15 +65,15 @@ class Salvaged(Qcow2):
         """Why what reads as unallocated may not be so; "" when it is."""
         self.cut_off = False
         """Something is named behind the end of the file."""
-        self.metadata = Marks(_FEW_PAGES)
+        self.metadata = Marks(_FEW)
         """Clusters of the header, the L1 table and the refcount table, where they are known."""
         self.patched: dict[int, Table] = {}
         """Tables that cannot be read as a whole."""
         self.unread: dict[int, list[int]] = {}
         """Their sectors that cannot be read."""
-        self._notes: dict[int, list[tuple[int, int, str, str]]] = {}
+        self._notes: dict[int, list[_Said]] = {}
         self._noted = 0
-        self.tables_at = Marks(_FEW_PAGES)
+        self.tables_at = Marks(_FEW)
         """Clusters of the L2 tables."""
 
     # -- tables
@@ -77,16 +100,61 @@ class Salvaged(Qcow2):
 
     def scrub(self, offset: int, entries: array[int]) -> None:
         """Empty the entries that cannot be right, and note them."""
-        notes: list[tuple[int, int, str, str]] = []
-        unread = self.unread.get(offset, [])
-        stride = self.stride
+        notes: list[_Said] = []
+        stride, total = self.stride, len(entries) // self.stride
+        unread = self.unread.get(offset)
+        if unread:
+            each = 64 // stride
+            for sector in unread:
+                why = "its part of the L2 table cannot be read"
+                _note(notes, sector * each, each, LOST, why)
+            self._scrub_part(entries, 0, total, notes, unread)
+        else:
+            at = 0
+            for piece in pieces(big_endian_bytes(entries), self.cluster_size, stride == 2):
+                if self.doubtful and piece.at > at:
+                    _note(notes, at, piece.at - at, GUESSED, self.doubtful)
+                at = piece.at + (piece.length if isinstance(piece, Run) else len(piece.entries))
+                if not self._clean(piece):
+                    self._scrub_part(entries, piece.at, at, notes, [])
+            if self.doubtful and at < total:
+                _note(notes, at, total - at, GUESSED, self.doubtful)
+        if self._noted + len(notes) > _MOST_NOTES:
+            notes = [(0, total, GUESSED, "its L2 table has too many damages to tell them")]
+        if notes:
+            self._noted += len(notes) - len(self._notes.get(offset, ()))
+            self._notes[offset] = notes
+
+    def _clean(self, piece: Run | Loose) -> bool:
+        """True when nothing is to be said of these entries."""
+        runs, size = array("Q"), self.cluster_size
+        if isinstance(piece, Run):
+            host = piece.entry & OFFSET
+            join(runs, range(host, host + piece.length * size, size), self.cluster_bits)
+        else:
+            found = plain(piece, self.geometry)
+            if found is None or (self.doubtful and found.good < len(found.hosts)):
+                return False
+            join(runs, found.hosts, self.cluster_bits)
+        if self.external:
+            return True
+        return not any(
+            stop > self.geometry.length >> self.cluster_bits
+            or self.metadata.any(first, stop)
+            or self.tables_at.any(first, stop)
+            or self.marks.any_shared(first, stop)
+            for first, stop in zip(runs[::2], runs[1::2], strict=True)
+        )
+
+    def _scrub_part(
+        self, entries: array[int], first: int, end: int, notes: list[_Said], unread: list[int]
+    ) -> None:
+        """The same for the entries from number ``first`` to ``end``, one by one."""
+        stride, bits, length = self.stride, self.cluster_bits, self.geometry.length
         each = 64 // stride
-        for sector in unread:
-            _note(notes, sector * each, each, LOST, "its part of the L2 table cannot be read")
-        bits, length = self.cluster_bits, self.geometry.length
-        bitmaps = entries[1::2] if stride == 2 else None
-        for index, entry in enumerate(entries[::stride]):
-            bitmap = bitmaps[index] if bitmaps is not None else 0
+        for index in range(first, end):
+            entry = entries[index * stride]
+            bitmap = entries[index * stride + 1] if stride == 2 else 0
             if not entry and not bitmap:
                 if self.doubtful and index // each not in unread:
                     _note(notes, index, 1, GUESSED, self.doubtful)
@@ -106,12 +174,6 @@ class Salvaged(Qcow2):
                 _note(notes, index, 1, GUESSED, "another cluster of the disk names the same place")
             elif self.cut_off and host + self.cluster_size > length:
                 _note(notes, index, 1, LOST, "the file ends within it")
-        if self._noted + len(notes) > _MOST_NOTES:
-            why = "its L2 table has too many damages to tell them"
-            notes = [(0, len(entries) // stride, GUESSED, why)]
-        if notes:
-            self._noted += len(notes) - len(self._notes.get(offset, ()))
-            self._notes[offset] = notes
 
     def unmapped(self, offset: int) -> int:
         """Where the next table's range begins from ``offset`` on; ``offset`` itself when it is in
@@ -154,9 +216,7 @@ def _clipped(at: int, stop: int, start: int, end: int, state: str, why: str) -> 
     return Note(at, stop - at, state, why)
 
 
-def _note(
-    notes: list[tuple[int, int, str, str]], index: int, count: int, state: str, why: str
-) -> None:
+def _note(notes: list[_Said], index: int, count: int, state: str, why: str) -> None:
     """Add a note; one that continues the last one becomes a part of it."""
     if notes:
         first, known, *rest = notes[-1]
