@@ -34,7 +34,8 @@ class Driver(NamedTuple):
     ``amend_options`` are those that images which are there can have changed, by
     ``amend(options, force) -> Procedure`` of the format.  ``measure(options: dict)`` tells for an
     image with these creation options how many bytes it has beside its data, and the unit in bytes
-    in which those are stored.
+    in which those are stored.  ``salvage_options`` are what a caller can say of an image that does
+    not say it any more.
 
     Beside their own options both get what the graph knows: ``file-name`` (the image's path as it
     was given), ``secrets`` (id -> bytes), and to create over a backing file ``backing_identity``
@@ -51,4 +52,5 @@ class Driver(NamedTuple):
     stream: Callable[[Mapping[str, Any]], StreamWriter | None] | None = None
     capabilities: frozenset[str] = frozenset()
     amend_options: tuple[Option, ...] = ()
+    salvage_options: tuple[Option, ...] = ()
     measure: Callable[[Mapping[str, Any]], tuple[int, int]] | None = None

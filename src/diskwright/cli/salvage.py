@@ -23,6 +23,7 @@ OPTIONS = (
     IMAGE_OPTS,
     Opt("O", "target-format", "FMT", "format of the target (raw)"),
     Opt("o", "target-options", "OPTS", "creation options of the target"),
+    Opt("", "assume", "OPTS", "what the source does not say any more, as its creation options"),
     FORCE_SHARE,
     Opt("", "map", "FILE", "write what is lost and what is guessed, and why, to FILE"),
     Opt("", "map-format", "KIND", "text (a mapfile of ddrescue, the default) or json"),
@@ -57,13 +58,20 @@ def main(call: Call, argv: list[str]) -> int:
     fmt = args.get("target-format") or "raw"
     target = ImageSpec(target_name, target_name, fmt, gate=gate(args), secrets=source.secrets)
     options = collect(args.all("target-options"))
+    assume = collect(args.all("assume"))
     call.on_interrupt = f"interrupted: '{name}' is as it was, '{target_name}' was taken back"
     progress = Progress.wanted(call, args)
     complete = False
     try:
         done = run(
             lambda driver: salvage(
-                driver, source, target, options, force=force, on_progress=progress
+                driver,
+                source,
+                target,
+                options,
+                assume=assume,
+                force=force,
+                on_progress=progress,
             )
         )
         complete = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 from ..engine.kernel import BaseDriver
 from ..engine.tables import Tables
@@ -33,14 +34,15 @@ class Graph:
         """Further uses, by operations inside (a commit writes to a backing file)."""
         self.sparse: dict[Node, bool] = {}
         """What :func:`.status.sparse_below` found out, once for each node."""
-        self.salvage = False
-        """The next format that is opened is to make the best of a damaged image."""
+        self.salvage: Mapping[str, Any] | None = None
+        """The next format that is opened is to make the best of a damaged image, of which this is
+        known (creation options)."""
         self._serial = 100
 
-    def told_once(self) -> dict[str, bool]:
+    def told_once(self) -> dict[str, Any]:
         """Options for the next format alone."""
-        salvage, self.salvage = self.salvage, False
-        return {"salvage": True} if salvage else {}
+        known, self.salvage = self.salvage, None
+        return {} if known is None else {"salvage": True, "assumed": known}
 
     # -- names
     def new_name(self) -> str:

@@ -199,14 +199,16 @@ async def salvage(
     map_paths: MapPaths = None,
     secrets: Keys = None,
     options: Mapping[str, Any] | None = None,
+    assume: Mapping[str, Any] | None = None,
     force: bool = False,
     force_share: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Salvaged:
     """Copy what can be read out of a damaged image into the new image ``target``.
 
-    ``options`` are creation options; with ``force`` the target may exist.  The result's ``map`` has
-    the parts that are lost or guessed, and why.  The source is never written to.
+    ``options`` are creation options of the target; ``assume`` are those of the source that it does
+    not tell any more.  With ``force`` the target may exist.  The result's ``map`` has the parts
+    that are lost or guessed, and why.  The source is never written to.
     """
     from .salvage import salvage
 
@@ -216,6 +218,7 @@ async def salvage(
             spec_of(source, format, policy, "writeback", force_share, map_paths, secrets),
             spec_of(target, target_format, policy, map_paths=map_paths, secrets=secrets),
             options,
+            assume=assume,
             force=force,
             on_progress=on_progress,
         )

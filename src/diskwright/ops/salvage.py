@@ -13,6 +13,8 @@ from ..graph.creating import remove
 from ..graph.graph import Graph
 from ..graph.node import Node
 from ..graph.opener import close_disk, discard_disk
+from ..graph.options import convert
+from ..graph.registry import driver as driver_of
 from ..graph.status import block_status
 from ..units import SECTOR, align_up
 from .create import creatable, create
@@ -53,10 +55,13 @@ async def salvage(
     target: ImageSpec,
     options: Mapping[str, Any] | None = None,
     *,
+    assume: Mapping[str, Any] | None = None,
     force: bool = False,
     on_progress: OnProgress | None = None,
 ) -> Salvaged:
     """Copy what can be read of ``source`` into the new image ``target``.
+
+    ``assume`` is what the image does not say any more (``salvage_options`` of its format).
 
     The source is never written to.  What cannot be read, or not be told, becomes zeroes.  Without
     ``force`` the target must not exist.  Raises UsageError when the source's format cannot be told
@@ -69,8 +74,8 @@ async def salvage(
     if os.path.lexists(target.reference) and not force:
         raise UsageError(f"'{target.reference}' exists already; --force lets it be replaced")
     graph = Graph(driver)
-    graph.salvage = True
-    node = await source.open(driver, check=True, graph=graph)
+    graph.salvage, beside = _assumed(source, assume or {})
+    node = await source.open(driver, check=True, graph=graph, options=beside)
     new: list[str] = []
     try:
         if node.probed and source.format is None:
@@ -105,6 +110,33 @@ async def salvage(
     finally:
         await discard_disk(node)
     return done
+
+
+def _assumed(
+    source: ImageSpec, given: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any] | None]:
+    """What is known of the image itself, and options that open it."""
+    if not given:
+        return {}, None
+    if source.format is None and not isinstance(source.reference, dict):
+        raise UsageError("What is assumed of an image is assumed of a format; say it with -f")
+    name = source.format or str(source.reference.get("driver"))  # type: ignore[union-attr]
+    options = {option.name: option for option in driver_of(name).salvage_options}
+    for key in given:
+        if key not in options:
+            raise UsageError(f"Of an image of format '{name}' '{key}' cannot be assumed")
+    known = {key: convert(options[key], value) for key, value in given.items()}
+    beside: dict[str, Any] = {}
+    backing, format = known.pop("backing_file", None), known.pop("backing_fmt", None)
+    if (backing is None) != (format is None):
+        raise UsageError("backing_file and backing_fmt are assumed together")
+    if backing is not None:
+        beside["backing"] = {"driver": format, "file": {"driver": "file", "filename": backing}}
+    if (path := known.pop("data_file", None)) is not None:
+        beside["data-file"] = {"driver": "file", "filename": path}
+    if (key := known.pop("encrypt.key-secret", None)) is not None:
+        beside["encrypt.key-secret"] = key
+    return known, beside or None
 
 
 def _refuse_one_pass(fmt: str, options: Mapping[str, Any]) -> None:

@@ -5,23 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ....declare import Option
 from ....errors import UsageError
 from ....units import is_power_of_two
 from .. import header as hd
 
-OPTIONS = (
-    Option("cluster_size", "size", "Size of the clusters"),
-    Option("size", "size", "Size of the disk"),
-    Option("compat", "str", "Version: v2 (0.10) or v3 (1.1)"),
-    Option("compression_type", "enum", "zlib or zstd", choices=("zlib", "zstd")),
-    Option("extended_l2", "bool", "The L2 tables are extended ones"),
-    Option("data_file", "str", "The external data file"),
-    Option("backing_file", "str", "The backing file"),
-    Option("backing_fmt", "str", "Its format"),
-    Option("encrypt.format", "enum", "luks, aes or none", choices=("luks", "aes", "none")),
-    Option("encrypt.key-secret", "str", "ID of the secret that unlocks the image"),
-)
 _VERSIONS = {"v2": 2, "0.10": 2, "v3": 3, "1.1": 3}
 _METHODS = {"none": 0, "aes": 1, "luks": 2}
 
