@@ -60,6 +60,8 @@ class CorruptImage(ImageError):
 
     met_by: object = None
     """Whose metadata they are (an engine), where a request met them."""
+    marked = False
+    """The image was marked as corrupt for it, which the message tells."""
 
 
 class DamagedData(CorruptImage):

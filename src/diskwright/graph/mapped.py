@@ -168,10 +168,12 @@ class MappedNode(Node):
         # The format refuses to write from now on, whether the mark reaches the disk or not.
         with suppress(OSError, DiskError):
             await self.run_procedure(procedure)
-        return CorruptImage(
+        told = CorruptImage(
             f"{self.driver_name}: Marking image as corrupt: {error.detail}; "
             "further corruption events will be suppressed"
         )
+        told.marked = True
+        return told
 
     def _writable(self) -> None:
         if self.closed:

@@ -52,7 +52,7 @@ async def _outcome(session: Session, name: str, work: Coroutine[None, None, Outc
     except ImageError as error:
         # Whoever reads the answers knows the image's faults as I/O errors; which one it is goes
         # to standard error.
-        session.emit(str(error), "report")
+        session.emit(str(error), "err" if getattr(error, "marked", False) else "report")
         return Outcome(False, [f"{name} failed: {os.strerror(errno.EIO)}"])
     except (OSError, DiskError) as error:
         session.failed = True

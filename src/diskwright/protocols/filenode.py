@@ -14,6 +14,7 @@ from ..engine.kernel import BaseDriver
 from ..engine.node import Node
 from ..errors import UsageError
 from ..extents import Data, Extent, Zero
+from ..units import align_up
 from .base import PERMISSIONS
 from .fileio import FileIO
 from .locks import ImageLocks
@@ -201,6 +202,11 @@ class FileNode(FileIO):
                 found.append(Data("", at, stop - at, not self.read_only))
             else:
                 found.append(Zero(stop - at, explicit=False))
+            at = stop
+        if at < end and found and isinstance(found[-1], Data):
+            # Around the page cache a file ends with a whole sector, as it is read.
+            stop = min(align_up(at, self.limits.alignment), end)
+            found[-1] = found[-1]._replace(length=found[-1].length + stop - at)
             at = stop
         if at < end:
             found.append(Zero(end - at, explicit=False))

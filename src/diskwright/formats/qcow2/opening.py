@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from .format import Qcow2
 
 _NO_END = 1 << 62
+_LEAST_BLOCKS = 4  # refcount blocks that have room in a cache
+_MOST_CACHED = (1 << 31) - 1  # entries of a cache
 _MOST_CLEAN_INTERVAL = (1 << 32) - 1  # seconds
 
 
@@ -89,14 +91,22 @@ def check_options(h: hd.Header, options: Mapping[str, Any]) -> None:
     hd.check_level(h, options.get("compression-level"))
     if options.get("discard-no-unref") and h.version == 2:
         raise UsageError("discard-no-unref is only supported since qcow2 version 3")
-    whole = options.get("cache-size")
-    parts = [options.get(name) for name in ("l2-cache-size", "refcount-cache-size")]
+    _check_caches(h, options)
+    if not 0 <= options.get("cache-clean-interval", 0) <= _MOST_CLEAN_INTERVAL:
+        raise UsageError("Cache clean interval too big")
+
+
+def _check_caches(h: hd.Header, options: Mapping[str, Any]) -> None:
+    """Memory is taken for tables that are in use alone; what QEMU's tools cannot count is refused
+    as there."""
+    names = ("l2-cache-size", "refcount-cache-size")
+    whole, l2, blocks = (options.get(name) for name in ("cache-size", *names))
     if whole is not None:
-        if None not in parts:
+        if l2 is not None and blocks is not None:
             raise UsageError(
                 "cache-size, l2-cache-size and refcount-cache-size may not be set at the same time"
             )
-        for name, part in zip(("l2-cache-size", "refcount-cache-size"), parts, strict=True):
+        for name, part in zip(names, (l2, blocks), strict=True):
             if part is not None and part > whole:
                 raise UsageError(f"{name} may not exceed cache-size")
     cluster_size = 1 << h.cluster_bits
@@ -106,8 +116,16 @@ def check_options(h: hd.Header, options: Mapping[str, Any]) -> None:
             "L2 cache entry size must be a power of two between 512 and the cluster size "
             f"({cluster_size})"
         )
-    if not 0 <= options.get("cache-clean-interval", 0) <= _MOST_CLEAN_INTERVAL:
-        raise UsageError("Cache clean interval too big")
+    extended = bool(h.incompatible & hd.EXTENDED_L2)
+    every = hd.l1_entries(h.size, h.cluster_bits, extended) << h.cluster_bits
+    if whole is not None and l2 is None:
+        l2 = min(every, whole - (blocks or _LEAST_BLOCKS << h.cluster_bits))
+    if whole is not None and blocks is None:
+        blocks = whole - l2
+    if min(l2 or 0, every) // entry > _MOST_CACHED:
+        raise UsageError("L2 cache size too big")
+    if (blocks or 0) >> h.cluster_bits > _MOST_CACHED:
+        raise UsageError("Refcount cache size too big")
 
 
 def refusals(h: hd.Header) -> tuple[str | None, str | None]:

@@ -93,7 +93,8 @@ class Switch:
                 old = self._old(bitmap)
                 entry = self.fresh.get(bitmap.name)
                 if entry is None:
-                    assert old is not None
+                    if old is None:
+                        continue  # it could not be stored
                     entry = _copy(old)
                     if not bitmap.inconsistent:
                         entry.flags = _flags(bitmap, old)
@@ -111,7 +112,7 @@ class Switch:
                 freed.append((first, first + (-(-place.size >> image.cluster_bits))))
             if wanted:
                 yield from self._new_directory(wanted, storing)
-            else:
+            elif self.directory is not None:
                 yield from self._without()
         storing.taken.clear()
         image.reserve_structures()

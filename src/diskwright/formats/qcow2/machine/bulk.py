@@ -52,7 +52,7 @@ class Bulk(Planner):
             table = tables.get(l1_index)
             if table is not None and any(table.data[first * self.stride : stop * self.stride]):
                 return None
-        chosen = self.choose(needed + len(fresh))
+        chosen = self.choose_with(fresh, needed)
         if isinstance(chosen, NeedMeta):
             return chosen
         if self.has_backing or not all(zero for _, _, zero in chosen):

@@ -29,7 +29,6 @@ from ....contract import (
 )
 from ....errors import CorruptImage
 from ....extents import Data, Extent, Hole, Zero
-from .alloc import Choice
 from .core import COPIED, DATA_SLOT, OFFSET, PACKED, ZERO_FLAG
 from .reserve import State
 from .runs import Run
@@ -132,7 +131,7 @@ class External(Writeback):
                 self._check_entries(table, l1_index, first, stop)
         if freed and (miss := self.missing_blocks(freed)) is not None:
             return miss
-        chosen: list[Choice] | NeedMeta = self.choose(len(fresh)) if fresh else []
+        chosen = self.choose_with(fresh)
         if isinstance(chosen, NeedMeta):
             return chosen
         plan = Plan()

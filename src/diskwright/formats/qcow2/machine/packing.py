@@ -60,7 +60,7 @@ class Packing(Zeroing):
         needed = [*freed, (shared, shared + 1)] if shared else freed
         if needed and (miss := self.missing_blocks(needed)) is not None:
             return miss
-        chosen = self.choose(len(clusters) + len(fresh))
+        chosen = self.choose_with(fresh, len(clusters))
         if isinstance(chosen, NeedMeta):
             return chosen
         if max(end for _, end, _ in chosen) << bits > 1 << self.packed_bits:

@@ -81,7 +81,7 @@ class Planner(Packing):
                 needed += 1
         if freed and (miss := self.missing_blocks(freed)) is not None:
             return miss
-        chosen = self.choose(needed + len(fresh)) if needed or fresh else []
+        chosen = self.choose_with(fresh, needed)
         if isinstance(chosen, NeedMeta):
             return chosen
         return self._reserve_write(want, entries, tables, fresh, chosen, freed)

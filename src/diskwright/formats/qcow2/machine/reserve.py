@@ -12,6 +12,7 @@ from ....contract import (
     Plan,
     Table,
 )
+from ....errors import CorruptImage
 from ....ondisk import zeros
 from .. import header as hd
 from .alloc import Allocator, Choice
@@ -69,6 +70,17 @@ class Reserver(SubMapping, Allocator):
                 if not self.l1[l1_index] & COPIED:
                     fresh.append(l1_index)
         return tables, fresh, NeedMeta(SLOT, missing, L2_LOAD) if missing else None
+
+    def choose_with(self, fresh: Sequence[int], data: int = 0) -> list[Choice] | NeedMeta:
+        """Host clusters for the L2 tables that are missing and for ``data`` clusters; see
+        :meth:`.alloc.Allocator.choose`."""
+        count = len(fresh) + data
+        try:
+            return self.choose(count) if count else []
+        except CorruptImage as error:
+            if fresh and error.offset == 0:
+                error.detail = "Preventing invalid allocation of L2 table at offset 0"
+            raise
 
     def install_l2(
         self, tables: dict[int, Table], fresh: Sequence[int], hosts: Sequence[tuple[int, bool]]

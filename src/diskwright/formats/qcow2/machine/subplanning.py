@@ -74,7 +74,7 @@ class Subclusters(SubZeroing):
             needed += not pair[0] & COPIED
         if freed and (miss := self.missing_blocks(freed)) is not None:
             return miss
-        chosen = self.choose(needed + len(fresh)) if needed or fresh else []
+        chosen = self.choose_with(fresh, needed)
         if isinstance(chosen, NeedMeta):
             return chosen
         return self._reserve_pairs(want, pairs, tables, fresh, chosen, freed)

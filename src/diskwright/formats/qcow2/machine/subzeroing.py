@@ -16,7 +16,6 @@ from ....contract import (
     Table,
 )
 from ....units import align_up
-from .alloc import Choice
 from .bulk import Bulk
 from .core import COPIED, OFFSET, PACKED
 from .reserve import State
@@ -63,7 +62,7 @@ class SubZeroing(Bulk):
                 return None
         if freed and (miss := self.missing_blocks(freed)) is not None:
             return miss
-        chosen: list[Choice] | NeedMeta = self.choose(len(fresh)) if fresh else []
+        chosen = self.choose_with(fresh)
         if isinstance(chosen, NeedMeta):
             return chosen
         plan = Plan()

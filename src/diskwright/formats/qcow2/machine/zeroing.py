@@ -16,7 +16,6 @@ from ....contract import (
     Step,
     Table,
 )
-from .alloc import Choice
 from .core import COPIED, OFFSET, PACKED, SLOT, ZERO_FLAG
 from .reserve import Reserver, State
 from .runs import Run
@@ -60,7 +59,7 @@ class Zeroing(Reserver):
                 self._losing(table, first, stop, mode, freed)
         if freed and (miss := self.missing_blocks(freed)) is not None:
             return miss
-        chosen: list[Choice] | NeedMeta = self.choose(len(fresh)) if fresh else []
+        chosen = self.choose_with(fresh)
         if isinstance(chosen, NeedMeta):
             return chosen
         plan = Plan()
