@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import struct
+import sys
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 import diskwright
 from diskwright.errors import CorruptImage, UsageError
+from diskwright.formats.qcow2.header import Header
+from diskwright.formats.qcow2.opening import check_options
 from interop.tools import OURS, run
 
 Peer = Callable[[str], str]
@@ -20,6 +24,9 @@ CLUSTER = 64 * KIB
 # Where a new image of this size has its structures.
 REFTABLE, BLOCK, L1, L2, DATA = (n * CLUSTER for n in range(1, 6))
 COPIED = 1 << 63
+QEMU_IO = (
+    "import sys; from diskwright.cli.main import main; sys.exit(main('qemu-io', sys.argv[1:]))"
+)
 
 
 def made(folder: Path, **options: object) -> Path:
@@ -216,6 +223,8 @@ def test_a_corrupt_backing_file_marks_nothing_above(tmp_path: Path) -> None:
             {"cache-size": "1M", "l2-cache-size": "1M", "refcount-cache-size": "1M"},
             "may not be set at the same time",
         ),
+        ({"refcount-cache-size": "128T"}, "Refcount cache size too big"),
+        ({"cache-size": "129T"}, "Refcount cache size too big"),
     ],
 )
 def test_refused(options: dict[str, str], text: str, tmp_path: Path) -> None:
@@ -335,3 +344,50 @@ def test_reopen(peer: Peer, tmp_path: Path) -> None:
     ours = run([*OURS, "io", *arguments, path], status=(0, 1))
     assert "Unsupported value 'blubb' for qcow2 option 'overlap-check'" in theirs
     assert ours.partition(": ")[2] == theirs.partition(": ")[2]
+
+
+def test_the_cache_of_a_huge_disk(tmp_path: Path) -> None:
+    """More than all its L2 tables need counts for nothing; in their smallest parts they may be too
+    many."""
+    header = Header()
+    header.cluster_bits, header.size = 18, 32 << 50
+    for options, refused in (
+        ({"l2-cache-size": 2 << 40}, False),
+        ({"l2-cache-size": 1 << 40, "l2-cache-entry-size": 512}, True),
+        ({"l2-cache-size": (1 << 40) - 1, "l2-cache-entry-size": 512}, False),
+        ({"cache-size": 1 << 40, "l2-cache-entry-size": 512}, False),
+        ({"cache-size": 2 << 40, "l2-cache-entry-size": 512}, True),
+    ):
+        with pytest.raises(UsageError, match="L2 cache size too big") if refused else nullcontext():
+            check_options(header, options)
+
+
+def test_what_the_first_write_says_when_the_header_counts_as_free(
+    peer: Peer, tmp_path: Path
+) -> None:
+    """Line by line: what is about the image and no command stands without the program's name."""
+    ours = [sys.executable, "-c", QEMU_IO]
+    for name, filled in (("new", False), ("filled", True)):
+        said = []
+        for tool in ([peer("qemu-io")], ours):
+            path = tmp_path / name
+            diskwright.create(str(path), "qcow2", SIZE)
+            if filled:
+                with diskwright.open(str(path), writable=True) as disk:
+                    disk.write(0, b"x")
+            patched(path, BLOCK, bytes(8))
+            said.append(run([*tool, "-c", "write 64k 64k", path], status=1))
+            assert corrupt(path)
+            path.unlink()
+        assert said[0] == said[1]
+        assert said[0].startswith("qcow2: Marking image as corrupt: ")
+
+
+def test_a_bitmap_for_which_there_is_no_sound_place(tmp_path: Path) -> None:
+    path = tmp_path / "image"
+    diskwright.create(str(path), "qcow2", SIZE)
+    patched(path, BLOCK, bytes(8))
+    before = path.read_bytes()
+    text = run([*OURS, "bitmap", "--add", path, "one"], status=1)
+    assert "overlaps with qcow2_header" in text
+    assert path.read_bytes() == before

@@ -166,6 +166,10 @@ def test_a_direct_file_keeps_an_unaligned_end(driver, tmp_path):
         await node.write([900], [b"b" * 300])
         assert node.size == 1200
         assert bytes((await node.read([800], [1000]))[0]) == b"a" * 100 + b"b" * 300 + bytes(600)
+        # What is told to be data ends as what is read does.
+        unit = node.limits.alignment
+        data, *_ = await node.extents(0, 8192)
+        assert data.length == -(-1200 // unit) * unit
         await node.flush()
         await node.write([2000], [b"c"])
         await node.close()
