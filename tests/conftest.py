@@ -13,6 +13,9 @@ from types import ModuleType
 import pytest
 from hypothesis import settings
 
+# Whoever runs the tests may have a configuration of their own.
+os.environ["DISKWRIGHT_CONFIG"] = ""
+
 ROOT = Path(__file__).resolve().parent.parent
 
 # Debian's package for each program.

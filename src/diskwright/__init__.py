@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from .api import (
         Disk,
+        Policy,
         amend,
         check,
         commit,
@@ -30,6 +31,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "Disk",
+    "Policy",
     "open",
     "create",
     "info",

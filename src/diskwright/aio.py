@@ -26,7 +26,7 @@ from .errors import UsageError
 from .graph.node import Buffer, Node
 from .graph.opener import close_disk, create_image, discard_disk, open_disk
 from .graph.status import Status, all_status
-from .ops.gates import Path, Source, gate_of, kept, reference_of
+from .ops.gates import Path, Policy, Source, gate_of, kept, reference_of
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -36,7 +36,7 @@ def open(
     source: Source,
     format: str | None = None,
     writable: bool = False,
-    policy: str | None = None,
+    policy: str | Policy | None = None,
     *,
     options: Mapping[str, Any] | None = None,
     cache: str = "writeback",
@@ -71,7 +71,7 @@ async def create(
     format: str,
     size: int | None = None,
     options: Mapping[str, Any] | None = None,
-    policy: str | None = None,
+    policy: str | Policy | None = None,
     *,
     map_paths: Mapping[str, str] | None = None,
     secrets: Mapping[str, bytes | str] | None = None,

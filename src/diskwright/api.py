@@ -30,7 +30,9 @@ from .graph.display import display_name
 from .graph.node import Buffer, Node
 from .graph.opener import close_disk, create_image, open_disk
 from .graph.status import Status, all_status
-from .ops.gates import Path, Source, gate_of, kept, reference_of
+from .ops.gates import Path, Policy, Source, gate_of, kept, reference_of
+
+__all__ = ["Disk", "Policy", "create", "open"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -45,7 +47,7 @@ def open(
     source: Source,
     format: str | None = None,
     writable: bool = False,
-    policy: str | None = None,
+    policy: str | Policy | None = None,
     *,
     options: Mapping[str, Any] | None = None,
     cache: str = "writeback",
@@ -59,8 +61,10 @@ def open(
     """Open a disk: a path, a ``json:`` or ``proto:`` name, or a dict of options.
 
     Without ``format`` the image is probed.  What the image itself names (a backing file) is opened
-    only with ``policy="trusted"``; ``backing=False`` leaves it out.  ``map_paths`` says what
-    prefixes of the paths that images name mean here (``{"D:/VMs": "/srv/vms"}``); ``secrets`` are
+    as far as ``policy`` allows (``untrusted``, ``local``, ``trusted`` or a
+    :class:`Policy`; see docs/security.md); ``backing=False`` leaves it out.
+    ``map_paths`` says what prefixes of the paths that images name mean here
+    (``{"D:/VMs": "/srv/vms"}``); ``secrets`` are
     the passphrases that options such as ``key-secret`` name (``{"sec0": b"..."}``).  The other
     arguments are those of :func:`diskwright.graph.opener.open_disk`.
 
@@ -95,7 +99,7 @@ def create(
     format: str,
     size: int | None = None,
     options: Mapping[str, Any] | None = None,
-    policy: str | None = None,
+    policy: str | Policy | None = None,
     *,
     map_paths: Mapping[str, str] | None = None,
     secrets: Mapping[str, bytes | str] | None = None,

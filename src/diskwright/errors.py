@@ -105,6 +105,15 @@ class Refused(DiskError):
         super().__init__(f"{by}, which is not opened: {rule}; {switch} allows it")
 
 
+class Outside(DiskError):
+    """A file was to be opened below certain folders only, and lies elsewhere or is no regular
+    file.  ``why`` says which."""
+
+    def __init__(self, path: str, why: str) -> None:
+        self.path, self.why = path, why
+        super().__init__(f"'{path}' is not opened: {why}")
+
+
 class ImageInUse(DiskError):
     """Another program holds a lock that conflicts; ``permission`` names which one."""
 

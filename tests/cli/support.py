@@ -32,7 +32,7 @@ class Result(NamedTuple):
 
 def environment(policy: str = "trusted") -> dict[str, str]:
     env = {k: v for k, v in os.environ.items() if not k.startswith(("PYTHON", "DISKWRIGHT"))}
-    env.update(LC_ALL="C", DISKWRIGHT_POLICY=policy)
+    env.update(LC_ALL="C", DISKWRIGHT_POLICY=policy, DISKWRIGHT_CONFIG="")
     return env
 
 

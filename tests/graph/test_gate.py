@@ -13,7 +13,7 @@ import diskwright
 from diskwright.engine.kernel import Driver
 from diskwright.errors import DiskError, ImageError, Refused, UsageError
 from diskwright.graph.create import create_image
-from diskwright.graph.gate import Gate
+from diskwright.graph.gate import Gate, Leave
 from diskwright.graph.graph import chain
 from diskwright.graph.opener import close_disk, explain, open_disk
 
@@ -23,7 +23,9 @@ from .tools import run, shell
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.delenv("DISKWRIGHT_POLICY", raising=False)
+    for name in ("DISKWRIGHT_POLICY", "DISKWRIGHT_ALLOW"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DISKWRIGHT_CONFIG", "")
     return tmp_path
 
 
@@ -65,7 +67,7 @@ def test_an_image_that_names_a_backing_file_is_refused(
 
     monkeypatch.setattr(os, "open", spy)
     with pytest.raises(Refused) as caught:
-        diskwright.open("top.qcow2", writable=writable)
+        diskwright.open("top.qcow2", writable=writable, policy="untrusted")
     monkeypatch.undo()
     assert opened and set(opened) == {"top.qcow2"}, "nothing but the image itself was opened"
     error = caught.value
@@ -154,10 +156,16 @@ def test_the_gate_gives_the_name_that_is_opened() -> None:
 
     class Moved(Gate):
         def admit(
-            self, reference: str, by: str, *, resolved: str = "", role: str = "backing file"
-        ) -> str:
+            self,
+            reference: str,
+            by: str,
+            *,
+            resolved: str = "",
+            role: str = "backing file",
+            folder: str | None = None,
+        ) -> Leave:
             asked.append((reference, by, resolved, role))
-            return "jail/" + reference
+            return Leave("jail/" + reference)
 
     async def work(driver: Driver) -> None:
         node = await open_disk(driver, "./b", gate=Moved())

@@ -54,7 +54,7 @@ def test_from_python(tmp_path: Path) -> None:
     with pytest.raises(DiskError, match="--map-path"):
         diskwright.open(child, policy="trusted")
     with pytest.raises(Refused):
-        diskwright.open(child, map_paths=paths)
+        diskwright.open(child, policy="untrusted", map_paths=paths)
     with diskwright.open(child, policy="trusted", map_paths=paths) as disk:
         assert disk.read(0, 4) == b"base"
     assert len(diskwright.info_chain(child, policy="trusted", map_paths=paths)) == 2

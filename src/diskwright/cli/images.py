@@ -41,10 +41,11 @@ def one_image(args: Args) -> str:
 
 def gate(args: Args, *typed: str) -> Gate:
     """The gate of this command; ``typed`` are references on the command line itself."""
-    from ..ops.gates import gate_of, pairs
+    from ..ops.gates import Policy, gate_of, pairs
 
     paths = pairs(args.all("map-path"), "--map-path")
-    return gate_of(args.get("policy"), typed, paths)
+    policy = Policy(args.get("policy") or "", tuple(args.all("allow")))
+    return gate_of(policy, typed, paths)
 
 
 def secrets(args: Args) -> Secrets | None:

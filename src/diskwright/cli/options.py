@@ -37,9 +37,12 @@ PROGRESS = Opt(
     "p", "progress", "WHEN", "show progress ('--progress json': as lines of JSON)", ("json",)
 )
 OUTPUT = Opt("", "output", "OFMT", "human or json")
-POLICY = Opt("", "policy", "POLICY", "untrusted (default) or trusted: open what images name")
+POLICY = Opt(
+    "", "policy", "POLICY", "what images may name: untrusted, local (default) or trusted"
+)
+ALLOW = Opt("", "allow", "DIR", "open what images name below DIR, too (repeatable)")
 MAP_PATH = Opt("", "map-path", "FROM=TO", "where a path is here that images name (repeatable)")
-GATE = (POLICY, MAP_PATH)
+GATE = (POLICY, ALLOW, MAP_PATH)
 """What decides about the files that images name."""
 
 

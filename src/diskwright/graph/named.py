@@ -9,8 +9,8 @@ from typing import Any
 from ..errors import ImageError, Refused, UsageError
 from . import names
 from .display import base_of, display_name
-from .gate import Gate
-from .graph import primary
+from .gate import Gate, Leave
+from .graph import leaf_of, primary
 from .node import Node
 from .paths import folder_of
 from .registry import kind
@@ -35,14 +35,14 @@ def backing_names(node: Node) -> list[str]:
     return found or ([shown] if shown else [])
 
 
-def located(gate: Gate, node: Node, wanted: Sequence[str], role: str = BACKING) -> str:
-    """The reference to open for what the image in ``node`` calls ``wanted``: the first of these
+def located(gate: Gate, node: Node, wanted: Sequence[str], role: str = BACKING) -> Leave:
+    """What to open for what the image in ``node`` calls ``wanted``: the first of these
     names that the gate admits and that exists.
 
     Nothing is looked at before the gate admitted it.  Raises Refused when none that it admits
     exists, and ImageError, which tells all that was tried, when it admits all of them.
     """
-    by = display_name(node)
+    by, folder = display_name(node), _folder_of(node)
     refused: Refused | None = None
     tried: list[str] = []
     unmapped: list[str] = []
@@ -62,13 +62,13 @@ def located(gate: Gate, node: Node, wanted: Sequence[str], role: str = BACKING) 
                 tried.append(f"'{name}' (relative to no directory)")
                 continue
         try:
-            found = gate.admit(name, by, resolved=target, role=role)
+            found = gate.admit(name, by, resolved=target, role=role, folder=folder)
         except Refused as error:
             refused = refused or error
             continue
-        if len(choices) == 1 or _exists(found):
+        if len(choices) == 1 or _exists(found.reference):
             return found
-        tried.append(f"'{found}'")
+        tried.append(f"'{found.reference}'")
     if refused is not None:
         raise refused
     told = ", ".join(dict.fromkeys(tried))
@@ -136,6 +136,14 @@ def _beside(node: Node, name: str) -> str:
     if name.startswith("/") or names.protocol_of(name):
         return name
     return names.resolve(base_of(node), name)
+
+
+def _folder_of(node: Node) -> str | None:
+    """The folder of the file that the image in ``node`` is in; None where it is in none."""
+    leaf = leaf_of(node)
+    if leaf.driver_name not in ("file", "host_device") or "filename" not in leaf.options:
+        return None
+    return os.path.dirname(str(leaf.options["filename"]))
 
 
 def _exists(reference: str) -> bool:

@@ -40,6 +40,7 @@ async def open_disk(
     graph: Graph | None = None,
     secrets: Mapping[str, bytes] | None = None,
     stage: Stage | None = None,
+    within: tuple[str, ...] = (),
 ) -> Node:
     """Open a disk and everything below it; returns its top node.
 
@@ -54,7 +55,9 @@ async def open_disk(
     tells of itself can be asked.  ``shared`` is what others may do to the disk meanwhile
     (permissions), ``resize`` asks for the right to change its size.  ``secrets`` are what options
     such as ``key-secret`` name (id -> bytes).  With a ``stage`` nothing is written to the files
-    themselves (:mod:`diskwright.filters.rehearsal`).  Use :func:`close_disk` on the result.
+    themselves (:mod:`diskwright.filters.rehearsal`).  ``within``: folders that the disk's own files
+    must be below, for a reference that something else than the caller made.
+    Use :func:`close_disk` on the result.
 
     Raises OSError (with the file's name), DiskError and its kinds; :func:`explain` words them.
     """
@@ -67,6 +70,7 @@ async def open_disk(
         force_share=force_share,
         discard=discard_mode(discard),
         detect_zeroes=detect_zeroes,
+        within=within,
     )
     opening = Opening(graph, gate or Gate(), backing, check, stage, metadata_only)
     parsed, plain = names.parse(reference)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from ..errors import DiskError, ImageError, UsageError
+from ..errors import DiskError, ImageError, Outside, UsageError
 from . import names, registry
 from .closing import discard_disk
 from .display import display_name, say_file
@@ -135,6 +135,7 @@ class Opening:
             "cache.direct": mode.direct,
             "cache.no-flush": mode.no_flush,
             "discard": mode.discard,
+            "within": mode.within,
             # Locks are taken once it is known what its users need.
             "perms": frozenset(),
             "shared": ALL,
@@ -185,7 +186,7 @@ class Opening:
                 mode = mode._replace(writable=False)
             found = registry.driver(driver_name)
             assert found.open is not None
-            inherited = mode._replace(writethrough=False, detect_zeroes="off")
+            inherited = mode._replace(writethrough=False, detect_zeroes="off", within=())
             offered = take_children(options)
             given = checked(found, options)
             told = self._told(mode, below)
@@ -298,7 +299,7 @@ class Opening:
             role = role_of(slot)
             admitted = located(self.gate, node, [reference], role)
             try:
-                where = names.parse(admitted)[0]
+                where = names.parse(admitted.reference)[0]
                 if registry.kind(str(where.get("driver", "raw"))) != "protocol":
                     raise ImageError(
                         f"'{reference}' is named as its {role}, and is no plain file",
@@ -307,12 +308,16 @@ class Opening:
                 same = names.identity(where)
                 if slot == "data-file" and same == names.identity(leaf_of(node).options):
                     raise ImageError(f"Its data file '{reference}' is the image itself")
+                mode = mode._replace(within=admitted.within)
                 child = files[same] = files.get(same) or await self.node(where, mode, chain)
                 if mode.writable and child.read_only:
                     raise ImageError(
                         f"'{reference}' is named under another name, too, which is read-only",
                         file=display_name(node),
                     )
+            except Outside as found:
+                by = display_name(node)
+                raise self.gate.outside(reference, by, admitted.reference, role, found) from found
             except (OSError, DiskError) as error:
                 error.add_note(f"Could not open {role}")
                 raise
@@ -346,7 +351,7 @@ class Opening:
                 given = {"driver": wanted.format, **given}
             if not wanted.reference or not _lacks_file(given):
                 return await self.node(given, mode, wanted.chain)
-        from .named import backing_names, located
+        from .named import BACKING, backing_names, located
 
         by = display_name(node)
         admitted = located(self.gate, node, backing_names(node) or [wanted.reference])
@@ -356,14 +361,21 @@ class Opening:
                 f"The chain of backing files is longer than {self.gate.max_depth}", file=by
             )
         try:
-            parsed, plain = names.parse(admitted)
+            parsed, plain = names.parse(admitted.reference)
             if names.identity(parsed) in chain:
-                raise ImageError(f"Backing file '{admitted}' creates an infinite loop", file=by)
+                raise ImageError(
+                    f"Backing file '{admitted.reference}' creates an infinite loop", file=by
+                )
+            mode = mode._replace(within=admitted.within)
             if isinstance(given, dict):
                 # The caller said how, not where: the place is still what the image names.
                 options = names.merged({"file": parsed} if plain else parsed, given)
                 return await self.node(options, mode, chain)
             return await self.disk(parsed, plain, wanted.format, mode, chain)
+        except Outside as found:
+            raise self.gate.outside(
+                wanted.reference, by, admitted.reference, BACKING, found
+            ) from found
         except (OSError, DiskError) as error:
             error.add_note("Could not open backing file")
             raise

@@ -40,6 +40,8 @@ class Mode(NamedTuple):
     force_share: bool = False
     detect_zeroes: str = "off"
     writethrough: bool = False
+    within: tuple[str, ...] = ()
+    """Folders that the files must be below, as an image named them; empty: anywhere."""
 
 
 def mode_of(cache: str, **named: Any) -> Mode:

@@ -1,7 +1,7 @@
 """Whole-image operations called with plain arguments: what both Python APIs offer.
 
 A disk is given as the graph takes it: a file name, a ``json:`` or ``proto:`` name, or a dict of
-options.  ``policy`` is that of :meth:`diskwright.graph.gate.Gate.from_environment`; ``map_paths``
+options.  ``policy`` is that of :func:`diskwright.ops.gates.gate_of`; ``map_paths``
 says what prefixes of paths mean here that images name, above all of Windows paths; ``secrets`` are
 what options such as ``key-secret`` name (id -> bytes or text).  What cannot be opened raises its
 own error (OSError, ImageError, Refused, ...).
@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..engine.kernel import BaseDriver
 from ..errors import UsageError
-from .gates import Path, Source, gate_of, kept, reference_of
+from .gates import Path, Policy, Source, gate_of, kept, reference_of
 from .images import ImageSpec, OpenFailed, close_all
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ OnProgress = Callable[[int, int], None]
 def spec_of(
     source: Source,
     format: str | None = None,
-    policy: str | None = None,
+    policy: str | Policy | None = None,
     cache: str = "writeback",
     force_share: bool = False,
     map_paths: MapPaths = None,
@@ -61,7 +61,7 @@ async def info(
     source: Source,
     *,
     format: str | None = None,
-    policy: str | None = None,
+    policy: str | Policy | None = None,
     map_paths: MapPaths = None,
     secrets: Keys = None,
     force_share: bool = False,
@@ -83,7 +83,7 @@ async def info_chain(
     source: Source,
     *,
     format: str | None = None,
-    policy: str | None = None,
+    policy: str | Policy | None = None,
     map_paths: MapPaths = None,
     secrets: Keys = None,
     force_share: bool = False,
@@ -102,7 +102,7 @@ async def check(
     source: Source,
     *,
     format: str | None = None,
-    policy: str | None = None,
+    policy: str | Policy | None = None,
     map_paths: MapPaths = None,
     secrets: Keys = None,
     force_share: bool = False,
@@ -157,7 +157,7 @@ async def plan_repair(
     repair: str = "all",
     *,
     format: str | None = None,
-    policy: str | None = None,
+    policy: str | Policy | None = None,
     map_paths: MapPaths = None,
     secrets: Keys = None,
     on_progress: OnProgress | None = None,
@@ -173,7 +173,7 @@ async def undo(
     source: Source,
     undo_file: Path,
     *,
-    policy: str | None = None,
+    policy: str | Policy | None = None,
     map_paths: MapPaths = None,
 ) -> Undone:
     """Take a repair back to the byte by the file that ``check(..., undo_file=...)`` wrote.
@@ -195,7 +195,7 @@ async def salvage(
     target_format: str = "raw",
     *,
     format: str | None = None,
-    policy: str | None = None,
+    policy: str | Policy | None = None,
     map_paths: MapPaths = None,
     secrets: Keys = None,
     options: Mapping[str, Any] | None = None,
@@ -231,7 +231,7 @@ async def convert(
     target_format: str = "raw",
     *,
     format: str | None = None,
-    policy: str | None = None,
+    policy: str | Policy | None = None,
     map_paths: MapPaths = None,
     secrets: Keys = None,
     options: Mapping[str, Any] | None = None,
@@ -273,7 +273,7 @@ async def compare(
     *,
     format: str | None = None,
     other_format: str | None = None,
-    policy: str | None = None,
+    policy: str | Policy | None = None,
     map_paths: MapPaths = None,
     secrets: Keys = None,
     strict: bool = False,
@@ -303,7 +303,7 @@ async def commit(
     base: str | None = None,
     keep: bool = False,
     format: str | None = None,
-    policy: str | None = None,
+    policy: str | Policy | None = None,
     map_paths: MapPaths = None,
     secrets: Keys = None,
     on_progress: OnProgress | None = None,
@@ -324,7 +324,7 @@ async def amend(
     *,
     force: bool = False,
     format: str | None = None,
-    policy: str | None = None,
+    policy: str | Policy | None = None,
     map_paths: MapPaths = None,
     secrets: Keys = None,
     on_progress: OnProgress | None = None,
@@ -349,7 +349,7 @@ async def rebase(
     *,
     unsafe: bool = False,
     format: str | None = None,
-    policy: str | None = None,
+    policy: str | Policy | None = None,
     map_paths: MapPaths = None,
     secrets: Keys = None,
     on_progress: OnProgress | None = None,

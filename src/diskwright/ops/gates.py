@@ -1,13 +1,18 @@
-"""What a call of the Python API is given beside its options: a disk's name, its gate (policy, and
-what paths of other machines mean here), and its secrets."""
+"""What a call of the Python API is given beside its options: a disk's name, its gate (policy,
+folders that are open, and what paths of other machines mean here), and its secrets.
+
+The nearest place wins that says something of the policy: the call, the environment, the user's
+configuration file.  Of folders and mappings all places count.
+"""
 
 from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import UsageError
+from ..graph.gate import VARIABLE as POLICY_VARIABLE
 from ..graph.gate import Gate
 
 if TYPE_CHECKING:
@@ -18,6 +23,26 @@ Source = Path | Mapping[str, Any]
 """A path, a ``json:`` or ``proto:`` name, or a dict of options."""
 
 VARIABLE = "DISKWRIGHT_MAP_PATH"
+ALLOW_VARIABLE = "DISKWRIGHT_ALLOW"
+CONFIG_VARIABLE = "DISKWRIGHT_CONFIG"
+"""Path of the configuration file; empty for none."""
+
+
+class Policy(NamedTuple):
+    """What images may make us open: ``name`` is ``untrusted``, ``local`` or ``trusted`` (empty: as
+    the environment says); ``allow`` are folders that are open under ``local`` beside an image's
+    own."""
+
+    name: str = ""
+    allow: tuple[str, ...] = ()
+
+
+class Settings(NamedTuple):
+    """What the configuration file says; empty where it does not or is not there."""
+
+    policy: str = ""
+    allow: tuple[str, ...] = ()
+    map_paths: Mapping[str, str] = {}
 
 
 def reference_of(source: Source) -> str | Mapping[str, Any]:
@@ -26,16 +51,64 @@ def reference_of(source: Source) -> str | Mapping[str, Any]:
 
 
 def gate_of(
-    policy: str | None = None,
+    policy: str | Policy | None = None,
     typed: Iterable[str] = (),
     map_paths: Mapping[str, str] | None = None,
 ) -> Gate:
-    """The gate with ``policy`` (None: the environment's), which admits ``typed`` references.
+    """The gate with ``policy`` (None: what the variable DISKWRIGHT_POLICY or else the configuration
+    file says, otherwise ``local``), which admits ``typed`` references.
 
     ``map_paths``: prefixes of paths that images may name, and the directories that stand for them;
     they win over those of the variable DISKWRIGHT_MAP_PATH.  Raises UsageError.
     """
-    return Gate.from_environment(policy, typed, {**from_environment(), **(map_paths or {})})
+    given = policy if isinstance(policy, Policy) else Policy(policy or "")
+    user = settings()
+    environment = os.environ.get(ALLOW_VARIABLE, "").split(os.pathsep)
+    return Gate(
+        given.name or os.environ.get(POLICY_VARIABLE) or user.policy or "local",
+        typed,
+        {**user.map_paths, **from_environment(), **(map_paths or {})},
+        (*given.allow, *filter(None, environment), *user.allow),
+    )
+
+
+def settings() -> Settings:
+    """The user's configuration file, if there is one: DISKWRIGHT_CONFIG, or
+    ``diskwright/config.toml`` in the folder where programs keep such (``$XDG_CONFIG_HOME``,
+    ``~/.config``, ``%APPDATA%``).  Raises UsageError for what is wrong in it."""
+    path = os.environ.get(CONFIG_VARIABLE)
+    if path is None:
+        home = os.environ.get("APPDATA" if os.name == "nt" else "XDG_CONFIG_HOME")
+        path = os.path.join(home or os.path.expanduser("~/.config"), "diskwright", "config.toml")
+    try:
+        file = open(path, "rb") if path else None
+    except OSError as error:
+        if isinstance(error, FileNotFoundError | NotADirectoryError) and (
+            CONFIG_VARIABLE not in os.environ
+        ):
+            return Settings()
+        raise UsageError(f"The configuration file '{path}' cannot be read: {error}") from error
+    if file is None:
+        return Settings()
+    import tomllib
+
+    with file:
+        try:
+            found = tomllib.load(file)
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise UsageError(f"'{path}': {error}") from error
+    allow, paths = found.pop("allow", []), found.pop("map-path", {})
+    policy = found.pop("policy", "")
+    for key in found:
+        raise UsageError(f"'{path}': unknown key '{key}'")
+    if not isinstance(policy, str):
+        raise UsageError(f"'{path}': 'policy' is a word")
+    if not isinstance(allow, list) or not all(isinstance(name, str) for name in allow):
+        raise UsageError(f"'{path}': 'allow' is a list of folders")
+    if not isinstance(paths, dict) or not all(isinstance(name, str) for name in paths.values()):
+        raise UsageError(f"'{path}': 'map-path' is a table of paths and folders")
+    folders = (os.path.join(os.path.dirname(path), os.path.expanduser(name)) for name in allow)
+    return Settings(policy, tuple(folders), paths)
 
 
 def from_environment() -> dict[str, str]:

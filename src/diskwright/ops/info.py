@@ -79,7 +79,7 @@ def _below(spec: ImageSpec, node: Node, last: NodeInfo) -> str:
             last.filename, ImageError(f"cannot tell what '{last.backing_name}' means from here")
         )
     try:
-        return located(spec.gate, node, backing_names(node))
+        return located(spec.gate, node, backing_names(node)).reference
     except DiskError as error:
         raise OpenFailed(last.full_backing_name, error) from error
 

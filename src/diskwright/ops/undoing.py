@@ -31,8 +31,8 @@ async def undo(driver: BaseDriver, spec: ImageSpec, undo_file: str) -> Undone:
         reader = Reader(file, undo_file)
         graph = Graph(driver)
         try:
-            for where in _files(spec, reader, undo_file):
-                nodes.append(await _open(driver, spec, where, graph))
+            for where, within in _files(spec, reader, undo_file):
+                nodes.append(await _open(driver, spec, where, within, graph))
             await verify(reader, nodes)
             done = await bring_back(reader, nodes)
         except BaseException:
@@ -44,21 +44,28 @@ async def undo(driver: BaseDriver, spec: ImageSpec, undo_file: str) -> Undone:
     return done
 
 
-def _files(spec: ImageSpec, reader: Reader, undo_file: str) -> list[Options]:
-    """The files of the image: its own as the caller names it, the others by the undo file."""
+def _files(
+    spec: ImageSpec, reader: Reader, undo_file: str
+) -> list[tuple[Options, tuple[str, ...]]]:
+    """The files of the image, each with the folders that it must be below: its own as the caller
+    names it, the others by the undo file."""
     own = _own_file(spec)
-    found = [own]
+    found: list[tuple[Options, tuple[str, ...]]] = [(own, ())]
     seen = {str(own.get("filename"))}
     for state in reader.files[1:]:
         path = state.name
         if not path or os.path.basename(path) != path or path in (".", ".."):
-            path = spec.gate.admit(path, undo_file, role="file of an image")
+            folder = os.path.dirname(undo_file)
+            path, within = spec.gate.admit(
+                path, undo_file, role="file of an image", folder=folder
+            )
         else:
-            path = os.path.join(os.path.dirname(str(own.get("filename", ""))), path)
+            folder = os.path.dirname(str(own.get("filename", "")))
+            path, within = os.path.join(folder, path), ()
         if path in seen:
             raise UsageError(f"'{undo_file}' names '{path}' twice")
         seen.add(path)
-        found.append({"driver": "file", "filename": path})
+        found.append(({"driver": "file", "filename": path}, within))
     return found
 
 
@@ -78,7 +85,9 @@ def _own_file(spec: ImageSpec) -> Options:
         return options
 
 
-async def _open(driver: BaseDriver, spec: ImageSpec, where: Options, graph: Graph) -> Node:
+async def _open(
+    driver: BaseDriver, spec: ImageSpec, where: Options, within: tuple[str, ...], graph: Graph
+) -> Node:
     try:
         return await open_disk(
             driver,
@@ -88,6 +97,7 @@ async def _open(driver: BaseDriver, spec: ImageSpec, where: Options, graph: Grap
             cache=spec.cache,
             shared=_ALONE,
             graph=graph,
+            within=within,
         )
     except (OSError, DiskError) as error:
         raise OpenFailed(str(where.get("filename", spec.name)), error) from error

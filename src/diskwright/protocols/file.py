@@ -69,6 +69,7 @@ async def open_file(driver: BaseDriver, options: dict[str, Any]) -> FileNode:
         auto_read_only=_on(options.get("auto-read-only", False)),
         perms=options.get("perms"),
         shared=options.get("shared"),
+        within=options.get("within", ()),
     )
     node.options = dict(options)
     return node

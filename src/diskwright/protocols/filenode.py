@@ -66,6 +66,7 @@ class FileNode(FileIO):
         perms: Collection[str] | None = None,
         shared: Collection[str] | None = None,
         auto_read_only: bool = False,
+        within: Sequence[str] = (),
     ) -> FileNode:
         """Open ``filename`` (not UTF-8: surrogate escapes).
 
@@ -73,7 +74,8 @@ class FileNode(FileIO):
         the node's users need and what they let other programs do; by default a writer shares
         with readers only and a reader refuses writers.  ``force_share`` (read-only) shares
         everything.  ``locking``: auto, on (fail where there are no locks), off.  ``discard``:
-        unmap or ignore.  Raises OSError, UsageError and ImageInUse.
+        unmap or ignore.  ``within``: folders that the file must be below (see
+        :mod:`.beneath`).  Raises OSError, UsageError, ImageInUse and Outside.
         """
         if cache not in CACHE_MODES:
             raise UsageError(f"Invalid cache option: {cache}")
@@ -82,12 +84,12 @@ class FileNode(FileIO):
             raise UsageError("force-share=on can only be used with read-only images")
         table = system_table()
         try:
-            fd, device = open_descriptor(table, filename, writable, cache, create)
+            fd, device = open_descriptor(table, filename, writable, cache, create, within)
         except OSError as error:
             if not writable or not auto_read_only or error.errno not in _NO_WRITING:
                 raise
             writable = False
-            fd, device = open_descriptor(table, filename, writable, cache, create)
+            fd, device = open_descriptor(table, filename, writable, cache, create, within)
         node = cls(driver, filename, table, fd, device)
         try:
             node.force_share = force_share

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+from collections.abc import Sequence
 
 from ..errors import NotSupported, UsageError
 from .os_portable import Device, Portable
@@ -28,25 +29,23 @@ def open_flags(table: Portable, writable: bool, cache: str) -> int:
 
 
 def open_descriptor(
-    table: Portable, filename: str, writable: bool, cache: str, create: bool
+    table: Portable,
+    filename: str,
+    writable: bool,
+    cache: str,
+    create: bool,
+    within: Sequence[str] = (),
 ) -> tuple[int, Device]:
     """Open ``filename`` and look what it is.  A writer claims a block device, so that what is
-    mounted or otherwise in use is refused, and stays refused to others meanwhile."""
+    mounted or otherwise in use is refused, and stays refused to others meanwhile.
+
+    ``within``: folders, of which the file (a regular one) must be below one; it is never made.
+    """
     flags = open_flags(table, writable, cache)
+    if not within:
+        flags |= _flags_for(table, filename, writable, create)
     try:
-        mode = os.stat(filename).st_mode
-    except FileNotFoundError:
-        if not create:
-            raise
-        flags |= os.O_CREAT
-    else:
-        if stat.S_ISBLK(mode):
-            if writable:
-                flags |= table.exclusive_flag
-        elif not stat.S_ISREG(mode):
-            raise UsageError(f"'file' driver requires '{filename}' to be a regular file")
-    try:
-        fd = table.open(filename, flags, 0o644)
+        fd = _open(table, filename, flags, within)
     except OSError as error:
         if error.errno == errno.EBUSY:
             why = table.who_uses(filename)
@@ -64,3 +63,26 @@ def open_descriptor(
         os.close(fd)
         raise
     return fd, device
+
+
+def _flags_for(table: Portable, filename: str, writable: bool, create: bool) -> int:
+    """What open(2) is told beside, for what ``filename`` is."""
+    try:
+        mode = os.stat(filename).st_mode
+    except FileNotFoundError:
+        if not create:
+            raise
+        return os.O_CREAT
+    if stat.S_ISBLK(mode):
+        return table.exclusive_flag if writable else 0
+    if not stat.S_ISREG(mode):
+        raise UsageError(f"'file' driver requires '{filename}' to be a regular file")
+    return 0
+
+
+def _open(table: Portable, filename: str, flags: int, within: Sequence[str]) -> int:
+    if not within:
+        return table.open(filename, flags, 0o644)
+    from .beneath import open_beneath
+
+    return open_beneath(table, filename, flags, within)

@@ -74,6 +74,13 @@ class Portable:
             raise OSError(errno.ESTALE, f"'{filename}' is another file now")
         return new
 
+    def path_of(self, fd: int, filename: str) -> str:
+        """The path of what ``fd``, opened as ``filename``, has open, without links."""
+        own = os.path.realpath(filename)
+        if not os.path.samestat(os.fstat(fd), os.lstat(own)):
+            raise OSError(errno.ESTALE, f"'{filename}' is another file now")
+        return own
+
     def set_direct(self, fd: int) -> None:
         """Go around the page cache where that is not a flag of open."""
         raise unsupported()
