@@ -485,3 +485,16 @@ def test_order_of_events_of_a_copy_on_write(both: Any, first: str, second: str) 
     both.commands(
         ["write -P 5 32k 4k"], "-t", "writeback", "-f", "qcow2", "blkdebug:rules:top.qcow2"
     )
+
+
+@pytest.mark.parametrize("event", ["cluster_alloc", "l2_alloc_write", "l1_update"])
+def test_one_failure_on_the_way_of_an_allocation(both: Any, event: str) -> None:
+    """Written through, so that the tables are, too, before the answer; VM state as the disk."""
+    img = find_peer("qemu-img")
+    rules = f'[inject-error]\nevent = "{event}"\niotype = "write"\nonce = "on"\n'
+    both.file("rules", rules.encode())
+    for write in ("write 0 64k", "write -b 0 64k"):
+        both.image(img, "new.qcow2", "1M")
+        both.commands(
+            [write, write], "-t", "writethrough", "-f", "qcow2", "blkdebug:rules:new.qcow2"
+        )

@@ -178,6 +178,9 @@ class Allocator:
                             raise
         if not data:
             return
+        for slot in {step.slot for step in data}:
+            if engine.slots[slot].wants_events:
+                await engine.announce(slot, "cluster_alloc")
         assert overlay is not None
         whole: list[Step] = []
         sources: list[Buffer] = []

@@ -146,6 +146,8 @@ async def write_vm_state(node: Node, offset: int, data: bytes) -> None:
         raise PermissionError(1, "Operation not permitted: the node is read-only")
     for at in range(0, len(data), _PIECE):
         await _write_piece(node, format, engine, offset + at, data[at : at + _PIECE])
+    if getattr(node, "writethrough", False):
+        await node.flush()
 
 
 async def _write_piece(
