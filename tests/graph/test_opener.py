@@ -18,7 +18,7 @@ from diskwright.graph.graph import Graph, walk
 from diskwright.graph.guard import GuardedNode
 from diskwright.graph.node import Node
 from diskwright.graph.opener import close_disk, open_disk
-from diskwright.graph.probe import SIGNATURES, probe
+from diskwright.graph.probe import SIGNATURES, matches
 from diskwright.protocols.memory import MemoryNode
 
 from .tools import run, shell
@@ -293,9 +293,12 @@ def test_detect_zeroes(mode: str) -> None:
 
 def test_signatures_do_not_shadow_each_other() -> None:
     for signature in SIGNATURES:
-        head = bytes(signature.offset) + signature.magic + bytes(400)
-        assert probe(head) == signature.name
-    assert probe(b"") is None and probe(bytes(512)) is None
+        if signature.offset >= 0:
+            head, tail = bytes(signature.offset) + signature.magic + bytes(400), b""
+        else:
+            head, tail = b"", signature.magic.ljust(-signature.offset, b"\0")
+        assert matches(head, tail).keys() == {signature.name}
+    assert matches(b"") == matches(bytes(512), bytes(512)) == {}
 
 
 def test_images_of_other_formats_are_never_taken_for_raw() -> None:
@@ -354,7 +357,7 @@ def test_two_harmless_writes_at_once_make_no_signature() -> None:
                 except PermissionError:
                     failed += 1
             assert failed == 1
-            assert probe(bytes(memory.data[:512])) is None
+            assert not matches(bytes(memory.data[:512]))
             assert memory.data[600:604] == b"else"
             await close_disk(node)
         finally:

@@ -50,7 +50,8 @@ def test_kinds_and_names_are_known_without_importing() -> None:
     loaded = imported(
         "from diskwright.graph import registry\n"
         "assert registry.kind('qcow2') == 'format' and registry.kind('file') == 'protocol'\n"
-        "assert registry.probe(b'QFI\\xfb\\0\\0\\0\\3') == 'qcow2'"
+        "from diskwright.graph.probe import guess; "
+        "assert guess(b'QFI\\xfb\\0\\0\\0\\3', b'', True) == 'qcow2'"
     )
     assert not [
         name for name in loaded if name.startswith(("diskwright.formats.", "diskwright.protocols."))

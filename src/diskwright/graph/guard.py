@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..contract import FUA, MAY_UNMAP
 from ..engine.kernel import Future
 from .mapped import MappedNode
 from .node import Buffer
-from .probe import PROBE_BYTES, probe
+from .probe import PROBE_BYTES, matches
 
 _ZEROES = bytes(1 << 16)
 
@@ -19,8 +19,8 @@ class GuardedNode(MappedNode):
     """A format node that looks at writes before it passes them on.
 
     - ``probed``: the image was taken for raw by guess.  A request that would put the signature of
-      a format into its first sector fails with EPERM: at the next guess the image would be of that
-      format, which can name any file of the host as its backing file.
+      a format into its first or last sector fails with EPERM: at the next guess the image would be
+      of that format, which can name any file of the host as its backing file.
     - ``writethrough``: every write is durable before it is answered.
     - ``detect_zeroes`` (``on``, ``unmap``): buffers of zeroes are written as zero requests.
     """
@@ -30,7 +30,7 @@ class GuardedNode(MappedNode):
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
-        self._first_sector: Future[None] | None = None
+        self._ends: Future[None] | None = None
 
     async def write(
         self, offsets: Sequence[int], buffers: Sequence[Buffer], flags: int = 0
@@ -46,10 +46,8 @@ class GuardedNode(MappedNode):
         async def issue() -> None:
             await super(GuardedNode, self).write(offsets, buffers, flags)
 
-        if self._meets_first_sector(offsets):
-            await self._checked(offsets, buffers, issue)
-        else:
-            await issue()
+        views = [memoryview(buffer) for buffer in buffers] if self.probed else []
+        await self._pass(offsets, views, issue)
 
     async def zero(self, offsets: Sequence[int], lengths: Sequence[int], flags: int = 0) -> None:
         if self.writethrough:
@@ -58,61 +56,92 @@ class GuardedNode(MappedNode):
         async def issue() -> None:
             await super(GuardedNode, self).zero(offsets, lengths, flags)
 
-        if self._meets_first_sector(offsets):
-            await self._checked(offsets, _blank(lengths), issue)
-        else:
-            await issue()
+        await self._pass(offsets, list(map(Blank, lengths)), issue)
 
     async def discard(self, offsets: Sequence[int], lengths: Sequence[int]) -> None:
         async def issue() -> None:
             await super(GuardedNode, self).discard(offsets, lengths)
 
-        if self._meets_first_sector(offsets):
-            await self._checked(offsets, _blank(lengths), issue)
-        else:
-            await issue()
+        await self._pass(offsets, list(map(Blank, lengths)), issue)
         if self.writethrough:
             await self.flush()
 
-    def _meets_first_sector(self, offsets: Sequence[int]) -> bool:
-        return self.probed and min(offsets, default=PROBE_BYTES) < PROBE_BYTES
+    async def truncate(self, size: int, preallocation: str = "off", shrink: bool = True) -> None:
+        async def issue() -> None:
+            await super(GuardedNode, self).truncate(size, preallocation, shrink)
+
+        if self.probed and size < self.size:
+            await self._checked([], [], issue, size)
+        else:
+            await issue()
+
+    async def _pass(
+        self,
+        offsets: Sequence[int],
+        buffers: Sequence[memoryview | Blank],
+        issue: Callable[[], Awaitable[None]],
+    ) -> None:
+        """Issue a request, looked at before when it meets an end of a probed image."""
+        last = self.size - PROBE_BYTES
+        if self.probed and any(
+            offset < PROBE_BYTES or offset + buffer.nbytes > last
+            for offset, buffer in zip(offsets, buffers, strict=True)
+        ):
+            await self._checked(offsets, buffers, issue, self.size)
+        else:
+            await issue()
 
     async def _checked(
         self,
         offsets: Sequence[int],
-        buffers: Sequence[Buffer],
+        buffers: Sequence[memoryview | Blank],
         issue: Callable[[], Awaitable[None]],
+        size: int,
     ) -> None:
         # One at a time: two writes that are harmless alone could make a signature together.
-        while self._first_sector is not None:
-            await self._first_sector
+        while self._ends is not None:
+            await self._ends
         turn: Future[None] = Future()
-        self._first_sector = turn
+        self._ends = turn
         try:
-            await self._check(offsets, buffers)
+            await self._check(offsets, buffers, size)
             await issue()
         finally:
-            self._first_sector = None
+            self._ends = None
             turn.set()
 
-    async def _check(self, offsets: Sequence[int], buffers: Sequence[Buffer]) -> None:
-        (old,) = await self.read([0], [min(PROBE_BYTES, self.size)])
-        sector = bytearray(old).ljust(PROBE_BYTES, b"\0")
+    async def _check(
+        self, offsets: Sequence[int], buffers: Sequence[memoryview | Blank], size: int
+    ) -> None:
+        """Raise PermissionError if the image of ``size`` bytes would look like a format's with
+        ``buffers`` written."""
+        length = min(PROBE_BYTES, size)
+        if not length:
+            return
+        places = (0, size - length)
+        ends = [bytearray(old) for old in await self.read(places, [length] * 2)]
         for offset, buffer in zip(offsets, buffers, strict=True):
-            if offset < PROBE_BYTES:
-                part = memoryview(buffer).cast("B")[: PROBE_BYTES - offset]
-                sector[offset : offset + len(part)] = part
-        found = probe(bytes(sector))
-        if found is not None:
+            for place, end in zip(places, ends, strict=True):
+                first, stop = max(offset, place), min(offset + buffer.nbytes, place + length)
+                if first < stop:
+                    end[first - place : stop - place] = _part(buffer, first - offset, stop - offset)
+        found = matches(bytes(ends[0]), bytes(ends[1]))
+        if found:
             raise PermissionError(
                 errno.EPERM,
                 f"Operation not permitted (the image was taken for raw by guess and would look "
-                f"like {found}; give the format 'raw' explicitly to allow it)",
+                f"like {', '.join(found)}; give the format 'raw' explicitly to allow it)",
             )
 
 
-def _blank(lengths: Sequence[int]) -> list[Buffer]:
-    return [bytes(min(length, PROBE_BYTES)) for length in lengths]
+class Blank(NamedTuple):
+    """So many zeroes, which are not held."""
+
+    nbytes: int
+
+
+def _part(buffer: memoryview | Blank, start: int, stop: int) -> Buffer:
+    return bytes(stop - start) if isinstance(buffer, Blank) else buffer.cast("B")[start:stop]
 
 
 def is_zero(buffer: Buffer) -> bool:

@@ -17,7 +17,7 @@ from .names import Options
 from .node import Node
 from .options import FILES, Mode, checked, child_option, take_children, take_common
 from .perms import ALL
-from .probe import head_of
+from .probe import ends_of, guess
 
 if TYPE_CHECKING:
     from .stage import Stage
@@ -112,13 +112,13 @@ class Opening:
     async def _probed(self, options: Options, mode: Mode, name: str, chain: _Chain) -> Node:
         below = await self.child(options.pop("file"), mode, chain)
         try:
-            guess = registry.probe(await head_of(below), below.size)
-            registry.driver(guess)
+            found = guess(*await ends_of(below), mode.writable)
+            registry.driver(found)
         except BaseException as error:
             say_file(error, below)
             await self._give_up(below)
             raise
-        return await self._format(guess, options, below, mode, name, chain, guess == "raw")
+        return await self._format(found, options, below, mode, name, chain, found == "raw")
 
     # -- protocols and filters
     async def _leaf(

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, NamedTuple
 from ..declare import Driver
 from ..errors import NotSupported, UsageError
 from .probe import SIGNATURES
-from .probe import probe as _signature
 
 if TYPE_CHECKING:
     from importlib.metadata import EntryPoint
@@ -97,14 +96,6 @@ def names(kind: str | None = None) -> list[str]:
         if other is not None and kind in (None, other.kind):
             found.add(point.name)
     return sorted(found)
-
-
-def probe(head: bytes, size: int = 0) -> str:
-    """The name of the format whose signature ``head`` carries; ``raw`` when there is none.
-
-    ``size`` is the image's length in bytes, for formats whose signature stands at the end.
-    """
-    return _signature(head) or "raw"
 
 
 def _from_module(name: str, module: str) -> Driver:
