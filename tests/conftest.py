@@ -13,25 +13,12 @@ from types import ModuleType
 import pytest
 from hypothesis import settings
 
+from peers import find_peer, missing
+
 # Whoever runs the tests may have a configuration of their own.
 os.environ["DISKWRIGHT_CONFIG"] = ""
 
 ROOT = Path(__file__).resolve().parent.parent
-
-# Debian's package for each program.
-PACKAGES = {
-    "qemu-img": "qemu-utils",
-    "qemu-io": "qemu-utils",
-    "qemu-nbd": "qemu-utils",
-    "qemu-system-x86_64": "qemu-system-x86",
-    "nbdinfo": "libnbd-bin",
-    "nbdcopy": "libnbd-bin",
-    "nbdkit": "nbdkit",
-    "fio": "fio",
-    "sfdisk": "fdisk",
-    "7z": "p7zip-full",
-    "strace": "strace",
-}
 
 # How long an example takes depends on what else the machine does; and what CI finds wrong must be
 # wrong again at the next attempt.
@@ -80,35 +67,6 @@ def fail_for_want(report: pytest.TestReport | pytest.CollectReport) -> None:
         if "not installed" in reason or "could not import" in reason:
             report.outcome = "failed"
             report.longrepr = f"{report.nodeid}: {reason}"
-
-
-def must_be_there() -> bool:
-    """True where a missing peer is a failure: in CI, and where we could have installed it."""
-    if os.environ.get("CI") == "true":
-        return True
-    return os.geteuid() == 0 and shutil.which("apt-get") is not None
-
-
-def missing(what: str, package: str) -> None:
-    text = f"{what} is not installed (Debian package {package}; `make peers` installs it)"
-    if must_be_there():
-        pytest.fail(text, pytrace=False)
-    pytest.skip(text)
-
-
-def find_peer(name: str) -> str:
-    """The path of a program of others.  Without it the test skips where it cannot be installed,
-    and fails elsewhere."""
-    path = shutil.which(name)
-    if path is None:
-        missing(name, PACKAGES.get(name, name))
-    assert path is not None
-    if name in ("qemu-img", "qemu-io", "qemu-nbd"):
-        line = subprocess.run([path, "--version"], capture_output=True, text=True).stdout
-        words = line.split("version ", 1)
-        if len(words) < 2 or int(words[1].split(".")[0]) < 10:
-            missing(f"{name} 10 or later (found: {line.splitlines()[:1]})", "qemu-utils")
-    return path
 
 
 @pytest.fixture(scope="session")

@@ -1,10 +1,21 @@
-"""What a check of an image found."""
+"""What a check, or a salvage, of an image found."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 _MOST_FINDINGS = 10_000
+LOST, GUESSED = "lost", "guessed"
+
+
+class Note(NamedTuple):
+    """``length`` bytes of the disk from ``start`` are ``state``: ``lost`` (nothing tells them) or
+    ``guessed`` (they are what they most likely were)."""
+
+    start: int
+    length: int
+    state: str
+    why: str
 
 
 class CheckResult:

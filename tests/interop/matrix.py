@@ -409,8 +409,6 @@ class Matrix:
                 ["--preallocation=full"],
             )
         )
-        if self.shape.base:
-            more = []  # ours refuses that over a backing file
         self.both(["resize", "-q", "--shrink", *more, *self.image(), str(size)])
         self.model = bytearray(self.model[:size].ljust(size, b"\0"))
 

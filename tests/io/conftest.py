@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import pytest
 
-from conftest import find_peer
+from peers import find_peer
 
 ROOT = Path(__file__).resolve().parents[2]
 ENV = {

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from conftest import find_peer
+from peers import find_peer
 
 MOVING = """\
 read 0 4k

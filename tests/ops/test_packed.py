@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import diskwright
-from conftest import find_peer
+from peers import find_peer
 
 SOURCE = str(Path(diskwright.__file__).parents[1])
 SIZE = (3 << 20) + 1536

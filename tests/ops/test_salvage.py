@@ -503,6 +503,39 @@ def test_other_formats(tmp_path: Path, fmt: str) -> None:
     assert back == disk[: 1 << 20] + bytes(512) + disk[(1 << 20) + 512 :]
 
 
+@pytest.mark.parametrize(
+    ("entry", "lost", "guessed"),
+    [(0, [], [2, *range(8, 16)]), (1 << 50 | 6, [2], [*range(8, 16)]), (1 << 20 | 6, [2],
+     [*range(8, 16)]), (None, [], [0, 2, *range(8, 16)])],
+    ids=["gone", "outside", "metadata", "another's"],
+)  # fmt: skip
+def test_entries_of_vhdx(
+    tmp_path: Path, entry: int | None, lost: list[int], guessed: list[int]
+) -> None:
+    """What a lost entry of the BAT named cannot be put back; the map says what it leaves open."""
+    path, mib = tmp_path / "a", 1 << 20
+    diskwright.create(path, "vhdx", 16 * mib, {"block_size": mib})
+    disk = random.Random(4).randbytes(8 * mib) + bytes(8 * mib)
+    with diskwright.open(path, "vhdx", writable=True) as image:
+        image.write(0, disk[: 8 * mib])
+    assert not diskwright.salvage(path, tmp_path / "out").map.parts
+    raw = bytearray(path.read_bytes())
+    first = raw.find(disk[:512])
+    bat = raw.find(struct.pack("<QQ", first | 6, first + mib | 6))
+    struct.pack_into("<Q", raw, bat + 16, first | 6 if entry is None else entry)
+    path.write_bytes(raw)
+    done = diskwright.salvage(path, tmp_path / "out", force=True)
+    found = {
+        state: [i for p in done.map.parts if p.state == state
+                for i in range(p.start // mib, (p.start + p.length) // mib)]
+        for state in ("lost", "guessed")
+    }  # fmt: skip
+    assert found == {"lost": lost, "guessed": guessed}
+    back = (tmp_path / "out").read_bytes()
+    for block in set(range(16)) - {*lost, *guessed}:
+        assert back[block * mib :][:mib] == disk[block * mib :][:mib]
+
+
 def test_vmdk_without_its_first_directory(tmp_path: Path) -> None:
     path = tmp_path / "a"
     diskwright.create(path, "vmdk", SIZE)

@@ -8,21 +8,11 @@ stand in comments.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
-LOST, GUESSED = "lost", "guessed"
+from ..findings import GUESSED, LOST, Note
+
 _MOST = 1 << 18
 _MANY = "several damages, too many to tell apart"
-
-
-class Part(NamedTuple):
-    """``length`` bytes of the disk from ``start``; ``state``: lost (they read as zeroes now) or
-    guessed (they are what they most likely were)."""
-
-    start: int
-    length: int
-    state: str
-    why: str
 
 
 class DamageMap:
@@ -30,7 +20,7 @@ class DamageMap:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        self.parts: list[Part] = []
+        self.parts: list[Note] = []
 
     def add(self, start: int, length: int, state: str, why: str) -> None:
         """Add what lies behind everything that was added before."""
@@ -40,9 +30,9 @@ class DamageMap:
             return
         if last is not None and len(self.parts) >= _MOST:
             worst = LOST if LOST in (state, last.state) else GUESSED
-            self.parts[-1] = Part(last.start, start + length - last.start, worst, _MANY)
+            self.parts[-1] = Note(last.start, start + length - last.start, worst, _MANY)
             return
-        self.parts.append(Part(start, length, state, why))
+        self.parts.append(Note(start, length, state, why))
 
     def total(self, state: str) -> int:
         """Bytes in this state."""

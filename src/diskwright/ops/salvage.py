@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from ..engine.copy import CopyOptions, Segment, copy
 from ..engine.kernel import BaseDriver
 from ..errors import CorruptImage, DiskError, UsageError
+from ..findings import GUESSED, LOST
 from ..graph.creating import remove
 from ..graph.graph import Graph
 from ..graph.node import Node
@@ -20,7 +21,7 @@ from ..units import SECTOR, align_up
 from .create import creatable, create
 from .fresh import fresh_is_zero
 from .images import ImageSpec
-from .mapfile import GUESSED, LOST, DamageMap
+from .mapfile import DamageMap
 
 _WINDOW = 1 << 40
 _MOST_PARTS = 1 << 18

@@ -70,8 +70,6 @@ def resize(image: Qcow2, size: int, preallocation: str, shrink: bool) -> Procedu
         raise UsageError("The image size is too large (try using a larger cluster size)")
     if image.external and size > hd.MAX_OFFSET:
         raise UsageError("The image size is too large (try using a larger cluster size)")
-    if preallocation != "off" and image.has_backing and not image.extended:
-        raise NotSupported("Preallocation cannot be used together with a backing file")
     if preallocation != "off" and image.encrypted and image.header.version == 2:
         raise NotSupported("Preallocation of an encrypted image requires compat=1.1")
     yield from before_resize(image, size)

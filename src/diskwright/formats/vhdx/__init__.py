@@ -13,7 +13,14 @@ if TYPE_CHECKING:
 
 
 def open_format(options: Mapping[str, Any]) -> tuple[Vhdx, Procedure]:
-    """A format and the procedure that fills it in; see :func:`.opening.open_image`."""
+    """A format and the procedure that fills it in; see :func:`.opening.open_image`.
+
+    With ``salvage`` among the options one that reads what is left (:mod:`.salvage`).
+    """
+    if options.get("salvage"):
+        from .salvage import open_salvaged
+
+        return open_salvaged(options)
     from .format import Vhdx
     from .opening import open_image
 

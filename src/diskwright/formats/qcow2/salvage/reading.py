@@ -5,9 +5,10 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from ....contract import NeedMeta, Procedure, Range, Read, Table
+from ....findings import GUESSED, LOST, Note
 from ....ondisk import big_endian_array, big_endian_bytes
 from ..check.scan import Loose, Run, pieces
 from ..format import Qcow2
@@ -15,7 +16,6 @@ from ..machine.core import OFFSET, PACKED, SLOT, ZERO_FLAG
 from .evidence import Geometry, entry_problem, join, plain
 from .marks import Marks, Reasons
 
-LOST, GUESSED = "lost", "guessed"
 _Said = tuple[int, int, str, str]  # number of the entry, count, state, why
 _MOST_NOTES = 1 << 20
 _FEW = 16 << 20
@@ -37,15 +37,6 @@ def read_some(slot: str, offset: int, length: int) -> Procedure:
         except OSError:
             lost.append(at // _SECTOR)
     return bytes(out), lost
-
-
-class Note(NamedTuple):
-    """``length`` bytes of the disk from ``start`` are ``state``: ``lost`` or ``guessed``."""
-
-    start: int
-    length: int
-    state: str
-    why: str
 
 
 class Salvaged(Qcow2):
