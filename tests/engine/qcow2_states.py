@@ -1,8 +1,8 @@
 """A qcow2 image in memory under the real engine, and all that can be done with it, against a model
 of its disk, its snapshots and its bitmaps.
 
-A step is a few numbers, which mean something whatever the state is; so a sequence that fails can be
-made shorter by leaving steps out.
+What is done takes a few numbers, which mean something whatever the state is; so a sequence that
+fails can be made shorter by leaving steps out.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from diskwright.ops import snapshots
 from diskwright.testing.memory import RecordingNode
 
 SECRETS = {"s0": b"secret"}
-Step = tuple[int, ...]
+STATE = 5000  # bytes of VM state at most
 KINDS: dict[str, dict[str, Any]] = {
     "plain": {"cluster_size": 512},
     "v2": {"cluster_size": 512, "compat": "0.10"},
@@ -85,6 +85,8 @@ class Subject:
             self.options |= {"backing_file": "base", "backing_fmt": "raw"}
         self.model = bytearray(self.base[:size].ljust(size, b"\0"))
         self.held: dict[str, bytes] = {}
+        self.states: dict[str, bytes] = {}
+        """The VM states that go with ``held``."""
         self.bits: dict[str, Bits] = {}
         self.number = 0
         self.leaves = {"file": RecordingNode(self.driver)}
@@ -150,11 +152,6 @@ class Subject:
             bits.mark(offset, length, slack)
 
     # -- steps
-    async def step(self, kind: int, a: int, b: int) -> None:
-        menu = [self.write] * 5 + [self.zero, self.discard, self.packed, self.reopen]
-        menu += [self.snapshot] * 3 + [self.bitmap] * 4 + [self.resize, self.amend, self.store]
-        await menu[kind % len(menu)](a, b)
-
     async def write(self, a: int, b: int) -> None:
         offset, length = self._range(a, b)
         data = random.Random(a ^ b).randbytes(length)
@@ -207,53 +204,65 @@ class Subject:
     async def store(self, a: int, b: int) -> None:
         await bitmaps.store(self.node.engine)
 
-    async def snapshot(self, a: int, b: int) -> None:
-        what = a % 4
-        wanted = sorted(self.held)[b % len(self.held)] if self.held else ""
-        if what < 2 or not wanted:
-            try:
-                made = await snapshots.create(self.node, f"n{self.number}")
-            except NotSupported:
-                return  # a data file; narrow counts
-            self.number += 1
-            self.held[made.id] = bytes(self.model)
-        elif what == 2:
+    def _snapshot(self, b: int) -> str:
+        return sorted(self.held)[b % len(self.held)]
+
+    async def take(self, a: int, b: int) -> None:
+        state = random.Random(a).randbytes(b % STATE)
+        try:
+            await snapshots.write_vm_state(self.node, 0, state)
+            made = await snapshots.create(self.node, f"n{self.number}", vm_state_size=len(state))
+        except NotSupported:
+            return  # a data file; narrow counts
+        self.number += 1
+        self.held[made.id] = bytes(self.model)
+        self.states[made.id] = state
+
+    async def apply(self, a: int, b: int) -> None:
+        if self.held:
+            wanted = self._snapshot(b)
             try:
                 await snapshots.apply(self.node, snapshots.Selector(id=wanted))
             except NotSupported:
                 return  # bitmaps; narrow counts
             self.model = bytearray(self.held[wanted])
-        else:
+
+    async def delete(self, a: int, b: int) -> None:
+        if self.held:
+            wanted = self._snapshot(b)
             await snapshots.delete(self.node, snapshots.Selector(id=wanted))
             del self.held[wanted]
 
-    async def bitmap(self, a: int, b: int) -> None:
-        engine = self.node.engine
-        names = sorted(self.bits)
-        what = a % 8
-        if what < 3 or not names:
-            self.number += 1
-            name, granularity = f"b{self.number}", (512, 4096, 65536)[b % 3]
-            try:
-                await bitmaps.add(engine, name, granularity, persistent=True, enabled=b % 5 > 0)
-            except BitmapError:
-                assert self.options.get("compat") == "0.10"
-                return
-            self.bits[name] = Bits(granularity, b % 5 > 0)
+    async def add(self, a: int, b: int) -> None:
+        self.number += 1
+        name, granularity = f"b{self.number}", (512, 4096, 65536)[b % 3]
+        enabled = b % 5 > 0
+        try:
+            await bitmaps.add(
+                self.node.engine, name, granularity, persistent=True, enabled=enabled
+            )
+        except BitmapError:
+            assert self.options.get("compat") == "0.10"
             return
-        name = names[b % len(names)]
+        self.bits[name] = Bits(granularity, enabled)
+
+    async def bitmap(self, what: str, a: int, b: int) -> None:
+        """Remove, clear, switch or merge."""
+        if not self.bits:
+            return
+        engine, names = self.node.engine, sorted(self.bits)
+        name, source = names[a % len(names)], names[b % len(names)]
         bits = self.bits[name]
-        if what == 3:
+        if what == "remove":
             await bitmaps.remove(engine, name)
             del self.bits[name]
-        elif what == 4:
+        elif what == "clear":
             await bitmaps.clear(engine, name)
             bits.must, bits.may = set(), set()
-        elif what == 5:
-            bits.enabled = bool(b >> 8 & 1)
+        elif what == "switch":
+            bits.enabled = not bits.enabled
             await bitmaps.switch(engine, name, bits.enabled)
         else:
-            source = names[(b >> 8) % len(names)]
             loaded = await bitmaps.load(engine, source)
             await bitmaps.merge(engine, name, [loaded])
             other, g, h = self.bits[source], bits.granularity, self.bits[source].granularity
@@ -320,6 +329,8 @@ class Subject:
         _same(bytes(found), self.model, "the disk opened again")
         for which, content in self.held.items():
             await snapshots.show(self.node, snapshots.Selector(id=which))
+            state = await snapshots.read_vm_state(self.node, 0, len(self.states[which]))
+            _same(state, self.states[which], f"the VM state of snapshot {which}")
             (found,) = await self.node.read([0], [self.node.size])
             if self.node.size != len(content):  # version 2 does not say
                 assert self.options.get("compat") == "0.10"
@@ -346,47 +357,3 @@ def _same(found: bytes, wanted: bytes | bytearray, what: str) -> None:
         pairs = zip(found, wanted, strict=False)
         at = next((i for i, (x, y) in enumerate(pairs) if x != y), -1)
         raise AssertionError(f"{what}: {len(found)} for {len(wanted)} bytes, differs at {at:#x}")
-
-
-def steps(kind: str, seed: int, count: int) -> list[Step]:
-    """Random ones."""
-    rng = random.Random(f"{seed}{kind}steps")
-    return [tuple(rng.randrange(1 << 30) for _ in range(3)) for _ in range(count)]
-
-
-def problem(kind: str, seed: int, todo: list[Step]) -> str:
-    """What goes wrong, "" when nothing does."""
-    subject = Subject(kind, seed)
-    number = -1
-
-    async def all_of_it() -> None:
-        nonlocal number
-        for number, step in enumerate(todo):
-            await subject.step(*step)
-            await subject.look(thorough=number % 6 == 5)
-        number = -1
-        await subject.look(thorough=True)
-        await subject._close()
-
-    try:
-        subject.driver.run(all_of_it())
-    except (AssertionError, DiskError, OSError, BitmapError, KeyError) as error:
-        return f"step {number} of {len(todo)}: {type(error).__name__}: {error}"
-    finally:
-        subject.driver.close()
-    return ""
-
-
-def shortened(kind: str, seed: int, todo: list[Step]) -> list[Step]:
-    """The same trouble with fewer steps."""
-    size = len(todo) // 2
-    while size:
-        at = 0
-        while at < len(todo):
-            less = todo[:at] + todo[at + size :]
-            if problem(kind, seed, less):
-                todo = less
-            else:
-                at += size
-        size //= 2
-    return todo

@@ -28,28 +28,36 @@ class Large(Faulty):
     """Allocates, overwrites, discards, allocates again, zeroes, resizes and closes."""
 
     refcounted = False
+    kit_of = staticmethod(kit_of)
 
     def __init__(self, kind: str, which: int, at: int, code: int) -> None:
         self.kind = kind
-        self.kit = kit_of(kind)
+        self.kit = self.kit_of(kind)
         self.driver = Driver()
         self.clock = 0
-        (image,) = self.kit.files()
-        self.leaves = [RecordingNode(self.driver, image, clock=self.tick)]
+        files = self.kit.files()
+        self.leaves = [RecordingNode(self.driver, file, clock=self.tick) for file in files]
         self.which, self.at, self.code = which, at, code
         self.opening = self.layers(self.driver, self.leaves)
         self.node = self.opening[-1][0]
         size = self.kit.size
-        self.model = Model(self.kit.base[:size].ljust(size + self.kit.unit, b"\0"), self.tick)
+        whole = size + 5 * self.kit.unit
+        self.model = Model(self.kit.base[:size].ljust(whole, b"\0"), self.tick)
         self.sizes = [size]
         self.told: list[str] = []
 
     def layers(self, driver: Any, leaves: list[RecordingNode]) -> list[tuple[MappedNode, Any]]:
-        slots: dict[str, Node] = {"file": leaves[0]}
+        slots: dict[str, Node] = dict(zip(self.kit.slots, leaves, strict=True))
         if self.kit.base:
             slots["backing"] = RecordingNode(driver, self.kit.base)
         format, opening = self.kit.open()
-        return [(MappedNode(driver, self.kit.format, format, slots, Tables(4200)), opening)]
+
+        async def opener(*named: Any) -> None:
+            """Every slot is filled."""
+
+        tables = Tables(self.kit.budget if self.refcounted else 4200)
+        node = MappedNode(driver, self.kit.format, format, slots, tables, opener=opener)
+        return [(node, opening)]
 
     def steps(self) -> list[tuple[str, Callable[[], Awaitable[None]]]]:
         unit, size = self.kit.unit, self.kit.size

@@ -27,6 +27,8 @@ FULL = 2 * MIB - 12 * 1024  # what a refcount table of one cluster can count, ne
 BASE = 64 * 1024
 LARGE = ("vhdx", "vhdx-differencing", "vmdk", "vmdk-zeroed", "vmdk-backing")
 KINDS = ("everything", "refcount table", "subclusters", *LARGE)
+FEATURES = ("snapshots-packed", "extended-snapshots", "aes-snapshots", "bitmaps", "luks-amend",
+            "data-file")  # fmt: skip
 
 
 class Wrong(AssertionError):
@@ -251,6 +253,9 @@ class Faulty:
         node, opening = opened(driver, leaves[0], base)
         return [(base, base_opening), (node, opening)]
 
+    async def look_more(self, node: Any) -> None:
+        """At the top one, opened again."""
+
     def _reopen(self, images: list[bytes], moment: int, what: str) -> None:
         driver = Driver()
         leaves = [RecordingNode(driver, image) for image in images]
@@ -264,6 +269,7 @@ class Faulty:
                 if result.corruptions or (result.leaks and self.refcounted and not self.at):
                     raise Wrong(f"{what}: check: {result.findings[:3]}")
             (content,) = await node.read([0], [node.size])
+            await self.look_more(node)
             return bytes(content)
 
         content = driver.run(look())
@@ -274,6 +280,10 @@ class Faulty:
 
 def made(kind: str, which: int, at: int, code: int) -> Faulty:
     """The workload of a kind."""
+    if kind in FEATURES:
+        from .features import Features
+
+        return Features(kind, which, at, code)
     if kind in LARGE:
         from .large import Large
 
@@ -326,8 +336,8 @@ def sweep(some: list[Job]) -> tuple[int, int, list[str]]:
 
 
 def main(arguments: list[str]) -> int:
-    """``python -m faults.workload STEP``: every STEP-th of all failures."""
-    for kind in KINDS:
+    """``python -m faults.workload STEP [KIND]``: every STEP-th of all failures."""
+    for kind in arguments[1:] or (*KINDS, *FEATURES):
         every = jobs(kind)
         started = time.monotonic()
         runs, told, problems = sweep(every[:: int(arguments[0])])

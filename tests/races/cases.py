@@ -24,6 +24,14 @@ from . import packed, sesparse
 
 MIB = 1 << 20
 SECRETS = {"s0": b"of the tests", "s1": b"another"}
+AMENDMENTS: list[dict[str, Any]] = [
+    {"refcount_bits": 8}, {"refcount_bits": 64}, {"lazy_refcounts": True},
+    {"lazy_refcounts": False}, {"refcount_bits": 1},
+]  # fmt: skip
+KEYS: list[dict[str, Any]] = [
+    {"encrypt.state": "active", "encrypt.new-secret": "s1", "encrypt.iter-time": 1},
+    {"encrypt.state": "inactive", "encrypt.old-secret": "s1"},
+]
 
 
 class Graph:
@@ -84,6 +92,8 @@ class Case:
     """Crash states looked at, of one seed; images of megabytes take their time."""
     idle = False
     """Mostly withdrawals and cancelled first writes."""
+    amendments: list[dict[str, Any]] = []
+    """What the image is changed to meanwhile."""
 
     def __init__(self, rng: random.Random) -> None:
         self.base = b""
@@ -242,10 +252,13 @@ class Qcow2Case(Case):
     """qcow2 with clusters of 512 bytes; by kind over a backing disk (b), with lazy refcounts (l),
     version 2 (2), narrow refcounts (r), at an offset in a raw disk (o), below it an alignment of
     4 KiB (a), on a chain of two overlays (h), full of compressed clusters (p), written through the
-    filter that compresses (c), or with a data file (e) that may be raw (w)."""
+    filter that compresses (c), with a data file (e) that may be raw (w), encrypted by AES (k) or
+    with LUKS (u), or amended meanwhile (m)."""
 
     unit = 512
     resizes = True
+    secret: dict[str, Any]
+    """Options that unlock it."""
 
     def __init__(self, rng: random.Random, kind: str = "") -> None:
         super().__init__(rng)
@@ -285,6 +298,19 @@ class Qcow2Case(Case):
             options["backing_fmt"] = "raw"
         if "a" in kind:
             self.alignment = 4096
+        self.secret = {}
+        if "k" in kind or "u" in kind:
+            cipher = "luks" if "u" in kind else "aes"
+            options |= {"encrypt.format": cipher, "encrypt.key-secret": "s0"}
+            self.secret = {"encrypt.key-secret": "s0", "secrets": SECRETS}
+            self.crashes = 3
+        if "u" in kind:  # a header of 2 MiB
+            options["encrypt.iter-time"] = 1
+            self.crashes = 2
+        if "m" in kind:
+            self.amendments = AMENDMENTS[: 4 if "s" in kind else None]
+            if "u" in kind:
+                self.amendments = KEYS
         if "e" in kind:
             options["data_file"] = "data"
             options["data_file_raw"] = "w" in kind
@@ -309,7 +335,7 @@ class Qcow2Case(Case):
         )
 
     def format(self, graph: Graph, slots: dict[str, Node], name: str) -> MappedNode:
-        options: dict[str, Any] = {"writable": True}
+        options: dict[str, Any] = {"writable": True, **self.secret}
         if "backing" in slots:
             options["backing"] = "given"
         if "data-file" in slots:
@@ -504,6 +530,10 @@ CASES: dict[str, Callable[[random.Random], Case]] = {
     "qcow2-packed": lambda rng: Qcow2Case(rng, "rp"),
     "qcow2-compress": lambda rng: Qcow2Case(rng, "bc"),
     "qcow2-snapshots": lambda rng: Qcow2Case(rng, rng.choice(["s", "sb", "sl", "s2", "sp", "sr"])),
+    "qcow2-snapshots-features": lambda rng: Qcow2Case(rng, rng.choice(["sxb", "sxp", "sk", "sm"])),
+    "qcow2-aes": lambda rng: Qcow2Case(rng, rng.choice(["k", "kb", "xkb"])),
+    "qcow2-luks": lambda rng: Qcow2Case(rng, rng.choice(["xu", "xum", "xsu"])),
+    "qcow2-amend": lambda rng: Qcow2Case(rng, rng.choice(["m", "mb", "rm", "xm"])),
     "qcow2-chain": lambda rng: Qcow2Case(rng, "h"),
     "qcow2-subclusters": lambda rng: Qcow2Case(rng, "xb"),
     "qcow2-subclusters-packed": lambda rng: Qcow2Case(rng, "xp"),

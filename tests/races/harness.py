@@ -15,7 +15,7 @@ from typing import Any
 from diskwright.contract import FUA, MAY_UNMAP
 from diskwright.engine.futures import BaseDriver, Cancelled
 from diskwright.engine.kernel import Driver
-from diskwright.errors import FlushFailed
+from diskwright.errors import FlushFailed, NotSupported, UsageError
 from diskwright.formats.qcow2.format import Qcow2
 from diskwright.graph.mapped import MappedNode
 from diskwright.testing.model import Mismatch, Model, Request
@@ -185,6 +185,18 @@ class Run:
         finally:
             self.busy = False
 
+    async def amend(self) -> None:
+        if self.busy:
+            return
+        self.busy = True
+        try:
+            await self.procedure(self.format.amend(self.rng.choice(self.case.amendments), False))
+            self.stats["amended"] += 1
+        except (NotSupported, UsageError):  # of a key that is not there
+            self.stats["amendments refused"] += 1
+        finally:
+            self.busy = False
+
     async def withdraw(self) -> None:
         entry = [self.driver.tick(), 1 << 62]
         self.idles.append(entry)
@@ -209,13 +221,15 @@ class Run:
             menu += [self.snapshot, self.unsnapshot]
         if self.case.resizes:
             menu.append(self.resize)
+        if self.case.amendments:
+            menu.append(self.amend)
         if self.case.withdraws:
             menu.append(self.withdraw)
         return menu
 
     async def client(self) -> None:
         menu = self._menu()
-        whole = (self.snapshot, self.unsnapshot, self.withdraw)
+        whole = (self.snapshot, self.unsnapshot, self.amend, self.withdraw)
         for _ in range(self.turns):
             action = self.rng.choice(menu)
             task = self.driver.spawn(action(), name=action.__name__)

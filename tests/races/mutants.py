@@ -570,14 +570,34 @@ def _quiet(gate: bool = True, wait: bool = True, clean: int = 16) -> Callable[..
     return quiet
 
 
-@mutant(8)
-def a_snapshot_between_map_and_write(stack: ExitStack) -> None:
+def _without_a_lease(stack: ExitStack) -> None:
     async def run(self: Procedures, procedure: Any, whole_image: bool) -> Any:
         self._serial += 1
         work = self._quiet if whole_image else self._steps
         return await self.engine.shared.run(("procedure", self._serial), lambda: work(procedure))
 
     put(stack, Procedures, "run", run)
+
+
+@mutant(8)
+def a_snapshot_between_map_and_write(stack: ExitStack) -> None:
+    _without_a_lease(stack)
+
+
+@mutant(8, ("qcow2-snapshots", "qcow2-snapshots-features"), seeds=300)
+def a_snapshot_of_qcow2_between_map_and_write(stack: ExitStack) -> None:
+    _without_a_lease(stack)
+
+
+@mutant(8, ("qcow2-snapshots", "qcow2-snapshots-features"), seeds=300)
+def tables_of_qcow2_are_kept_across_a_snapshot(stack: ExitStack) -> None:
+    put(stack, View, "clear", lambda self: None)
+
+
+@mutant(8, ("qcow2-amend",), seeds=300)
+def an_amendment_beside_writers(stack: ExitStack) -> None:
+    _without_a_lease(stack)
+    put(stack, Procedures, "_quiet", _quiet(gate=False, wait=False))
 
 
 @mutant(8)

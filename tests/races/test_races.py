@@ -18,8 +18,16 @@ FORMATS = ("qcow2", "vhdx", "vmdk")
 LONG = int(os.environ.get("DISKWRIGHT_SEEDS", "2000"))
 
 
-def _run(cases: list[str], count: int, first: int, capsys: pytest.CaptureFixture[str]) -> None:
-    results = pool.run(cases, count, first)
+def _run(
+    cases: list[str],
+    count: int,
+    first: int,
+    capsys: pytest.CaptureFixture[str],
+    slow: tuple[str, ...] = (),
+) -> None:
+    """``slow``: of these a quarter is enough."""
+    results = pool.run([name for name in cases if name not in slow], count, first)
+    results += pool.run(slow, count // 4, first)
     total = pool.totals(results)
     pool.show(
         capsys,
@@ -44,7 +52,7 @@ def test_toy_graphs(capsys: pytest.CaptureFixture[str]) -> None:
 def test_qcow2_graphs(capsys: pytest.CaptureFixture[str]) -> None:
     # The cases of single features share what six plain graphs would get.
     cases = [name for name in CASES if name.startswith("qcow2")]
-    _run(cases, max(SEEDS * 6 // len(cases), 1), 0, capsys)
+    _run(cases, max(SEEDS * 6 // len(cases), 1), 0, capsys, ("qcow2-aes", "qcow2-luks"))
 
 
 @pytest.mark.timeout(600)
