@@ -180,6 +180,11 @@ class Counts:
                     found.add(base + i)
         return found
 
+    @property
+    def highest(self) -> int:
+        """The largest count."""
+        return max((max(chunk) for chunk in self.chunks.values()), default=0)
+
     def _flat(self, number: int) -> bytearray:
         chunk = self.chunks[number]
         if type(chunk) is bytearray:

@@ -23,8 +23,6 @@ class Passing(EntryMending):
 
     def __init__(self, image: Qcow2, found: Checker) -> None:
         super().__init__(image, found)
-        self.stride = found.stride
-        self.external = found.external
         self.fixed = image.header.crypt_method == 2
         """Clusters stay where they are."""
         self.sharing = self.fixed or bool(image.snapshot_table)
@@ -48,7 +46,10 @@ class Passing(EntryMending):
         """The run is in the file, and nothing else is where it is."""
         first = (run.entry & OFFSET) >> self.bits
         stop = first + run.length
-        return self.external or (stop <= self.end and not any(self.claims.used(first, stop)))
+        if self.external:
+            return True
+        alone = stop <= self.end and not any(self.claims.used(first, stop))
+        return alone and not self._crowded(first, stop)
 
     def claim_run(self, run: Run) -> bool:
         """The same; it is somebody's from now on."""

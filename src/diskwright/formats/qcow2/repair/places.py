@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import struct
 from array import array
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, NamedTuple
 
 from ....contract import Barrier, MetaWrite, Procedure, Progress, Read, Table, Write
 from ....errors import CorruptImage
-from ....ondisk import big_endian_array, big_endian_bytes
+from ....ondisk import big_endian_array
 from ...editing import ask, flush, unpin
-from .. import header as hd
 from ..check.checking import Checker
 from ..check.counts import Counts
 from ..check.references import Structures
 from ..machine.core import SLOT
-from ..snapshots.table import encode_table
+from ..snapshots.sharing import Recounter
 
 if TYPE_CHECKING:
     from ..format import Qcow2
@@ -24,7 +22,6 @@ if TYPE_CHECKING:
 _BATCH_BYTES = 1 << 20
 # Bytes of copies beyond as many as the file has: more would be an image made to fill a disk.
 _MOST_COPIES = 4 << 30
-_SNAPSHOTS_AT = 64
 
 
 class Root(NamedTuple):
@@ -44,13 +41,18 @@ class Places:
         self.found = found
         self.bits, self.size = image.cluster_bits, image.cluster_size
         self.end = found.file_clusters
+        self.most = (1 << image.refcount_bits) - 1
+        """The largest count; what was found may be more."""
+        self.highest = found.counts.highest
         self.claims = Counts()
         self.copies = 0
         self.mended = 0
 
     # -- space
-    def _take(self, count: int) -> Procedure:
-        """``count`` clusters whose counts are durable."""
+    def take(self, count: int, times: int = 1) -> Procedure:
+        """``count`` clusters, each with ``times`` references, whose counts are durable."""
+        if not count:
+            return []
         self.copies += count
         self._bound(self.copies)
         image = self.image
@@ -59,10 +61,29 @@ class Places:
         image.take(chosen)
         yield from flush(image)
         unpin(pins)
-        out = [cluster for start, stop, _ in chosen for cluster in range(start, stop)]
-        for cluster in out:
-            self.claims.add(cluster)
-        return out
+        yield from self._taken([(start, stop) for start, stop, _ in chosen], times)
+        return [cluster for start, stop, _ in chosen for cluster in range(start, stop)]
+
+    def _take_run(self, count: int, times: int = 1) -> Procedure:
+        """The first of ``count`` clusters in one run, likewise."""
+        self.copies += count
+        self._bound(self.copies)
+        image = self.image
+        pins: list[Table] = []
+        start: int = yield from ask(image, lambda: image.take_region(count), pins)
+        yield from flush(image)
+        unpin(pins)
+        yield from self._taken([(start, start + count)], times)
+        return start
+
+    def _taken(self, runs: list[tuple[int, int]], times: int) -> Procedure:
+        for start, stop in runs:
+            self.claims.add_run(start, stop)
+        more = min(times, self.most) - 1
+        if more > 0:
+            recounter = Recounter(self.image, 1)
+            yield from recounter.claims([(start, stop, more) for start, stop in runs])
+            yield from recounter.finish()
 
     def _bound(self, copies: int) -> None:
         if copies > self.end + (_MOST_COPIES >> self.bits):
@@ -83,16 +104,18 @@ class Places:
             )
             yield Progress(start, len(todo))
 
+    def _crowded(self, first: int, stop: int, more: int = 0) -> bool:
+        """Some of the clusters [first, stop) would have more references than can be counted, with
+        ``more`` beside those that were found."""
+        if self.highest + more <= self.most:
+            return False
+        counts = self.found.counts
+        return any(counts.get(cluster) + more > self.most for cluster in range(first, stop))
+
     def _region(self, data: bytes, tag: str) -> Procedure:
         """Write ``data`` to a new place of its own; returns its offset, counted and durable."""
-        image = self.image
         count = -(-len(data) >> self.bits)
-        self.copies += count
-        self._bound(self.copies)
-        pins: list[Table] = []
-        start: int = yield from ask(image, lambda: image.take_region(count), pins)
-        yield from flush(image)
-        unpin(pins)
+        start: int = yield from self._take_run(count)
         data = data.ljust(count << self.bits, b"\0")
         for at in range(0, len(data), _BATCH_BYTES):
             part = data[at : at + _BATCH_BYTES]
@@ -100,59 +123,7 @@ class Places:
         yield Barrier()
         return start << self.bits
 
-    def _l1_place(self) -> Procedure:
-        """An L1 table that the file does not hold as a whole gets a new place."""
-        image, h = self.image, self.header
-        length = 8 * h.l1_size
-        if not h.l1_size or (h.l1_offset + length - 1) >> self.bits < self.end:
-            return
-        h.l1_offset = yield from self._region(big_endian_bytes(image.l1), "l1_grow_write_table")
-        fields = struct.pack(">IQ", h.l1_size, h.l1_offset)
-        yield Write([MetaWrite(SLOT, hd.L1_OFFSET, fields, "l1_grow_activate_table")])
-        yield Barrier()
-        image.reserve_structures()
-        self.mended += 1
-        self.found.result.say(f"Repairing L1 table: it is at {h.l1_offset:#x} now")
-
-    # -- snapshots
-    def _snapshot_places(self) -> Procedure:
-        """A snapshot table that the file does not hold, or whose entries lack what version 3 asks
-        for, is written anew; so is the L1 table of a snapshot that is outside the file or lies over
-        something."""
-        image, h = self.image, self.header
-        table = list(image.snapshot_table)
-        counts = self.found.counts
-        moved = False
-        for number, snapshot in enumerate(table):
-            length = 8 * snapshot.l1_size
-            if not length:
-                continue
-            first, last = snapshot.l1_offset >> self.bits, snapshot.l1_offset + length - 1
-            last >>= self.bits
-            inside = first > 0 and last < self.end
-            if inside and all(counts.get(cluster) < 2 for cluster in range(first, last + 1)):
-                continue
-            raw = yield from self._read_region(snapshot.l1_offset, length)
-            place = yield from self._region(raw, "l1_grow_write_table")
-            table[number] = snapshot._replace(l1_offset=place)
-            moved = True
-        if h.version > 2 and any(snapshot.disk_size is None for snapshot in table):
-            table = [s if s.disk_size is not None else s._replace(disk_size=h.size) for s in table]
-            moved = True
-        last = (h.snapshots_offset + image.snapshot_bytes - 1) >> self.bits
-        inside = last < self.end
-        first = h.snapshots_offset >> self.bits
-        if not moved and inside and all(counts.get(c) < 2 for c in range(first, last + 1)):
-            return
-        data = encode_table(table)
-        h.snapshots_offset = yield from self._region(data, "none")
-        yield Write([MetaWrite(SLOT, _SNAPSHOTS_AT, struct.pack(">Q", h.snapshots_offset))])
-        yield Barrier()
-        image.snapshot_table, image.snapshot_bytes = table, len(data)
-        image.reserve_structures()
-        self.mended += 1
-        self.found.result.say(f"Repairing snapshot table: it is at {h.snapshots_offset:#x} now")
-
+    # -- L1 tables
     def _read_region(self, offset: int, length: int) -> Procedure:
         out = bytearray()
         for at in range(0, length, _BATCH_BYTES):
