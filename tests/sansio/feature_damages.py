@@ -247,13 +247,17 @@ def snapshot_l1_too_large(f: File) -> None:
     struct.pack_into(">I", f.data, f.snapshot(1) + 8, 1 << 28)
 
 
-@damage(
-    "snapshots",
-    "the snapshot table breaks its bounds",
-    "what is behind that entry is dropped, with a message",
-)
-def snapshot_table_unbounded(f: File) -> None:
-    struct.pack_into(">I", f.data, f.snapshot(1) + 36, 1 << 28)
+@damage("snapshots", "a snapshot has too much extra data", "they are cut off, with a message")
+def snapshot_extra_long(f: File) -> None:
+    at, extra = f.snapshot(1), f.extra(f.snapshot(1))
+    names = bytes(f.data[at + 40 + extra : at + 48 + extra])
+    struct.pack_into(">I", f.data, at + 36, 2000)
+    f.data[at + 2040 : at + 2048] = names
+
+
+@damage("snapshots", "the length of a snapshot's extra data is damaged", "its end is found again")
+def snapshot_extra_damaged(f: File) -> None:
+    struct.pack_into(">I", f.data, f.snapshot(0) + 36, 1 << 28)
 
 
 @damage("snapshots", "a cluster of a snapshot is counted once too little", "the count is raised")

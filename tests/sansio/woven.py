@@ -131,8 +131,8 @@ class Woven:
         (features,) = struct.unpack_from(">Q", self.file, 72) if self.file[7] > 2 else (0,)
         self.stride = 2 if features & _EXTENDED else 1
         self.tables: list[int] = []
-        """Entries of L1, L2 and refcount tables and of bitmaps' tables, and where the header and the
-        directory have their places."""
+        """Where the entries of L1, L2, refcount and bitmaps' tables are, and what names tables in
+        the snapshot table and the bitmap directory."""
         self.structures: list[int] = []
         self.data: list[int] = []
         self._survey()
@@ -207,7 +207,9 @@ class Woven:
         rng = self.rng
         kind = rng.random()
         if kind < 0.06:
-            block = rng.choice(self.structures[1:]) if rng.random() < 0.2 else self.get(self.get(48))
+            block = (
+                rng.choice(self.structures[1:]) if rng.random() < 0.2 else self.get(self.get(48))
+            )
             at = block + rng.randrange(self.size)
             if at < len(self.file):
                 self.file[at] = rng.choice([0, 0, 1, 2, rng.randrange(256)])

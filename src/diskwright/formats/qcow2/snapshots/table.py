@@ -15,8 +15,11 @@ from ..machine.core import SLOT
 if TYPE_CHECKING:
     from ..format import Qcow2
 
-_ENTRY = struct.Struct(">QIHHIIQII")
+ENTRY = struct.Struct(">QIHHIIQII")
+EXTRA_AT = 36
+"""Where an entry has the length of its extra data, of 32 bits."""
 _EXTRA = struct.Struct(">QQQ")
+KNOWN_EXTRA = _EXTRA.size
 LEAST_EXTRA = 16
 """Bytes of extra data that every entry of version 3 has: VM state size and disk size."""
 MAX_EXTRA = 1024
@@ -54,7 +57,7 @@ class Snapshot(NamedTuple):
                 known = known[:LEAST_EXTRA] + extra[LEAST_EXTRA:]
             extra = known + extra[len(known) :]
         small = self.vm_state_size if self.vm_state_size < 1 << 32 else 0
-        out = _ENTRY.pack(
+        out = ENTRY.pack(
             self.l1_offset,
             self.l1_size,
             len(self.id),
@@ -120,11 +123,11 @@ def read_table(image: Qcow2, found: list[Snapshot] | None = None) -> Procedure:
     buffer, base = b"", start
     for number in range(h.nb_snapshots):
         # The longest entry has two names of 64 KiB.
-        if len(buffer) < at - base + _ENTRY.size + MAX_EXTRA + (1 << 17):
+        if len(buffer) < at - base + ENTRY.size + MAX_EXTRA + (1 << 17):
             (buffer,) = yield Read(SLOT, [(at, _READ)])
             base = at
             yield Progress(number, h.nb_snapshots)
-        snapshot, length = _parse(h, buffer, at - base, at)
+        snapshot, length = parse_entry(h, buffer, at - base, at)
         at += length
         if at - start > MAX_TABLE_BYTES:
             raise MalformedImage(
@@ -134,8 +137,11 @@ def read_table(image: Qcow2, found: list[Snapshot] | None = None) -> Procedure:
     return found, at - start
 
 
-def _parse(h: hd.Header, data: bytes, at: int, place: int) -> tuple[Snapshot, int]:
-    """The entry at ``at`` of ``data`` and its length with the padding; ``place``: in the file."""
+def parse_entry(h: hd.Header, data: bytes, at: int, place: int) -> tuple[Snapshot, int]:
+    """The entry at ``at`` of ``data`` and its length with the padding; ``place``: in the file.
+
+    Raises MalformedImage for more extra data than `MAX_EXTRA`.
+    """
     (
         l1_offset,
         l1_size,
@@ -146,12 +152,12 @@ def _parse(h: hd.Header, data: bytes, at: int, place: int) -> tuple[Snapshot, in
         clock,
         state_size,
         extra_length,
-    ) = _ENTRY.unpack_from(data, at)
+    ) = ENTRY.unpack_from(data, at)
     if extra_length > MAX_EXTRA:
         raise MalformedImage(
             "Too much extra metadata in snapshot table entry", field="extra_data_size", offset=place
         )
-    first = at + _ENTRY.size
+    first = at + ENTRY.size
     extra = data[first : first + extra_length]
     disk_size = icount = None
     if extra_length >= LEAST_EXTRA:
