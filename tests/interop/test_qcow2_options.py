@@ -391,3 +391,19 @@ def test_a_bitmap_for_which_there_is_no_sound_place(tmp_path: Path) -> None:
     text = run([*OURS, "bitmap", "--add", path, "one"], status=1)
     assert "overlaps with qcow2_header" in text
     assert path.read_bytes() == before
+
+
+def test_a_snapshot_that_points_behind_the_file_keeps_nobody_from_writing(tmp_path: Path) -> None:
+    path = made(tmp_path)
+    with diskwright.open(str(path), writable=True) as disk:
+        disk.snapshots.create("one")
+    table = at(path, 64)
+    patched(path, table, struct.pack(">Q", 64 * CLUSTER + 512))
+    with diskwright.open(str(path), writable=True) as disk:
+        for offset in (0, *range(MIB, 6 * MIB, CLUSTER)):
+            disk.write(offset, b"x" * CLUSTER)
+    assert not corrupt(path)
+    entries = at(path, L1) & ~COPIED
+    hosts = {at(path, entries + 8 * n) & ~COPIED for n in range(SIZE // CLUSTER)}
+    assert 66 * CLUSTER in hosts
+    assert 64 * CLUSTER not in hosts

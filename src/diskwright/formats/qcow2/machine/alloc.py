@@ -280,7 +280,8 @@ class Allocator(Mapping):
                 run for c, d in self.reserved.outside(a, b) for run in self._without_tables(c, d)
             ]
             if vacant != [(a, b)]:
-                self.check_free(vacant, a, b)
+                # Behind the end of the file there is nothing that could be lost.
+                self.check_free(vacant, a, min(b, self.fresh))
             for e, f in vacant:
                 split = min(max(self.fresh, e), f)
                 self.free.add(e, split)

@@ -240,7 +240,7 @@ class Guard(Core):
         tables = {entry & OFFSET for entry in self.l1}
         at = start
         for a, b in [*vacant, (end, end)]:
-            for cluster in range(at, a):
+            for cluster in range(at, min(a, end)):
                 what = self.overlap(cluster << self.cluster_bits, tables=tables)
                 if what is not None:
                     raise CorruptImage(
