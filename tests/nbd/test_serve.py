@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+import diskwright
 from nbd import peer
 from nbd.peer import Client
 from nbd.serving import Serve, serving, wait_for
@@ -63,6 +64,25 @@ def test_ends_with_its_client_and_says_nothing(image: Path) -> None:
     client.close()
     assert server.ended() == (0, "")
     assert not server.socket.exists()
+
+
+def test_an_internal_snapshot(tmp_path: Path) -> None:
+    """As `qemu-nbd -l`: the disk as it was, for reading alone."""
+    path = tmp_path / "a.qcow2"
+    diskwright.create(path, "qcow2", 1 << 20)
+    with diskwright.open(path, writable=True) as disk:
+        disk.write(0, b"before")
+        disk.snapshots.create("one")
+        disk.write(0, b"behind")
+    for name in ("one", "snapshot.name=one", "snapshot.id=1"):
+        server = Serve(path, "-l", name, format="qcow2")
+        client = Client(str(server.socket))
+        assert client.read(0, 6) == b"before"
+        assert client.flags & 2  # read-only
+        client.close()
+        assert server.ended() == (0, "")
+    status, said = Serve(path, "-l", "two", format="qcow2").ended()
+    assert status == 1 and "Failed to load snapshot: Can't find snapshot" in said
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ..errors import DiskError, UsageError
 from .create import check_names, collect, creation_failed, list_options, overlay, wants_list
@@ -11,6 +11,9 @@ from .options import FORCE_SHARE, GATE, IMAGE_OPTS, OBJECT, PROGRESS, QUIET, Arg
 from .output import Call, reason, strerror
 from .progress import Progress
 from .sizes import INT64_MAX, bounded
+
+if TYPE_CHECKING:
+    from ..ops.snapshots import Selector
 
 OPTIONS = (
     QUIET,
@@ -107,7 +110,7 @@ def _refused(args: Args, fmt: str) -> None:
         raise UsageError("-o has no effect when skipping image creation")
 
 
-def snapshot_of(call: Call, args: Args, key: str) -> Any:
+def snapshot_of(call: Call, args: Args, key: str) -> Selector | None:
     """The snapshot that option ``key`` selects; None without."""
     text = args.get(key)
     if text is None:

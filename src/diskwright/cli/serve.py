@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-from ..errors import UsageError
+from ..errors import DiskError, UsageError
 from .images import READ_CACHES, arguments, gate, secrets, warn_if_guessed
 from .options import FORCE_SHARE, FORMAT, GATE, IMAGE_OPTS, OBJECT, Args, Opt
 from .output import Call, UsageProblem, reason, to_stderr
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from ..engine.kernel import Driver
     from ..graph.gate import Gate
     from ..graph.names import Reference
+    from ..graph.node import Node
+    from ..ops.snapshots import Selector
     from ..secrets import Secrets
 
 DEFAULT_PORT = 10809
@@ -31,6 +33,8 @@ OPTIONS = (
     Opt("p", "port", "PORT", "listen on a TCP port (default 10809)"),
     Opt("b", "bind", "ADDRESS", "address to listen on"),
     Opt("r", "read-only", "", "let nobody write"),
+    Opt("l", "load-snapshot", "SNAPSHOT", "serve an internal snapshot, read-only: an id or name, "
+        "or snapshot.id=ID,snapshot.name=NAME"),
     Opt("t", "persistent", "", "go on when the last client has left"),
     Opt("e", "shared", "NUM", "clients at a time (default 1, 0 for any number)"),
     Opt("x", "export-name", "NAME", "name of the export (default: empty)"),
@@ -73,6 +77,7 @@ class Settings(NamedTuple):
     pid_file: str = ""
     verbose: bool = False
     secrets: Secrets | None = None
+    snapshot: Selector | None = None
 
 
 def main(call: Call, argv: list[str]) -> int:
@@ -123,7 +128,7 @@ def _settings(call: Call, args: Args) -> Settings:
         # qemu-nbd listens everywhere; a disk that nobody asked to publish stays at home
         address=args.get("bind") or ("localhost" if ours else "0.0.0.0"),
         port=args.get("port") or str(DEFAULT_PORT),
-        read_only="read-only" in args,
+        read_only="read-only" in args or "load-snapshot" in args,
         persistent="persistent" in args,
         clients=_count(args, "shared", 1, "Invalid shared device number"),
         name=args.get("export-name") or "",
@@ -136,7 +141,25 @@ def _settings(call: Call, args: Args) -> Settings:
         pid_file=args.get("pid-file") or "",
         verbose="verbose" in args,
         secrets=keys,
+        snapshot=_snapshot(call, args),
     )
+
+
+def _snapshot(call: Call, args: Args) -> Selector | None:
+    if "load-snapshot" not in args:
+        return None
+    from .convert import snapshot_of
+
+    return snapshot_of(call, args, "load-snapshot")
+
+
+async def _show(node: Node, snapshot: Selector) -> None:
+    from ..ops.snapshots import show
+
+    try:
+        await show(node, snapshot)
+    except (OSError, DiskError) as error:
+        raise UsageError(f"Failed to load snapshot: {reason(error)}") from error
 
 
 def _count(args: Args, key: str, default: int, message: str) -> int:
@@ -180,6 +203,8 @@ async def _serve(
         secrets=settings.secrets,
     )
     try:
+        if settings.snapshot is not None:
+            await _show(node, settings.snapshot)
         if not settings.read_only:
             warn_if_guessed(call, settings.image, node)
         export = NbdExport(
