@@ -40,7 +40,8 @@ class Shell:
         """Run ``line``; its error output (and a progress line) goes to the screen as it comes."""
         print(f"  $ {line}", flush=True)
         words = shlex.split(line)
-        live = "-p" in words
+        progress = "-p" in words
+        live = progress and sys.stdout.isatty()
         start = time.monotonic()
         done = subprocess.run(
             self.command(words),
@@ -54,7 +55,7 @@ class Shell:
         )
         timings.append((line, time.monotonic() - start))
         text = done.stdout or ""
-        lines = text.splitlines()
+        lines = text.splitlines()[-1:] if progress else text.splitlines()
         for out in lines[:show]:
             print(f"    {out}")
         if len(lines) > show > 0:
