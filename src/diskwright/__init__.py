@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         compare,
         convert,
         create,
+        digest,
         info,
         info_chain,
         open,
@@ -45,6 +46,7 @@ __all__ = [
     "commit",
     "rebase",
     "amend",
+    "digest",
 ]
 
 

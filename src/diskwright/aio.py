@@ -113,6 +113,7 @@ if TYPE_CHECKING:
     commit = awaitable(calls.commit)
     rebase = awaitable(calls.rebase)
     amend = awaitable(calls.amend)
+    digest = awaitable(calls.digest)
 
 
 def __getattr__(name: str) -> Any:

@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 OPERATIONS = (
     "info", "info_chain", "check", "plan_repair", "undo", "convert", "compare", "commit", "rebase",
-    "amend", "salvage",
+    "amend", "salvage", "digest",
 )  # fmt: skip
 """Functions of :mod:`diskwright.ops.calls`, which is imported with the first of them."""
 
@@ -146,6 +146,7 @@ if TYPE_CHECKING:
     commit = blocking(calls.commit)
     rebase = blocking(calls.rebase)
     amend = blocking(calls.amend)
+    digest = blocking(calls.digest)
 
 
 def __getattr__(name: str) -> Any:

@@ -48,6 +48,7 @@ IMG_VERBS = {
     "snapshot": "List, take, apply or delete an image's own snapshots",
 }
 OWN_VERBS = {
+    "digest": "Print digests of a disk's content",
     "io": "Read and write by commands",
     "salvage": "Copy what can be read out of a damaged image",
     "serve": "Serve a disk over NBD",

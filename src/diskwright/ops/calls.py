@@ -10,7 +10,7 @@ own error (OSError, ImageError, Refused, ...).
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..findings import CheckResult
     from .check import Checked
     from .compare import Comparison
+    from .digest import Digests
     from .info import NodeInfo
     from .salvage import Salvaged
     from .undo import Undone
@@ -294,6 +295,31 @@ async def compare(
         return await compare(*nodes, strict=strict, on_progress=on_progress)
     finally:
         await close_all(nodes)
+
+
+async def digest(
+    driver: BaseDriver,
+    source: Source,
+    algorithms: Sequence[str] = ("sha256",),
+    *,
+    format: str | None = None,
+    policy: str | Policy | None = None,
+    map_paths: MapPaths = None,
+    secrets: Keys = None,
+    force_share: bool = False,
+    on_progress: OnProgress | None = None,
+) -> Digests:
+    """Digests of a disk's content by each of ``algorithms``: ``sha256`` (that of the raw disk),
+    ``sha512``, ``sha1``, ``md5``, ``blake2b``, and ``tree`` (see docs/digest.md)."""
+    from .digest import digest
+
+    with _plain_errors():
+        spec = spec_of(source, format, policy, "writeback", force_share, map_paths, secrets)
+        node = await spec.open(driver)
+    try:
+        return await digest(driver, node, algorithms, on_progress)
+    finally:
+        await close_all([node])
 
 
 async def commit(
