@@ -27,7 +27,7 @@ from .snapshots import Selector, show
 from .sources import SPARSE, Sources
 from .streaming import Pass, limited, one_pass, salvaged, write_pass
 
-BUFFER = 2 << 20
+BUFFER = 4 << 20
 _PACKED = 1 << 20
 """Bytes that are compressed in one go."""
 ONE_SOURCE = (

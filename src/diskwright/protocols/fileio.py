@@ -20,6 +20,7 @@ from ..engine.kernel import BaseDriver, Condition, Future, wait_all
 from ..errors import FlushFailed
 from ..units import align_up
 from .base import Buffer, Leaf, clear
+from .lane import Lane
 from .os_portable import Device, Portable, Writable
 from .outward import WriteOut
 from .space import HoleMap, Space
@@ -30,11 +31,15 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+_BESIDE = 64 << 10
+"""Most bytes that are written on the asking thread while a copy fills the file: it has better
+things to do there."""
+
 
 class FileIO(Leaf):
     """Reads, writes and flushes of one descriptor."""
 
-    inline_read = 2 << 20
+    inline_read = 4 << 20
     """Most bytes of a batch that is read on the asking thread."""
     inline_write = 1 << 20
     """Most bytes of a batch that is written on it."""
@@ -61,6 +66,8 @@ class FileIO(Leaf):
         self._new = False  # its name is not known to be durable
         self._overshot = False  # aligned writes went beyond `size`
         self._write_out: WriteOut | None = None
+        self._lane = Lane(driver) if device.kind == "file" else None
+        self._filled = False  # by a copy
         self._flush_error: OSError | None = None
         self._jobs = 0
         self._idle = Condition()
@@ -235,9 +242,12 @@ class FileIO(Leaf):
             if self._bounce is not None:
                 await self._write_direct(self._bounce, offsets, buffers, end)
             elif (
-                fast is None or total > self.inline_write or (began := perf_counter()) < guard.until
+                fast is None
+                or total > (_BESIDE if self._filled else self.inline_write)
+                or (began := perf_counter()) < guard.until
             ):
-                await self._job(put_all, self.table, fd, offsets, buffers)
+                call = self.driver.call if self._lane is None else self._lane.call
+                await self._counted(call(put_all, self.table, fd, offsets, buffers))
             else:
                 if guard.watching:
                     guard.look(began)
@@ -265,6 +275,7 @@ class FileIO(Leaf):
             await self.flush()
 
     def will_flush(self, soon: bool) -> None:
+        self._filled = soon
         self._write_out = None
         if (
             soon
