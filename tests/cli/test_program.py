@@ -289,8 +289,8 @@ def syncs(tmp_path: Path, *args: str) -> tuple[int, int]:
 def test_flush_means_flush_at_the_end_of_convert(
     tmp_path: Path, fmt: str, cache: str | None
 ) -> None:
-    (tmp_path / "a").write_bytes(b"x" * (4 * MIB))
-    before, _ = syncs(tmp_path, "create", "-q", "-f", fmt, "fresh", "4M")
+    (tmp_path / "a").write_bytes(b"x" * (12 * MIB))  # three buffers: one sync may cover two
+    before, _ = syncs(tmp_path, "create", "-q", "-f", fmt, "fresh", "12M")
     mode = () if cache is None else ("-t", cache)
     file, directory = syncs(tmp_path, "convert", "-O", fmt, *mode, "a", "b")
     assert directory >= 1

@@ -84,6 +84,23 @@ def test_a_command_imports_little(
     assert len(modules) <= most, f"{len(modules)}: {sorted(modules)}"
 
 
+@pytest.mark.parametrize(
+    ("words", "most"),
+    [
+        (["convert", "-O", "qcow2", "{image}", "{copy}"], 153),
+        (["compare", "{image}", "{image}"], 138),
+    ],
+    ids=lambda v: v[0] if isinstance(v, list) else "",
+)
+def test_what_goes_over_two_disks_imports_little(
+    words: list[str], most: int, image: Path, tmp_path: Path
+) -> None:
+    filled = [word.format(image=image, copy=tmp_path / "copy") for word in words]
+    modules = imported(run_main(*filled), tmp_path)
+    assert not modules & HEAVY
+    assert len(modules) <= most, f"{len(modules)}: {sorted(modules)}"
+
+
 def test_a_command_imports_only_its_own_drivers(image: Path, tmp_path: Path) -> None:
     modules = imported(run_main("info", str(image)), tmp_path)
     assert "diskwright.formats.qcow2" in modules

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..contract import COMPRESSED
 from ..engine.align import whole_units
@@ -18,14 +18,15 @@ from ..graph.node import Node
 from ..graph.opener import close_disk, discard_disk
 from ..graph.perms import CONSISTENT_READ, WRITE_UNCHANGED
 from ..units import SECTOR, align_up
-from .convert_bitmaps import check_source, check_target, copy_bitmaps
 from .create import create
 from .fresh import fresh_is_zero
 from .images import ImageSpec, OpenFailed, close_all
 from .itself import refuse_itself
-from .snapshots import Selector, show
 from .sources import SPARSE, Sources
 from .streaming import Pass, limited, one_pass, salvaged, write_pass
+
+if TYPE_CHECKING:
+    from .snapshots import Selector
 
 BUFFER = 4 << 20
 _PACKED = 1 << 20
@@ -111,6 +112,8 @@ async def convert(
         if on_sources is not None:
             on_sources()
         if settings.bitmaps:
+            from .convert_bitmaps import check_source, check_target, copy_bitmaps
+
             check_source(nodes, settings.skip_broken_bitmaps)
             check_target(target.format or "qcow2")
         total = sum(align_up(node.size, SECTOR) for node in nodes)
@@ -238,6 +241,8 @@ def _check_units(out: Node) -> None:
 
 async def _show(nodes: list[Node], wanted: Selector) -> None:
     """Let the only source be a snapshot of itself."""
+    from .snapshots import show
+
     if len(nodes) > 1:
         raise UsageError("No support for concatenating multiple snapshot")
     try:

@@ -20,7 +20,6 @@ from ..engine.kernel import BaseDriver, Condition, Future, wait_all
 from ..errors import FlushFailed
 from ..units import align_up
 from .base import Buffer, Leaf, clear
-from .lane import Lane
 from .os_portable import Device, Portable, Writable
 from .outward import WriteOut
 from .space import HoleMap, Space
@@ -28,6 +27,7 @@ from .transfer import Guard, fill, fill_all, put, put_all
 
 if TYPE_CHECKING:
     from .bounce import Bounce
+    from .lane import Lane
 
 T = TypeVar("T")
 
@@ -66,7 +66,7 @@ class FileIO(Leaf):
         self._new = False  # its name is not known to be durable
         self._overshot = False  # aligned writes went beyond `size`
         self._write_out: WriteOut | None = None
-        self._lane = Lane(driver) if device.kind == "file" else None
+        self._lane: Lane | None = None  # made for the first write in the pool
         self._filled = False  # by a copy
         self._flush_error: OSError | None = None
         self._jobs = 0
@@ -246,8 +246,7 @@ class FileIO(Leaf):
                 or total > (_BESIDE if self._filled else self.inline_write)
                 or (began := perf_counter()) < guard.until
             ):
-                call = self.driver.call if self._lane is None else self._lane.call
-                await self._counted(call(put_all, self.table, fd, offsets, buffers))
+                await self._counted(self._put_behind(offsets, buffers))
             else:
                 if guard.watching:
                     guard.look(began)
@@ -273,6 +272,16 @@ class FileIO(Leaf):
             self._begin_write_out(self._write_out)
         if flags & FUA or self._write_through:
             await self.flush()
+
+    def _put_behind(self, offsets: Sequence[int], buffers: Sequence[Buffer]) -> Future[None]:
+        """Write in the pool, into a file behind the writes before it."""
+        lane = self._lane
+        if lane is None and self.device.kind == "file":
+            from .lane import Lane
+
+            lane = self._lane = Lane(self.driver)
+        call = self.driver.call if lane is None else lane.call
+        return call(put_all, self.table, self._fd, offsets, buffers)
 
     def will_flush(self, soon: bool) -> None:
         self._filled = soon

@@ -32,7 +32,7 @@ class Lane:
             self._jobs.append((future, function, arguments))
             idle, self._busy = not self._busy, True
         if idle:
-            self.driver.call(self._work)
+            _ = self.driver.call(self._work)
         return future
 
     def _work(self) -> None:
