@@ -73,7 +73,7 @@ class CheckResult:
             value = getattr(self, key.replace("-", "_"))
             if value:
                 out[key] = value
-        if self.passes > 1:
+        if self.passes:
             out["passes"] = self.passes
             out["bytes-read"] = self.bytes_read
         if self.uncovered:

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import random
 import struct
 
 import pytest
 from machine import Machine
+from scale.images import Layout
 from test_qcow2_cross import made
 
 from diskwright.errors import UnsupportedFeature
 from diskwright.findings import CheckResult
 from diskwright.formats import qcow2
-from diskwright.formats.qcow2.check import checking, counts, tablewalk
+from diskwright.formats.qcow2.check import checking, counts, references, tablewalk
 from diskwright.formats.qcow2.check.checking import Checker
 from diskwright.formats.qcow2.check.counts import CHUNK, Counts
+from diskwright.formats.qcow2.check.meter import Meter
 
 CLUSTER = 512
 SMALL = 1 << 9
@@ -46,30 +49,77 @@ def spread() -> bytes:
 def checked(file: bytes, most: int | None) -> tuple[CheckResult, Checker]:
     machine = Machine(file)
     image = machine.open(qcow2.DRIVER, check=True)
-    checker = Checker(image, most)
-    return machine.run(checker.run()), checker
+    checker = Checker(image, Meter(), most)
+    return machine.run(checker.meter.run(checker.run())), checker
 
 
 @pytest.mark.usefixtures("small")
 def test_passes_find_the_same() -> None:
     file = spread()
     once, checker = checked(file, None)
-    assert checker.passes == 1 and once.corruptions and once.leaks
+    assert checker.meter.passes == 1 and once.corruptions and once.leaks
     for most in (1, 2, 3):
         several, checker = checked(file, most)
-        assert checker.passes > 1
-        more = {"passes": checker.passes, "bytes-read": checker.bytes_read}
+        assert checker.meter.passes > 1
+        more = {"passes": checker.meter.passes, "bytes-read": checker.meter.read}
         assert several.as_dict() == once.as_dict() | more
         assert several.findings == once.findings
 
 
 @pytest.mark.usefixtures("small")
-def test_a_repair_keeps_no_more_than_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(counts, "_MOST_KEPT", 3)
+@pytest.mark.parametrize("snapshots", [0, 2])
+def test_a_pass_reads_what_it_counts(snapshots: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However many passes: each table in the first of them and in one more."""
+    monkeypatch.setattr(references, "_READ_BYTES", 2 * CLUSTER)
+    layout = Layout(4 << 20, cluster_bits=9, snapshots=snapshots)
+    file = bytearray(layout.length)
+    for offset, data in layout.parts():
+        file[offset : offset + len(data)] = data
+    found, checker = checked(bytes(file), 2)
+    assert not (found.corruptions or found.leaks) and found.passes > 5
+    again = bool(snapshots)  # for the flags
+    structures = layout.blocks + (1 + snapshots) * layout.l1_clusters * found.passes
+    read = (2 + again) * layout.tables + structures + 4 * found.passes
+    assert (2 * layout.tables) * CLUSTER < found.bytes_read <= read * CLUSTER
+
+
+def repaired() -> bytes:
     machine = Machine(spread())
     image = machine.open(qcow2.DRIVER, check=True)
+    assert machine.run(image.check("all")).corruptions_fixed
+    return machine.close()
+
+
+def test_a_repair_packs_counts(request: pytest.FixtureRequest) -> None:
+    wanted = repaired()
+    request.getfixturevalue("small")
+    assert repaired() == wanted
+
+
+@pytest.mark.usefixtures("small")
+def test_a_repair_keeps_no_more_than_its_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(counts, "_MOST_PACKED", 30)
     with pytest.raises(UnsupportedFeature, match="clusters in use"):
-        machine.run(image.check("all"))
+        repaired()
+
+
+@pytest.mark.usefixtures("small")
+def test_packed_counts_are_those_that_were_given() -> None:
+    some = Counts()
+    plain: dict[int, int] = {}
+    rng = random.Random(5)
+    for _ in range(3000):
+        first, times = rng.randrange(4 * SMALL), rng.choice((1, 1, 1, 2, 100))
+        stop = first + rng.choice((1, 1, 300))
+        some.add_run(first, stop, times)
+        for cluster in range(first, stop):
+            plain[cluster] = plain.get(cluster, 0) + times
+        assert some.get(first) == plain[first]
+    assert all(some.get(cluster) == plain.get(cluster, 0) for cluster in range(5 * SMALL))
+    used = [c for start, stop in some.used(0, 5 * SMALL) for c in range(start, stop)]
+    assert used == sorted(plain) and some.end == max(plain) + 1
+    assert list(some.several()) == sorted(c for c, count in plain.items() if count > 1)
+    assert some.blocks(8) == {cluster >> 8 for cluster in plain}
 
 
 def test_counts_of_any_size() -> None:

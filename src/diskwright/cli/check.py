@@ -7,8 +7,20 @@ from typing import TYPE_CHECKING, Any
 from ..errors import NotSupported, UsageError
 from .images import arguments, cache_mode, one_image, output_format, run, spec, warn_if_guessed
 from .jsontext import dumps
-from .options import FORCE_SHARE, FORMAT, GATE, IMAGE_OPTS, OBJECT, OUTPUT, QUIET, Opt
+from .options import (
+    FORCE_SHARE,
+    FORMAT,
+    GATE,
+    IMAGE_OPTS,
+    OBJECT,
+    OUTPUT,
+    PROGRESS,
+    QUIET,
+    Opt,
+)
 from .output import Call, UsageProblem, to_stderr
+from .progress import Progress
+from .sizes import human
 
 if TYPE_CHECKING:
     from ..findings import CheckResult
@@ -16,6 +28,8 @@ if TYPE_CHECKING:
 
 OPTIONS = (
     QUIET,
+    PROGRESS,
+    Opt("", "stats", "", "tell how often the tables were gone through, and the bytes read"),
     FORMAT,
     IMAGE_OPTS,
     Opt("T", "cache", "MODE", "cache mode (writeback)"),
@@ -63,11 +77,14 @@ def main(call: Call, argv: list[str]) -> int:
         if repair is not None and not dry_run:
             warn_if_guessed(call, name, node)
 
+    progress = Progress.wanted(call, args)
+    complete = False
     try:
         done = run(
             lambda driver: check(
                 driver,
                 image,
+                progress,
                 repair=repair,
                 on_open=opened,
                 dry_run=dry_run,
@@ -75,9 +92,12 @@ def main(call: Call, argv: list[str]) -> int:
                 force="force" in args,
             )
         )
+        complete = True
     except NotSupported as error:
         call.error(str(error))
         return error.exit_code
+    finally:
+        progress.finish(complete)
     said = (done.repaired, done.after if dry_run else done.found)
     for result in dict.fromkeys(filter(None, said)):
         for finding in result.findings:
@@ -93,11 +113,22 @@ def main(call: Call, argv: list[str]) -> int:
             call.out(_repairs(done.repaired), "")
         call.out(_text(done.found), "")
     found = done.found
+    if found.passes and wanted != "json" and ("stats" in args or progress.mode == "live"):
+        # Only who asks for it, or sits at a terminal: scripts read qemu-img's lines.
+        tell = call.out if "stats" in args else lambda line: to_stderr(f"{line}\n")
+        if done.repaired is not None:
+            tell(_stats("repair", done.repaired))
+        tell(_stats("check", found))
     if found.check_errors:
         return 1
     if found.corruptions:
         return 2
     return 3 if found.leaks else 0
+
+
+def _stats(what: str, found: CheckResult) -> str:
+    times = "once" if found.passes == 1 else f"{found.passes} times"
+    return f"The {what} went through the tables {times} and read {human(found.bytes_read)}."
 
 
 def _undo(call: Call, image: Any, undo_file: str, wanted: str) -> int:

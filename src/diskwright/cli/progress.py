@@ -48,6 +48,8 @@ class Progress:
         return cls(call, "live" if live else "off")
 
     def __call__(self, done: int, total: int) -> None:
+        if done < self.done:  # another part of the work begins
+            self._started = time.monotonic()
         self.done, self.total = done, total
         if self.mode == "off":
             return

@@ -5,10 +5,11 @@ from __future__ import annotations
 from array import array
 from typing import TYPE_CHECKING
 
-from ....contract import Compute, Procedure, Progress
-from ..machine.core import COPIED, OFFSET, PACKED
+from ....contract import Compute, Procedure, Progress, Read
+from ..machine.core import COPIED, OFFSET, PACKED, SLOT
 from ..machine.refblock import RefBlock, decode, narrow
 from .counts import CHUNK, MOST_CHUNKS
+from .meter import Meter
 from .references import Walker, uncovered
 from .scan import Loose, Piece, Run, pieces_of
 
@@ -62,7 +63,6 @@ class Checker(Walker):
         yield from self.compare()
         if self.uncopied or self.counts.shared or result.corruptions or result.leaks:
             yield from self.check_copied()
-        result.passes, result.bytes_read = self.passes, self.bytes_read
         return result
 
     # -- counts
@@ -92,9 +92,8 @@ class Checker(Walker):
         for start in range(0, len(indexes), self.batch):
             part = indexes[start : start + self.batch]
             there = [index for index in part if index in self.blocks]
-            raws = yield from self.read(
-                [(self.blocks[index], self.size) for index in there], "refblock_load"
-            )
+            ranges = [(self.blocks[index], self.size) for index in there]
+            raws = yield Read(SLOT, ranges, "refblock_load")
             by_index = dict(zip(there, raws, strict=True))
             for index in part:
                 block = Block(self.image.refcount_bits, by_index.pop(index, None))
@@ -178,9 +177,10 @@ class Checker(Walker):
         if self.external:
             return
         tables = list(offsets)
+        self.meter.expect(len(tables) << self.bits)
         for start in range(0, len(tables), self.batch):
             part = tables[start : start + self.batch]
-            raws = yield from self.read([(offset, self.size) for offset in part], "l2_load")
+            raws = yield Read(SLOT, [(offset, self.size) for offset in part], "l2_load")
             found: list[list[Piece]] = yield Compute(pieces_of, (raws, self.size, self.stride == 2))
             for table in found:
                 for piece in table:
@@ -234,7 +234,7 @@ class Checker(Walker):
                 cache.pop(next(iter(cache)))
             raw = None
             if index in self.blocks:
-                (raw,) = yield from self.read([(self.blocks[index], self.size)], "refblock_load")
+                (raw,) = yield Read(SLOT, [(self.blocks[index], self.size)], "refblock_load")
             block = cache[index] = Block(self.image.refcount_bits, raw)
         return block
 
@@ -246,4 +246,5 @@ class Checker(Walker):
 
 def check(image: Qcow2) -> Procedure:
     """Check the image on disk (with nothing dirty); returns a CheckResult."""
-    return (yield from Checker(image, MOST_CHUNKS).run())
+    meter = Meter()
+    return (yield from meter.run(Checker(image, meter, MOST_CHUNKS).run()))

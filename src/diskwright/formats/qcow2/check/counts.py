@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import zlib
 from array import array
 from collections.abc import Iterator
 
@@ -13,8 +14,8 @@ CHUNK = 1 << CHUNK_BITS
 MOST_CHUNKS = 1024
 """Chunks that a check keeps at once: 64 MiB of counts, 64 Mi host clusters."""
 
-_MOST_KEPT = 2 * MOST_CHUNKS
-"""The same where all of them are needed at once, as a repair does."""
+_MOST_PACKED = 64 << 20
+"""Bytes of packed chunks, where all counts are kept."""
 
 _USED = re.compile(rb"[^\0]+")
 _SEVERAL = re.compile(rb"[^\0\1]")
@@ -31,7 +32,8 @@ class Counts:
     ``most``: how many bytes' worth of chunks are kept.  When there would be more, the highest are
     given up: the counts are then those of the clusters before ``limit`` alone, and whoever counts
     begins anew at ``first`` = ``limit``, as often as there is something left.  None: all are kept,
-    and UnsupportedFeature is raised where they are too many for that.
+    as a repair needs them; those that were opened first are packed where there are many, and
+    UnsupportedFeature is raised where even that takes too much.
     """
 
     def __init__(self, most: int | None = None, first: int = 0) -> None:
@@ -44,6 +46,8 @@ class Counts:
         """The first chunk that is left out; None while there is none."""
         self.most = most
         self._weight = 0
+        self._packed: dict[int, bytes] = {}
+        self._packed_bytes = 0
 
     @property
     def start(self) -> int:
@@ -60,27 +64,55 @@ class Counts:
         """The chunk, made if need be; None when it is outside what is counted."""
         if number < self.first or (self.limit is not None and number >= self.limit):
             return None
+        chunk = self._known(number)
+        if chunk is not None:
+            return chunk
         if self.most is not None and self._weight >= self.most and number > max(self.chunks):
             self.limit = number
             return None
-        elif self.most is None and self._weight >= _MOST_KEPT:
-            raise UnsupportedFeature(
-                f"repair of an image with more than {_MOST_KEPT * CHUNK} clusters in use"
-            )
         self._room(1)
         chunk = self.chunks[number] = bytearray(CHUNK)
         return chunk
 
+    def _known(self, number: int) -> Chunk | None:
+        """The chunk if there is one, unpacked if need be."""
+        chunk = self.chunks.get(number)
+        if chunk is None and number in self._packed:
+            chunk = self._unpacked(number)
+            self._packed_bytes -= len(self._packed.pop(number))
+            self._room(1 if type(chunk) is bytearray else 8)
+            self.chunks[number] = chunk
+        return chunk
+
+    def _unpacked(self, number: int) -> Chunk:
+        raw = bytearray(zlib.decompress(self._packed[number]))
+        return raw if len(raw) == CHUNK else array("Q", raw)
+
     def _room(self, weight: int) -> None:
-        """Give up the highest chunks until there is room; the lowest one always stays."""
+        """Give up, or pack, chunks until there is room for one of this weight."""
         self._weight += weight
-        while self.most is not None and self._weight > self.most and len(self.chunks) > 1:
-            number = max(self.chunks)
-            self._weight -= 1 if type(self.chunks.pop(number)) is bytearray else 8
-            self.limit = number
+        while self._weight > (self.most or MOST_CHUNKS) and len(self.chunks) > 1:
+            if self.most is None:
+                number = next(iter(self.chunks))
+            else:
+                number = self.limit = max(self.chunks)
+            chunk = self.chunks.pop(number)
+            self._weight -= 1 if type(chunk) is bytearray else 8
+            if self.most is None:
+                self._pack(number, chunk)
+
+    def _pack(self, number: int, chunk: Chunk) -> None:
+        packed = self._packed[number] = zlib.compress(chunk, 1)
+        self._packed_bytes += len(packed)
+        if self._packed_bytes > _MOST_PACKED:
+            raise UnsupportedFeature(
+                f"repair of an image with {len(self._packed) * CHUNK} clusters in use whose "
+                "reference counts have no pattern"
+            )
 
     def _widen(self, number: int) -> Chunk:
-        chunk = self.chunks[number] = array("Q", list(self.chunks[number]))
+        chunk = array("Q", list(self.chunks.pop(number)))
+        self.chunks[number] = chunk  # behind all others, so that it is not packed now
         self._room(7)
         return chunk
 
@@ -131,13 +163,13 @@ class Counts:
     # -- counts
     def get(self, cluster: int) -> int:
         """The references of one cluster."""
-        chunk = self.chunks.get(cluster >> CHUNK_BITS)
+        chunk = self.chunks.get(cluster >> CHUNK_BITS) or self._known(cluster >> CHUNK_BITS)
         return chunk[cluster & CHUNK - 1] if chunk is not None else 0
 
     def part(self, start: int, stop: int) -> bytes | None:
         """The counts of [start, stop), all in one chunk, a byte each; None where one is too large
         for that."""
-        chunk = self.chunks.get(start >> CHUNK_BITS)
+        chunk = self._known(start >> CHUNK_BITS)
         if chunk is None:
             return bytes(stop - start)
         at = start & CHUNK - 1
@@ -154,26 +186,27 @@ class Counts:
         while start < stop:
             number = start >> CHUNK_BITS
             end = min(stop, (number + 1) << CHUNK_BITS)
-            if number in self.chunks:
+            chunk = self._known(number)
+            if chunk is not None:
                 base = number << CHUNK_BITS
-                for found in _USED.finditer(self._flat(number), start - base, end - base):
+                for found in _USED.finditer(_flat(chunk), start - base, end - base):
                     yield base + found.start(), base + found.end()
             start = end
 
     def several(self) -> Iterator[int]:
         """All clusters with more than one reference, ascending."""
         if self.shared:
-            for number in sorted(self.chunks):
-                for found in _SEVERAL.finditer(self._flat(number)):
+            for number in self._numbers():
+                for found in _SEVERAL.finditer(self._peek(number)):
                     yield (number << CHUNK_BITS) + found.start()
 
     def blocks(self, shift: int) -> set[int]:
         """The numbers of all blocks of 2**``shift`` clusters with references."""
         if shift >= CHUNK_BITS:
-            return {number >> shift - CHUNK_BITS for number in self.chunks}
+            return {number >> shift - CHUNK_BITS for number in self._numbers()}
         found = set()
-        for number in self.chunks:
-            flat = self._flat(number)
+        for number in self._numbers():
+            flat = self._peek(number)
             base = number << CHUNK_BITS - shift
             for i in range(CHUNK >> shift):
                 if flat.count(0, i << shift, (i + 1) << shift) < 1 << shift:
@@ -183,22 +216,33 @@ class Counts:
     @property
     def highest(self) -> int:
         """The largest count."""
-        return max((max(chunk) for chunk in self.chunks.values()), default=0)
+        whole = (self.chunks.get(number) or self._unpacked(number) for number in self._numbers())
+        return max(map(max, whole), default=0)
 
-    def _flat(self, number: int) -> bytearray:
-        chunk = self.chunks[number]
-        if type(chunk) is bytearray:
-            return chunk
-        return bytearray([min(value, 255) for value in chunk])
+    def _numbers(self) -> list[int]:
+        """Of all chunks, ascending."""
+        return sorted({*self.chunks, *self._packed})
+
+    def _peek(self, number: int) -> bytearray:
+        """The counts of a chunk; a packed one stays so."""
+        chunk = self.chunks.get(number)
+        return _flat(chunk if chunk is not None else self._unpacked(number))
 
     @property
     def end(self) -> int:
         """One more than the highest cluster with references."""
-        for number in sorted(self.chunks, reverse=True):
-            used = len(self._flat(number).rstrip(b"\0"))
+        for number in reversed(self._numbers()):
+            used = len(self._peek(number).rstrip(b"\0"))
             if used:
                 return (number << CHUNK_BITS) + used
         return 0
+
+
+def _flat(chunk: Chunk) -> bytearray:
+    """The counts as bytes; what is larger is 255."""
+    if type(chunk) is bytearray:
+        return chunk
+    return bytearray([min(value, 255) for value in chunk])
 
 
 def _added(times: int) -> bytes:

@@ -23,7 +23,8 @@ from ....findings import CheckResult
 from ....ondisk import big_endian_array
 from .. import header as hd
 from ..machine.core import COPIED, OFFSET, REFTABLE_OFFSET_MASK, SLOT
-from .counts import Counts
+from .counts import CHUNK_BITS, Counts
+from .meter import Meter
 from .tablewalk import TableWalk
 
 if TYPE_CHECKING:
@@ -48,7 +49,7 @@ def uncovered(image: Qcow2) -> list[str]:
 class Walker(TableWalk):
     """Counts references into ``counts``; what breaks the specification goes into ``result``."""
 
-    def __init__(self, image: Qcow2, most: int | None = None) -> None:
+    def __init__(self, image: Qcow2, meter: Meter, most: int | None = None) -> None:
         """``most``: see `Counts`."""
         self.image = image
         self.header = image.header
@@ -76,14 +77,7 @@ class Walker(TableWalk):
         """Offsets of the usable refcount blocks by their index."""
         self.unsound = False
         """The refcount table or a block of it cannot be relied on, or lies over something."""
-        self.passes = 0
-        self.bytes_read = 0
-        """Of L2 tables and refcount blocks, in all passes."""
-
-    def read(self, ranges: list[tuple[int, int]], tag: str) -> Procedure:
-        """Read ranges of the image file."""
-        self.bytes_read += sum(length for _, length in ranges)
-        return (yield Read(SLOT, ranges, tag))
+        self.meter = meter
 
     # -- the walk
     def walk(self, refcounts: bool = True) -> Procedure:
@@ -94,7 +88,7 @@ class Walker(TableWalk):
         """
         h, result = self.header, self.result
         length = yield Length(SLOT)
-        self.passes += 1
+        self.meter.passes += 1
         self.file_clusters = -(-length >> self.bits)
         result.total_clusters = -(-h.size >> self.bits)
         self._structures(refcounts)
@@ -103,9 +97,25 @@ class Walker(TableWalk):
         for start in range(0, len(self.image.l1), _SLICE):
             self._count_l1(self.image.l1[start : start + _SLICE], self.active, True, start)
             yield Progress(start, len(self.image.l1))
+        self._expect(refcounts)
         yield from self.walk_tables()
         if refcounts:
             yield from self._refcount_blocks()
+
+    def _expect(self, refcounts: bool) -> None:
+        """Tell the meter what the walk, and comparing what it counts, will read."""
+        if self.counts.first:
+            return  # what further walks read was told by the first
+        tables = len(self.active.keys() | self.inactive.keys())
+        if self.counts.most is not None:
+            # Each is read in the walk that counts what it names, and all of them in the first.
+            once = self.counts.most << CHUNK_BITS
+            tables += tables * max(0, self.file_clusters - once) // max(self.file_clusters, 1)
+        if self.uncopied or self.counts.shared:
+            tables += len(self.active)
+        if refcounts:
+            tables += sum(1 for entry in self.image.reftable if entry)
+        self.meter.expect(tables << self.bits)
 
     def _features(self) -> Procedure:
         h = self.header

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from ....contract import Compute, Procedure, Progress
+from ....contract import Compute, Procedure, Progress, Read
 from ....findings import CheckResult
-from ..machine.core import COPIED, OFFSET, PACKED, ZERO_FLAG
+from ..machine.core import COPIED, OFFSET, PACKED, SLOT, ZERO_FLAG
 from ..machine.submapping import ALL, SUBCLUSTERS
 from .counts import CHUNK_BITS, MOST_CHUNKS, Counts
 from .scan import Loose, Piece, Run, pieces_of, span
@@ -39,10 +40,6 @@ class TableWalk:
     inactive: dict[int, int]
     spans: tuple[array[int], array[int]] | None
 
-    def read(self, ranges: list[tuple[int, int]], tag: str) -> Procedure:
-        """Ask for ranges of the image file; ``tag`` is the event of it."""
-        raise NotImplementedError
-
     def add_region(self, offset: int, length: int, times: int = 1) -> bool:
         """Count ``times`` references to the clusters of a range; False when it is outside."""
         raise NotImplementedError
@@ -66,14 +63,11 @@ class TableWalk:
         self, offsets: list[int], first: int, known: tuple[array[int], array[int]] | None
     ) -> Procedure:
         """``first``: the number of the first one among all tables."""
-        total = len(offsets)
-        if known is not None:
-            offsets = [o for i, o in enumerate(offsets, first) if self._counted(known, i)]
-        for start in range(0, len(offsets), self.batch):
-            part = offsets[start : start + self.batch]
-            raws = yield from self.read([(offset, self.size) for offset in part], "l2_load")
+        done, total = 0, len(offsets)
+        for part in self._batches(offsets, first, known):
+            raws = yield Read(SLOT, [(offset, self.size) for offset in part], "l2_load")
             found: list[list[Piece]] = yield Compute(pieces_of, (raws, self.size, self.stride == 2))
-            for done, (offset, table) in enumerate(zip(part, found, strict=True), start):
+            for offset, table in zip(part, found, strict=True):
                 if known is None and self.spans is not None:
                     low, high = span(table, self.size, self.image.packed_bits)
                     self.spans[0].append(low >> self.bits)
@@ -89,11 +83,27 @@ class TableWalk:
                     else:
                         contiguous = self._count_loose(piece, offset, times, contiguous)
                         yield Progress(done, total)
-            yield Progress(start, total)
+            done += len(part)
+            yield Progress(done, total)
 
-    def _counted(self, known: tuple[array[int], array[int]], number: int) -> bool:
-        stop = self.counts.stop
-        return known[1][number] > self.counts.start and (stop is None or known[0][number] < stop)
+    def _batches(
+        self, offsets: list[int], first: int, known: tuple[array[int], array[int]] | None
+    ) -> Iterator[list[int]]:
+        """The tables that are to be read; asked for one batch after the other, since it is by
+        counting that the end of what is counted comes down."""
+        if known is None:
+            for start in range(0, len(offsets), self.batch):
+                yield offsets[start : start + self.batch]
+            return
+        part = []
+        for offset, low, high in zip(offsets, known[0][first:], known[1][first:], strict=False):
+            if high > self.counts.start and low < (self.counts.stop or high):
+                part.append(offset)
+                if len(part) == self.batch:
+                    yield part
+                    part = []
+        if part:
+            yield part
 
     def _count_run(self, run: Run, table: int, times: int, contiguous: int) -> int:
         """Count what the entries of the run refer to; returns where the next contiguous cluster

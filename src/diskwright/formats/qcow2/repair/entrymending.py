@@ -73,7 +73,7 @@ class EntryMending(Places):
         )
 
     def _read_table(self, place: int) -> Procedure:
-        (raw,) = yield from self.found.read([(place, self.size)], "l2_load")
+        (raw,) = yield Read(SLOT, [(place, self.size)], "l2_load")
         return big_endian_array(64, raw)
 
     # -- L2 entries

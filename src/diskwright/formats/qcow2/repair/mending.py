@@ -10,6 +10,7 @@ from ....contract import Barrier, Compute, MetaWrite, Procedure, Progress, Read,
 from ....findings import CheckResult
 from ....ondisk import big_endian_array, big_endian_bytes
 from ..check.checking import Block, Checker
+from ..check.meter import Meter
 from ..check.scan import Loose, Piece, Run, pieces_of
 from ..machine.core import COPIED, OFFSET, PACKED, SLOT
 from ..machine.refblock import decode
@@ -27,8 +28,8 @@ class Mender(Checker):
     ``begin`` is a procedure that is run before the first write.
     """
 
-    def __init__(self, image: Qcow2, begin: Callable[[], Procedure]) -> None:
-        super().__init__(image)
+    def __init__(self, image: Qcow2, meter: Meter, begin: Callable[[], Procedure]) -> None:
+        super().__init__(image, meter)
         self.begin = begin
         self.lower = self.lift = False
         """Which counts to mend: those that are too high, those that are too low."""
@@ -97,7 +98,7 @@ class Mender(Checker):
         yield from self.begin()
         index = changes[0][0] >> self.image.block_shift
         first = index << self.image.block_shift
-        (raw,) = yield from self.read([(self.blocks[index], self.size)], "refblock_load")
+        (raw,) = yield Read(SLOT, [(self.blocks[index], self.size)], "refblock_load")
         block = decode(self.image.refcount_bits, raw)
         for cluster, count in changes:
             block.set(cluster - first, count)
@@ -138,6 +139,7 @@ class Mender(Checker):
         if self.external:
             return
         tables = list(offsets)
+        self.meter.expect(len(tables) << self.bits)
         for start in range(0, len(tables), self.batch):
             some = tables[start : start + self.batch]
             raws = yield Read(SLOT, [(offset, self.size) for offset in some], "l2_load")

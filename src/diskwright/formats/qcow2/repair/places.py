@@ -142,6 +142,6 @@ class Places:
     # -- claims
     def _structures(self) -> Procedure:
         """What everything but L2 tables and guest data has: counts of its clusters."""
-        structures = Structures(self.image)
+        structures = Structures(self.image, self.found.meter)
         yield from structures.walk()
         return structures.counts

@@ -20,6 +20,7 @@ from ....contract import Barrier, MetaWrite, Procedure, Progress, Quiesce, Write
 from ....findings import CheckResult
 from .. import header as hd
 from ..bitmaps.mend import mend_bitmaps
+from ..check.meter import Meter
 from ..check.references import Structures, uncovered
 from ..machine.core import SLOT
 from .mending import Mender
@@ -52,7 +53,7 @@ class Surveyor(Mender):
         written in place."""
         if not self.counts.shared:
             return False
-        structures = Structures(self.image)
+        structures = Structures(self.image, self.meter)
         yield from structures.walk(refcounts=False)
         for start, stop in structures.counts.used(0, self.file_clusters):
             if any(self.counts.get(cluster) > 1 for cluster in range(start, stop)):
@@ -74,9 +75,13 @@ class Repairer:
         self.everything = everything
         self.covered = not uncovered(image)
         self.begun = False
+        self.meter = Meter()
 
     def run(self) -> Procedure:
         """Returns the CheckResult."""
+        return (yield from self.meter.run(self._whole()))
+
+    def _whole(self) -> Procedure:
         dropped: list[str] = []
         if self.everything and not self.covered:
             dropped = yield from self._drop_snapshots()
@@ -92,7 +97,7 @@ class Repairer:
             return []
         from .dropping import drop_snapshots
 
-        survey = Surveyor(self.image, self._begin)
+        survey = Surveyor(self.image, self.meter, self._begin)
         yield from survey.walk()
         yield from self._begin()
         start = max(survey.file_clusters, survey.beyond)
@@ -104,7 +109,7 @@ class Repairer:
         return dropped
 
     def _run(self) -> Procedure:
-        found = Surveyor(self.image, self._begin)
+        found = Surveyor(self.image, self.meter, self._begin)
         result = found.result
         result.uncovered = uncovered(self.image)
         yield from found.walk()
@@ -130,7 +135,7 @@ class Repairer:
         start = max(found.file_clusters, found.beyond) if files else 0
         if renewed:
             result.say("Rebuilding refcount structure")
-            counts = Surveyor(image, self._begin)
+            counts = Surveyor(image, self.meter, self._begin)
             yield from counts.walk(refcounts=False)
             yield from renew(image, counts.counts, found.file_clusters, start)
             del counts
@@ -142,7 +147,7 @@ class Repairer:
         relinker = Relinker(image, found)
         yield from relinker.run()
         yield Quiesce()
-        last = Mender(image, self._begin)
+        last = Mender(image, self.meter, self._begin)
         last.lower = last.lift = last.all_flags = True
         yield from last.walk()
         yield from last.compare()

@@ -9,6 +9,7 @@ from ....errors import CorruptImage
 from ....ondisk import big_endian_bytes, zeros
 from .. import header as hd
 from ..check.counts import Counts
+from ..check.meter import Meter
 from ..check.references import Walker
 from ..machine.core import SLOT
 from ..machine.refblock import empty
@@ -26,7 +27,7 @@ def rebuild(image: Qcow2) -> Procedure:
     leaves the image as dirty as it was.  Raises CorruptImage when the tables themselves break the
     specification, for then no count would be right.
     """
-    walker = Walker(image)
+    walker = Walker(image, Meter())
     packed = walker.packed = Counts()
     yield from walker.walk(refcounts=False)
     result, counts = walker.result, walker.counts
