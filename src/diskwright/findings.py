@@ -73,9 +73,6 @@ class CheckResult:
             value = getattr(self, key.replace("-", "_"))
             if value:
                 out[key] = value
-        if self.passes:
-            out["passes"] = self.passes
-            out["bytes-read"] = self.bytes_read
         if self.uncovered:
             out["uncovered"] = list(self.uncovered)
         return out

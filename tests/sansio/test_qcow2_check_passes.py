@@ -7,7 +7,6 @@ import struct
 
 import pytest
 from machine import Machine
-from scale.images import Layout
 from test_qcow2_cross import made
 
 from diskwright.errors import UnsupportedFeature
@@ -17,6 +16,7 @@ from diskwright.formats.qcow2.check import checking, counts, references, tablewa
 from diskwright.formats.qcow2.check.checking import Checker
 from diskwright.formats.qcow2.check.counts import CHUNK, Counts
 from diskwright.formats.qcow2.check.meter import Meter
+from scale.images import Layout
 
 CLUSTER = 512
 SMALL = 1 << 9
@@ -61,8 +61,7 @@ def test_passes_find_the_same() -> None:
     for most in (1, 2, 3):
         several, checker = checked(file, most)
         assert checker.meter.passes > 1
-        more = {"passes": checker.meter.passes, "bytes-read": checker.meter.read}
-        assert several.as_dict() == once.as_dict() | more
+        assert several.as_dict() == once.as_dict()
         assert several.findings == once.findings
 
 
@@ -75,7 +74,7 @@ def test_a_pass_reads_what_it_counts(snapshots: int, monkeypatch: pytest.MonkeyP
     file = bytearray(layout.length)
     for offset, data in layout.parts():
         file[offset : offset + len(data)] = data
-    found, checker = checked(bytes(file), 2)
+    found, _ = checked(bytes(file), 2)
     assert not (found.corruptions or found.leaks) and found.passes > 5
     again = bool(snapshots)  # for the flags
     structures = layout.blocks + (1 + snapshots) * layout.l1_clusters * found.passes

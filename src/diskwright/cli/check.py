@@ -20,7 +20,6 @@ from .options import (
 )
 from .output import Call, UsageProblem, to_stderr
 from .progress import Progress
-from .sizes import human
 
 if TYPE_CHECKING:
     from ..findings import CheckResult
@@ -63,7 +62,7 @@ def main(call: Call, argv: list[str]) -> int:
     name = one_image(args)
     cache = cache_mode(args, "cache", "writeback", "Invalid source cache option")
     image = spec(args, name, cache=cache)
-    undo_file, dry_run = args.get("undo-file"), "dry-run" in args
+    undo_file, dry_run, stats = args.get("undo-file"), "dry-run" in args, "stats" in args
     if "undo" in args:
         if repair is not None or undo_file is not None or dry_run:
             raise UsageError("--undo takes a repair back, and excludes the other options of one")
@@ -103,7 +102,10 @@ def main(call: Call, argv: list[str]) -> int:
         for finding in result.findings:
             to_stderr(f"{finding}\n")
     if wanted == "json":
-        call.out(dumps(_as_dict(done)))
+        told = _as_dict(done)
+        if done.found.passes and (stats or not call.name.startswith("qemu-")):
+            told |= {"passes": done.found.passes, "bytes-read": done.found.bytes_read}
+        call.out(dumps(told))
     elif done.plan is not None:
         call.out(_planned(done), "")
     else:
@@ -113,9 +115,9 @@ def main(call: Call, argv: list[str]) -> int:
             call.out(_repairs(done.repaired), "")
         call.out(_text(done.found), "")
     found = done.found
-    if found.passes and wanted != "json" and ("stats" in args or progress.mode == "live"):
+    if found.passes and wanted != "json" and (stats or progress.mode == "live"):
         # Only who asks for it, or sits at a terminal: scripts read qemu-img's lines.
-        tell = call.out if "stats" in args else lambda line: to_stderr(f"{line}\n")
+        tell = call.out if stats else lambda line: to_stderr(f"{line}\n")
         if done.repaired is not None:
             tell(_stats("repair", done.repaired))
         tell(_stats("check", found))
@@ -127,6 +129,8 @@ def main(call: Call, argv: list[str]) -> int:
 
 
 def _stats(what: str, found: CheckResult) -> str:
+    from .sizes import human
+
     times = "once" if found.passes == 1 else f"{found.passes} times"
     return f"The {what} went through the tables {times} and read {human(found.bytes_read)}."
 

@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 
 from ...contract import HostRange, NeedMeta, Procedure, Progress, Punch, Quiesce, Table
 from ...errors import CorruptImage, NoSpace, UsageError
+from ...ondisk import big_endian_bytes
 from ..editing import ask, flush, unpin
+from .check.scan import Loose, pieces
 from .creation import set_backing
 from .edit import announce
 from .machine.core import COPIED, DATA_SLOT, OFFSET, PACKED, SLOT
@@ -74,14 +76,18 @@ def _drop_in_table(
         yield from flush(image)  # what was dropped so far is consistent
         raise
     freed: list[Run] = []
-    for index in range(*span):
-        entry = table.data[index * image.stride]
-        if entry & PACKED and not image.external:
-            run = image.packed_hosts(entry, offset, index)
-        else:
-            run = image.hosts_of(entry)
-        if run[0] < run[1]:
-            freed.append(run)
+    words = big_endian_bytes(table.data, span[0] * image.stride, span[1] * image.stride)
+    for piece in pieces(words, image.cluster_size, image.extended):
+        if not isinstance(piece, Loose):
+            start, end = image.hosts_of(piece.entry)
+            freed.append((start, start + (end - start) * piece.length))
+            continue
+        for index, entry in enumerate(piece.entries, span[0] + piece.at):
+            if entry & PACKED and not image.external:
+                freed.append(image.packed_hosts(entry, offset, index))
+            else:
+                freed.append(image.hosts_of(entry))
+    freed = [run for run in freed if run[0] < run[1]]
     if whole:
         freed.append((offset >> bits, (offset >> bits) + 1))
     shared = not image.l1[l1_index] & COPIED and not whole

@@ -7,11 +7,13 @@ from typing import TYPE_CHECKING
 
 from ....contract import (
     Barrier,
+    Compute,
     Length,
     MetaWrite,
     NeedMeta,
     Procedure,
     Progress,
+    Quiesce,
     Read,
     Table,
     Truncate,
@@ -22,6 +24,7 @@ from ....ondisk import big_endian_array
 from ...editing import ask, flush, unpin
 from .. import header as hd
 from ..bitmaps.add import drop_bitmaps
+from ..check.scan import Loose, pieces_of
 from ..creation import FEATURE_TABLE_CLUSTER
 from ..edit import announce
 from ..machine.core import COPIED, OFFSET, PACKED, SLOT, ZERO_FLAG
@@ -132,9 +135,18 @@ def downgrade(image: Qcow2) -> Procedure:
     yield from announce(image)
     backing_size = (yield Length("backing")) if image.has_backing else 0
     tables: dict[int, int] = yield from _all_tables(image)
-    for done, (offset, l1_index) in enumerate(tables.items()):
-        yield from _expand(image, offset, l1_index << image.l1_shift, backing_size)
-        yield Progress(done, len(tables))
+    offsets = list(tables)
+    size = image.cluster_size
+    step = max(1, _BATCH // size)
+    for start in range(0, len(offsets), step):
+        part = offsets[start : start + step]
+        raws = yield Read(SLOT, [(offset, size) for offset in part], "l2_load")
+        found = yield Compute(pieces_of, (raws, size, False))
+        for offset, table in zip(part, found, strict=True):
+            if any(_flagged(piece.entries) for piece in table if isinstance(piece, Loose)):
+                yield from _expand(image, offset, tables[offset] << image.l1_shift, backing_size)
+        yield Quiesce()  # a large disk has more tables than memory should hold
+        yield Progress(start, len(offsets))
     yield from flush(image)
     new = image.header.copy()
     new.version, new.refcount_order, new.tail = 2, 4, b""
@@ -143,6 +155,11 @@ def downgrade(image: Qcow2) -> Procedure:
     new.set_extension(hd.EXT_BITMAPS, None)
     yield from replace_header(image, new)
     image.announced = True
+
+
+def _flagged(entries: array[int]) -> list[int]:
+    """The numbers of those that read as zeroes by their flag."""
+    return [i for i, entry in enumerate(entries) if entry & (PACKED | ZERO_FLAG) == ZERO_FLAG]
 
 
 def _expand(image: Qcow2, offset: int, base: int, backing_size: int) -> Procedure:
@@ -158,10 +175,7 @@ def _expand(image: Qcow2, offset: int, base: int, backing_size: int) -> Procedur
     table: Table = yield from ask(image, load, pins)
     image.check_table(table)
     entries: array[int] = table.data
-    flagged = [i for i, entry in enumerate(entries) if entry & (PACKED | ZERO_FLAG) == ZERO_FLAG]
-    if not flagged:
-        unpin(pins)
-        return
+    flagged = _flagged(entries)
     own: Run = (offset >> image.cluster_bits, (offset >> image.cluster_bits) + 1)
     yield from ask(image, lambda: image.missing_blocks([own]), pins)
     users = _count(image, own[0])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import zlib
 from array import array
 from collections.abc import Iterator
 
@@ -85,7 +84,9 @@ class Counts:
         return chunk
 
     def _unpacked(self, number: int) -> Chunk:
-        raw = bytearray(zlib.decompress(self._packed[number]))
+        from zlib import decompress
+
+        raw = bytearray(decompress(self._packed[number]))
         return raw if len(raw) == CHUNK else array("Q", raw)
 
     def _room(self, weight: int) -> None:
@@ -102,7 +103,9 @@ class Counts:
                 self._pack(number, chunk)
 
     def _pack(self, number: int, chunk: Chunk) -> None:
-        packed = self._packed[number] = zlib.compress(chunk, 1)
+        from zlib import compress  # images that need it are rare, and starting costs
+
+        packed = self._packed[number] = compress(chunk, 1)
         self._packed_bytes += len(packed)
         if self._packed_bytes > _MOST_PACKED:
             raise UnsupportedFeature(
