@@ -5,10 +5,10 @@ from __future__ import annotations
 from array import array
 from typing import TYPE_CHECKING
 
-from ....contract import Procedure, Progress
+from ....contract import Procedure, Progress, Read
 from ....ondisk import big_endian_array
 from ..check.checking import Checker
-from ..machine.core import COPIED, OFFSET, PACKED, ZERO_FLAG
+from ..machine.core import COPIED, OFFSET, PACKED, SLOT, ZERO_FLAG
 from ..machine.submapping import ALL
 from .places import Places
 
