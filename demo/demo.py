@@ -69,12 +69,12 @@ def main() -> int:
     try:
         shell = Shell(folder)
         shell("diskwright --version")
-        model = make(shell, max(options.size, LEAST) * MIB)
+        disk = bytes(make(shell, max(options.size, LEAST) * MIB))
         if options.only is None:
-            main_job(shell, model)
+            main_job(shell, bytearray(disk))
         for chapter in QCOW2:
             if options.only in (None, chapter.__name__):
-                alone(shell, chapter, bytes(model), options.keep)
+                alone(shell, chapter, disk, options.keep)
     finally:
         if options.keep:
             print(f"\nThe images are in {folder}")

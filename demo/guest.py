@@ -44,3 +44,20 @@ def store(path: Path, data: bytes | bytearray) -> None:
             if part.count(0) != len(part):
                 file.seek(at)
                 file.write(part)
+
+
+class Kept:
+    """A disk's bytes kept in a file, so that many of them take no memory."""
+
+    def __init__(self, path: Path, data: bytes | bytearray) -> None:
+        self.path, self.size = path, len(data)
+        store(path, data)
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, part: slice) -> bytes:
+        start, stop, _ = part.indices(self.size)
+        with self.path.open("rb") as file:
+            file.seek(start)
+            return file.read(stop - start)

@@ -11,11 +11,12 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from content import MIB
+from guest import Kept
 
 SOURCES = Path(__file__).resolve().parent.parent / "src"
 if SOURCES.is_dir():  # run from a checkout, without installing anything
@@ -89,9 +90,13 @@ def first_difference(a: bytes | bytearray, b: bytes | bytearray) -> int:
     return -1
 
 
+Model = bytes | bytearray | Kept
+PIECE = 8 * MIB
+
+
 def prove_disk(
     source: Path | dict[str, Any],
-    model: bytes | bytearray,
+    model: Model,
     what: str,
     size: int = 0,
     *,
@@ -107,25 +112,36 @@ def prove_disk(
         if snapshot:
             disk.snapshots.show(snapshot)
         prove(disk.size == size, f"{what}: size", str(disk.size))
-        wrong = -1
-        for at in range(0, size, 8 * MIB):
-            length = min(8 * MIB, size - at)
-            want = model[at : at + length].ljust(length, b"\0")
-            got = disk.read(at, length)
-            if got != want:
-                wrong = at + first_difference(bytes(got), want)
-                break
-    digest = hashlib.sha256(model).hexdigest()[:16]
+        prove_bytes(disk.read, model, what, size)
+
+
+def prove_file(path: Path, model: Model, what: str, longer: bool = False) -> None:
+    """The same of a plain file, which may be ``longer``."""
+
+    def read(at: int, length: int) -> bytes:
+        file.seek(at)
+        return file.read(length)
+
+    size = path.stat().st_size
+    prove(size == len(model) or (longer and size > len(model)), f"{what}: size", str(size))
+    with path.open("rb") as file:
+        prove_bytes(read, model, what, len(model))
+
+
+def prove_bytes(read: Callable[[int, int], bytes], model: Model, what: str, size: int) -> None:
+    wrong = -1
+    digest = hashlib.sha256()
+    for at in range(0, size, PIECE):
+        length = min(PIECE, size - at)
+        want = model[at : at + length].ljust(length, b"\0")
+        digest.update(want)
+        got = read(at, length)
+        if got != want:
+            wrong = at + first_difference(bytes(got), want)
+            break
     prove(wrong < 0, f"{what}: every byte is the model's", f"difference at {wrong}")
     if wrong < 0:
-        print(f"  proved: {what}: {size // MIB} MiB, sha256 {digest}...")
-
-
-def prove_file(path: Path, model: bytes | bytearray, what: str) -> None:
-    found = path.read_bytes()
-    prove(found == model, f"{what}: every byte is the model's", str(first_difference(found, model)))
-    if found == model:
-        print(f"  proved: {what}: sha256 {hashlib.sha256(found).hexdigest()[:16]}...")
+        print(f"  proved: {what}: {size // MIB} MiB, sha256 {digest.hexdigest()[:16]}...")
 
 
 def title(text: str) -> None:

@@ -129,15 +129,10 @@ class External(Writeback):
             table = tables.get(l1_index)
             if table is not None:
                 self._check_entries(table, l1_index, first, stop)
-        if freed and (miss := self.missing_blocks(freed)) is not None:
-            return miss
-        chosen = self.choose_with(fresh)
-        if isinstance(chosen, NeedMeta):
-            return chosen
-        plan = Plan()
-        state = plan.state = State()
-        plan.pins = self.take(chosen)
-        self.install_l2(tables, fresh, [(c, z) for a, b, z in chosen for c in range(a, b)])
+        plan = self.begin_tables(tables, fresh, freed)
+        if isinstance(plan, NeedMeta):
+            return plan
+        state: State = plan.state
         if kind == WRITE:
             plan.steps = self._write_steps(spans, tables, state)
         else:

@@ -82,6 +82,22 @@ class Reserver(SubMapping, Allocator):
                 error.detail = "Preventing invalid allocation of L2 table at offset 0"
             raise
 
+    def begin_tables(
+        self, tables: dict[int, Table], fresh: Sequence[int], freed: Sequence[Run]
+    ) -> Plan | NeedMeta:
+        """A plan that takes nothing but clusters for the L2 tables that are missing, and gives
+        ``freed`` up."""
+        if freed and (miss := self.missing_blocks(freed)) is not None:
+            return miss
+        chosen = self.choose_with(fresh)
+        if isinstance(chosen, NeedMeta):
+            return chosen
+        plan = Plan()
+        plan.state = State()
+        plan.pins = self.take(chosen)
+        self.install_l2(tables, fresh, [(c, z) for a, b, z in chosen for c in range(a, b)])
+        return plan
+
     def install_l2(
         self, tables: dict[int, Table], fresh: Sequence[int], hosts: Sequence[tuple[int, bool]]
     ) -> None:

@@ -60,15 +60,10 @@ class SubZeroing(Bulk):
             base = l1_index << self.l1_shift
             if not self._may_lose(table, base, first, stop, mask, kind, freed):
                 return None
-        if freed and (miss := self.missing_blocks(freed)) is not None:
-            return miss
-        chosen = self.choose_with(fresh)
-        if isinstance(chosen, NeedMeta):
-            return chosen
-        plan = Plan()
-        state = plan.state = State()
-        plan.pins = self.take(chosen)
-        self.install_l2(tables, fresh, [(c, z) for a, b, z in chosen for c in range(a, b)])
+        plan = self.begin_tables(tables, fresh, freed)
+        if isinstance(plan, NeedMeta):
+            return plan
+        state: State = plan.state
         for l1_index, first, stop, mask in spans:
             state.masks.append((tables[l1_index], first, stop, mask, kind))
         plan.steps = self.given_up(tables, spans, ranges, kind)

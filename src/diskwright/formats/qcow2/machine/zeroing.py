@@ -57,15 +57,10 @@ class Zeroing(Reserver):
             table = tables.get(l1_index)
             if table is not None:
                 self._losing(table, first, stop, mode, freed)
-        if freed and (miss := self.missing_blocks(freed)) is not None:
-            return miss
-        chosen = self.choose_with(fresh)
-        if isinstance(chosen, NeedMeta):
-            return chosen
-        plan = Plan()
-        state = plan.state = State()
-        plan.pins = self.take(chosen)
-        self.install_l2(tables, fresh, [(c, z) for a, b, z in chosen for c in range(a, b)])
+        plan = self.begin_tables(tables, fresh, freed)
+        if isinstance(plan, NeedMeta):
+            return plan
+        state: State = plan.state
         for l1_index, first, stop in spans:
             state.spans.append(
                 (tables[l1_index], first, stop, mode | _HOLES_STAY if holes_stay else mode)
