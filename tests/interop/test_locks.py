@@ -65,6 +65,9 @@ def test_a_writer_keeps_others_out(holder: str, asker: str, image: Path, peer: P
         said = run([*both[asker], "-c", "write 0 512"], status=1)
         assert 'Failed to get "write" lock' in said
         assert "Is another process using the image" in said
+        check = [*OURS, "check"] if asker == "ours" else [peer("qemu-img"), "check"]
+        said = run([*check, "-r", "all", image], status=1)
+        assert 'Failed to get "write" lock' in said
         info = [*OURS, "info"] if asker == "ours" else [peer("qemu-img"), "info"]
         assert "lock" in run([*info, image], status=1)
         run([*info, "-U", image])

@@ -336,7 +336,7 @@ def l1_reserved(i: Image) -> None:
     i.put(i.l1 + 8, i.get(i.l1 + 8) | 1 << 60 | 4)
 
 
-@damage("an L1 entry lacks COPIED", "corruption", NOTHING, "the flag is set")
+@damage("an L1 entry lacks COPIED", "corruption", "the flag is set", "the same")
 def l1_not_copied(i: Image) -> None:
     i.put(i.l1 + 8, i.table(1))
 
@@ -438,7 +438,7 @@ def l2_reserved(i: Image) -> None:
     i.put(i.entry(10), i.get(i.entry(10)) | 1 << 58 | 8)
 
 
-@damage("an L2 entry lacks COPIED", "corruption", NOTHING, "the flag is set")
+@damage("an L2 entry lacks COPIED", "corruption", "the flag is set", "the same")
 def l2_not_copied(i: Image) -> None:
     i.put(i.entry(10), i.host(10))
 
@@ -499,6 +499,18 @@ def l2_at_itself(i: Image) -> None:
 )
 def l2_at_l2(i: Image) -> None:
     i.put(i.entry(10), i.table(2) | COPIED)
+
+
+@damage(
+    "entries of three L2 tables point at the next of these tables",
+    "corruptions and leaks",
+    "the leaks are freed",
+    "the entries get copies of what they read, all at once",
+)
+def l2_around(i: Image) -> None:
+    entries = [(i.entry(table * PER_TABLE + 10), i.table((table + 1) % 3)) for table in range(3)]
+    for at, table in entries:
+        i.put(at, table | COPIED)
 
 
 @damage(

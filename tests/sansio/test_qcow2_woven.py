@@ -117,6 +117,15 @@ def repair(kind: str, seed: int, most: int, tmp_path: Path) -> bool:
     return True
 
 
+@pytest.mark.long
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("kind", KINDS)
+def test_many_woven(kind: str, tmp_path: Path) -> None:
+    count = 20 if kind in ("large", "luks", "data-file") else 300
+    done = [repair(kind, seed, 0 if kind == "large" else 6, tmp_path) for seed in range(count)]
+    assert sum(done) > count // 2
+
+
 SMALL = [kind for kind in KINDS if kind not in ("large", "luks", "data-file")]
 
 

@@ -135,6 +135,7 @@ class Woven:
         the snapshot table and the bitmap directory."""
         self.structures: list[int] = []
         self.data: list[int] = []
+        self.block = self.get(self.get(48))
         self._survey()
 
     def get(self, at: int) -> int:
@@ -207,9 +208,7 @@ class Woven:
         rng = self.rng
         kind = rng.random()
         if kind < 0.06:
-            block = (
-                rng.choice(self.structures[1:]) if rng.random() < 0.2 else self.get(self.get(48))
-            )
+            block = rng.choice(self.structures[1:]) if rng.random() < 0.2 else self.block
             at = block + rng.randrange(self.size)
             if at < len(self.file):
                 self.file[at] = rng.choice([0, 0, 1, 2, rng.randrange(256)])

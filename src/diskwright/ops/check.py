@@ -71,8 +71,10 @@ async def check(
             from .repairing import check_undo_file
 
             check_undo_file(undo_file, force)
-        # An image that cannot be repaired is not even opened for writing.
-        node = await spec.open(driver, backing=False, check=True)
+        # An image that cannot be repaired is not even opened for writing; the lock is asked for by
+        # who will write.
+        first = spec if dry_run else spec._replace(force_share=True)
+        node = await first.open(driver, backing=False, check=True)
         try:
             _repairable(node)
             if dry_run:

@@ -34,7 +34,8 @@ class Mender(Checker):
         self.lower = self.lift = False
         """Which counts to mend: those that are too high, those that are too low."""
         self.all_flags = False
-        """Mend all flags; otherwise COPIED is only set, where the only reference is this one."""
+        """Mend all flags; otherwise COPIED is set where the only reference is this one, and cleared
+        where there are several counts."""
         self.crossed = False
         """A cluster has several references and fewer counts."""
         self._changes: list[tuple[int, int]] = []
@@ -187,8 +188,9 @@ class Mender(Checker):
         """Say that a flag is wrong; True when it is to be mended."""
         if (count == 1) == bool(entry & COPIED):
             return False
-        only = self._alone and count == 1 and self.counts.get((entry & OFFSET) >> self.bits) == 1
-        if self.result.uncovered or not (self.all_flags or only):
+        alone = count > 1 or self.counts.get((entry & OFFSET) >> self.bits) == 1
+        safe = self._alone and count > 0 and alone
+        if self.result.uncovered or not (self.all_flags or safe):
             self.result.corruption(f"{what} refcount={count}")
             return False
         self.result.say(f"Repairing {what} refcount={count}")
