@@ -66,19 +66,23 @@ class Codec(Protocol):
         ValueError when they are not there; never makes more than ``unit`` bytes."""
 
 
+Places = Sequence[tuple[int, int, int]]
+"""(guest offset, host offset, length) of ranges that follow each other in a buffer."""
+
+
 class Transform(Protocol):
     """What stands between the bytes of a file and those of the guest (a cipher), as the ``xform``
     of extents and steps.  Pure, and runs in the pool.
 
-    ``places`` are (guest offset, host offset, length) of what follows each other in ``data``, whole
-    units of the format's ``cipher_unit``.
+    ``places`` are whole units of the format's ``cipher_unit``, ``data`` their bytes; ``into`` is as
+    long, and may be the same memory.
     """
 
-    def decode(self, places: Sequence[tuple[int, int, int]], data: Buffer) -> Buffer:
-        """The guest's bytes, as many."""
+    def decode(self, places: Places, data: Buffer, into: memoryview) -> None:
+        """Fill ``into`` with the guest's bytes."""
 
-    def encode(self, places: Sequence[tuple[int, int, int]], data: Buffer) -> Buffer:
-        """The file's bytes, as many."""
+    def encode(self, places: Places, data: Buffer, into: memoryview) -> None:
+        """Fill ``into`` with the file's bytes."""
 
 
 class Packs(Protocol):

@@ -113,6 +113,34 @@ def test_a_unit_is_unpacked_once(driver: Driver) -> None:
     assert format.codec.unpacked == 2
 
 
+def test_units_that_follow_each_other_are_one_read(driver: Driver) -> None:
+    plain, format = disk()
+    format.file = bytearray(b"another's")
+    for index, at in enumerate(range(0, len(plain), UNIT)):
+        packed = format.codec.pack(plain[at : at + UNIT])
+        # The sectors that a descriptor counts reach into the next unit, as those of qcow2 do.
+        host, length = len(format.file), len(packed) + 300
+        format.units[index] = Packed("file", host, length, UNIT, format.codec, UNIT)
+        format.file += packed
+    format.file += bytes(300)
+    node = opened(driver, format)
+    file = node.child("file")
+    asked: list[tuple[int, int]] = []
+    read, compute = file.read, driver.compute
+    jobs: list[Any] = []
+
+    def watched(offsets: Any, lengths: Any, into: Any = None) -> Any:
+        asked.extend(zip(offsets, lengths, strict=True))
+        return read(offsets, lengths, into)
+
+    file.read = watched
+    driver.compute = lambda *job: (jobs.append(job), compute(*job))[1]
+    (found,) = driver.run(node.read([0], [format.size]))
+    assert bytes(found) == plain
+    assert len(asked) == len(jobs) == 3  # 40 units of 64 KiB, 16 a job
+    assert sum(length for _, length in asked) <= len(format.file) + 600
+
+
 def test_what_is_kept_has_a_bound(driver: Driver) -> None:
     _, format = disk()
     node = opened(driver, format)

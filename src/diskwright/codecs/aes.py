@@ -8,10 +8,9 @@ each sector, goes through all sectors block by block.  XTS is in :mod:`.xts`.
 
 from __future__ import annotations
 
-import sys
 from array import array
 from collections.abc import Callable, Iterable
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 from typing import Any
 
@@ -26,6 +25,7 @@ Runs = Iterable[tuple[int, int]]
 """Numbers of sectors, as (first, count), in the order of the data."""
 
 BLOCKS = SECTOR // BLOCK
+
 
 @cache
 def library() -> Any:
@@ -47,29 +47,39 @@ class Ecb:
         self._ecb = ciphers.modes.ECB()
         self._cbc = ciphers.modes.CBC
         self._aes = ciphers.algorithms.AES(key)
+        self._spare: tuple[list[Any], list[Any]] = ([], [])
 
-    def machine(self, forward: bool) -> Any:
-        """The library's context that encrypts (decrypts) blocks, any number of times."""
-        cipher = self._new(self._aes, self._ecb)
-        return cipher.encryptor() if forward else cipher.decryptor()
+    def run(self, forward: bool, data: Buffer, into: Buffer) -> None:
+        """Encrypt (decrypt) each block.  The library wants ``into`` to be longer by a block but one
+        byte, and not to be the memory of ``data``."""
+        spare = self._spare[forward]
+        try:
+            machine = spare.pop()
+        except IndexError:
+            cipher = self._new(self._aes, self._ecb)
+            machine = cipher.encryptor() if forward else cipher.decryptor()
+        machine.update_into(data, into)
+        spare.append(machine)
 
     def encrypt(self, data: Buffer) -> memoryview:
         """Each block encrypted."""
-        return _update(self.machine(True), data)
-
-    def decrypt(self, data: Buffer) -> memoryview:
-        """Each block decrypted."""
-        return _update(self.machine(False), data)
+        out = memoryview(bytearray(len(data) + BLOCK - 1))
+        self.run(True, data, out)
+        return out[: len(data)]
 
     def unchain(self, data: Buffer) -> memoryview:
         """``D(Y[i]) ^ Y[i-1]`` for all blocks, with zeroes before the first."""
-        return _update(self._new(self._aes, self._cbc(bytes(BLOCK))).decryptor(), data)
+        out = memoryview(bytearray(len(data) + BLOCK - 1))
+        self._new(self._aes, self._cbc(bytes(BLOCK))).decryptor().update_into(data, out)
+        return out[: len(data)]
 
 
-def _update(machine: Any, data: Buffer) -> memoryview:
-    out = memoryview(bytearray(len(data) + BLOCK - 1))
-    count = machine.update_into(data, out)
-    return out[:count]
+@lru_cache(maxsize=16)
+def _ramp(count: int) -> tuple[int, int]:
+    """Blocks of 1, 1, 1, ... and of 0, 1, 2, ... as numbers."""
+    ones = b"\1".ljust(BLOCK, b"\0") * count
+    ramp = b"".join([number.to_bytes(BLOCK, "little") for number in range(count)])
+    return int.from_bytes(ones, "little"), int.from_bytes(ramp, "little")
 
 
 class Plain:
@@ -80,17 +90,15 @@ class Plain:
 
     def __call__(self, runs: Runs) -> Buffer:
         """A block for each sector."""
-        mask = self.mask
-        numbers = array("Q")
+        out = []
         for first, count in runs:
-            last = first + count - 1
-            if last <= mask:
-                numbers.extend(range(first, last + 1))
+            ones, ramp = _ramp(count)
+            if first + count - 1 <= self.mask:
+                out.append((first * ones + ramp).to_bytes(BLOCK * count, "little"))
             else:
-                numbers.extend([number & mask for number in range(first, last + 1)])
-        blocks = array("Q", bytes(BLOCK * len(numbers)))
-        blocks[0::2] = numbers
-        return _little(blocks)
+                numbers = range(first, first + count)
+                out += [(number & self.mask).to_bytes(BLOCK, "little") for number in numbers]
+        return out[0] if len(out) == 1 else b"".join(out)
 
 
 class Essiv:
@@ -115,8 +123,8 @@ class Cbc:
         self._ecb = Ecb(key)
         self._vectors = vectors
 
-    def decrypt(self, runs: Runs, data: Buffer) -> Buffer:
-        """``data`` (whole sectors) decrypted."""
+    def decrypt(self, runs: Runs, data: Buffer, into: memoryview) -> None:
+        """``data`` (whole sectors) decrypted; ``into`` may be the same memory."""
         vectors = self._vectors(runs)
         out = self._ecb.unchain(data)
         # The first block of each sector took the block before it for its vector.
@@ -127,10 +135,10 @@ class Cbc:
         first = xor(xor(first, before), vectors)
         for i in range(len(data) // SECTOR):
             out[SECTOR * i : SECTOR * i + BLOCK] = first[BLOCK * i : BLOCK * (i + 1)]
-        return out
+        into[:] = out
 
-    def encrypt(self, runs: Runs, data: Buffer) -> Buffer:
-        """``data`` (whole sectors) encrypted."""
+    def encrypt(self, runs: Runs, data: Buffer, into: memoryview) -> None:
+        """``data`` (whole sectors) encrypted; ``into`` may be the same memory."""
         words = array("Q")
         words.frombytes(data)
         out = array("Q", bytes(len(data)))
@@ -147,16 +155,10 @@ class Cbc:
             done = packed.cast("Q")
             out[at::stride] = array("Q", done[0::2].tobytes())
             out[at + 1 :: stride] = array("Q", done[1::2].tobytes())
-        return memoryview(out).cast("B")
+        into[:] = memoryview(out).cast("B")
 
 
 def xor(a: Buffer, b: Buffer) -> bytes:
     """``a ^ b``, as long as ``a``."""
     value = int.from_bytes(a, "little") ^ int.from_bytes(b, "little")
     return value.to_bytes(len(a), "little")
-
-
-def _little(words: array[int]) -> bytes:
-    if sys.byteorder == "big":
-        words.byteswap()
-    return words.tobytes()

@@ -46,17 +46,18 @@ class Deflate:
 
         Raises ValueError when the stream is damaged or holds fewer.
         """
-        bits = BARE if self.bits < 0 else self.bits
-        quick = _library("isal.isal_zlib")
+        # This one of ISA-L's allocates a unit at once, not piece by piece.
+        quick = _library("isal.igzip_lib")
         if quick is not None:
+            frame = quick.DECOMP_DEFLATE if self.bits < 0 else quick.DECOMP_ZLIB
             try:
-                out: bytes = quick.decompressobj(bits).decompress(data, unit)
+                out: bytes = quick.IgzipDecompressor(frame).decompress(data, unit)
             except quick.error:
                 out = b""
             if len(out) == unit:
                 return out
         # What is wrong with a stream is zlib's to say.
-        machine = zlib.decompressobj(bits)
+        machine = zlib.decompressobj(BARE if self.bits < 0 else self.bits)
         try:
             out = machine.decompress(data, unit)
         except zlib.error as error:

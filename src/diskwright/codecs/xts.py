@@ -20,8 +20,11 @@ from .aes import BLOCK, BLOCKS, SECTOR, Ecb, Runs, Vectors, library
 _FEW = 6
 # NumPy takes as long to import as it saves on so many bytes.
 _LONG = 1 << 20
-# What is worked on at once: what comes in between stays in the cache of a processor.
-_STEP = 64 << 10
+# What NumPy works on at once: each of its calls gives up the GIL, and shorter ones would spend more
+# time on getting it back than on computing.
+_STEP = 512 << 10
+# And by integers: what comes in between stays in the cache of a processor.
+_SHORT_STEP = 128 << 10
 # What the top byte of a block, times x**8, adds to the lowest two: the reduction by
 # x**128 + x**7 + x**2 + x + 1.
 _LOW = bytes((b ^ b << 1 ^ b << 2 ^ b << 7) & 255 for b in range(256))
@@ -52,47 +55,50 @@ class Xts:
         self._vectors = vectors
         self._done = 0
 
-    def encrypt(self, runs: Runs, data: Buffer) -> Buffer:
-        """``data`` (whole sectors) encrypted."""
-        return self._run(runs, data, True)
+    def encrypt(self, runs: Runs, data: Buffer, into: memoryview) -> None:
+        """``data`` (whole sectors) encrypted; ``into`` may be the same memory."""
+        self._run(runs, data, into, True)
 
-    def decrypt(self, runs: Runs, data: Buffer) -> Buffer:
-        """``data`` (whole sectors) decrypted."""
-        return self._run(runs, data, False)
+    def decrypt(self, runs: Runs, data: Buffer, into: memoryview) -> None:
+        """``data`` (whole sectors) decrypted; ``into`` may be the same memory."""
+        self._run(runs, data, into, False)
 
-    def _run(self, runs: Runs, data: Buffer, forward: bool) -> Buffer:
+    def _run(self, runs: Runs, data: Buffer, into: memoryview, forward: bool) -> None:
         vectors = self._vectors(runs)
-        if len(data) <= _FEW * SECTOR and self._aes is not None:
-            return self._few(vectors, data, forward)
-        first = memoryview(self._tweak.encrypt(vectors))
-        machine = self._data.machine(forward)
         self._done += len(data)
         numpy = _numpy() if self._done >= _LONG else None
         if numpy is not None:
-            return _run_numpy(numpy, machine, first, data)
-        out = []
+            _run_numpy(numpy, self._data, forward, self._tweak.encrypt(vectors), data, into)
+        elif len(data) <= _FEW * SECTOR and self._aes is not None:
+            self._few(vectors, data, into, forward)
+        else:
+            self._by_integers(self._tweak.encrypt(vectors), data, into, forward)
+
+    def _by_integers(
+        self, first: memoryview, data: Buffer, into: memoryview, forward: bool
+    ) -> None:
         view = memoryview(data)
-        scratch = memoryview(bytearray(min(_STEP, len(data)) + BLOCK - 1))
-        for at in range(0, len(data), _STEP):
-            part = view[at : at + _STEP]
+        scratch = memoryview(bytearray(min(_SHORT_STEP, len(data)) + BLOCK - 1))
+        for at in range(0, len(data), _SHORT_STEP):
+            part = view[at : at + _SHORT_STEP]
             length = len(part)
             tweaks = _tweaks(first[at // BLOCKS : (at + length) // BLOCKS])
             number = int.from_bytes(tweaks, "little")
             mixed = (int.from_bytes(part, "little") ^ number).to_bytes(length, "little")
-            machine.update_into(mixed, scratch)
+            self._data.run(forward, mixed, scratch)
             done = int.from_bytes(scratch[:length], "little") ^ number
-            out.append(done.to_bytes(length, "little"))
-        return out[0] if len(out) == 1 else b"".join(out)
+            into[at : at + length] = done.to_bytes(length, "little")
 
-    def _few(self, vectors: Buffer, data: Buffer, forward: bool) -> Buffer:
-        out = memoryview(bytearray(len(data) + BLOCK - 1))
+    def _few(self, vectors: Buffer, data: Buffer, into: memoryview, forward: bool) -> None:
+        """By the library's own."""
         view = memoryview(data)
+        room = memoryview(bytearray(SECTOR + BLOCK - 1))
         for i in range(len(data) // SECTOR):
             cipher = self._new(self._aes, self._mode(bytes(vectors[BLOCK * i : BLOCK * (i + 1)])))
             machine = cipher.encryptor() if forward else cipher.decryptor()
             at = SECTOR * i
-            machine.update_into(view[at : at + SECTOR], out[at:])
-        return out[: len(data)]
+            machine.update_into(view[at : at + SECTOR], room)
+            into[at : at + SECTOR] = room[:SECTOR]
 
 
 def _tweaks(first: Buffer) -> array[int]:
@@ -140,29 +146,30 @@ def _times_x8(blocks: Buffer) -> bytearray:
     return out
 
 
-_spare: list[Any] = []
-"""Arrays that no thread uses at the moment: fresh memory costs more than what is done in it."""
+_spare: list[_Arrays] = []
+"""Those that no thread uses at the moment: fresh memory costs more than what is done in it."""
 
 
-def _arrays(numpy: Any) -> Any:
-    """(words of a step and a block more, tweaks, their lower and upper words, carries)."""
-    try:
-        return _spare.pop()
-    except IndexError:
+class _Arrays:
+    """Memory for a step, and by how much the words of the blocks of each sector are shifted."""
+
+    def __init__(self, numpy: Any) -> None:
         count = _STEP // SECTOR
-        return (
-            numpy.empty(_STEP // 8 + 2, "<u8"),  # as much as the library wants
-            numpy.empty((count, BLOCKS, 2), "<u8"),
-            *[numpy.empty((BLOCKS, count), "<u8") for _ in range(3)],
-        )
+        # As much as the library wants: a block more.
+        self.mixed = numpy.empty(_STEP // 8 + 2, "<u8")
+        self.tweaks = numpy.empty((count, BLOCKS, 2), "<u8")
+        self.kept, self.moved = numpy.empty((2, 2, count, BLOCKS), "<u8")
+        self.up = numpy.tile(numpy.arange(BLOCKS, dtype="<u8"), (count, 1))
+        self.down = 64 - self.up
 
 
-def _run_numpy(numpy: Any, machine: Any, first: memoryview, data: Buffer) -> memoryview:
-    """``data`` through the AES of ``machine``, between its tweaks."""
-    words = numpy.frombuffer(data, "<u8")
-    out = numpy.empty(len(words), "<u8")
-    arrays = _arrays(numpy)
-    mixed = arrays[0]
+def _run_numpy(
+    numpy: Any, ecb: Ecb, forward: bool, first: memoryview, data: Buffer, into: memoryview
+) -> None:
+    """``data`` through AES, between its tweaks."""
+    words, out = numpy.frombuffer(data, "<u8"), numpy.frombuffer(into, "<u8")
+    arrays = _spare.pop() if _spare else _Arrays(numpy)
+    mixed = arrays.mixed
     room = memoryview(mixed).cast("B")
     step = _STEP // 8
     for at in range(0, len(words), step):
@@ -170,34 +177,26 @@ def _run_numpy(numpy: Any, machine: Any, first: memoryview, data: Buffer) -> mem
         # A sector of 64 words has a block of 16 bytes in `first`.
         tweaks = _tweaks_by_numpy(numpy, first[at // 4 : (at + len(part)) // 4], arrays)
         numpy.bitwise_xor(part, tweaks, out=done)
-        machine.update_into(memoryview(done).cast("B"), room)
+        ecb.run(forward, into[8 * at : 8 * (at + len(part))], room)
         numpy.bitwise_xor(mixed[: len(part)], tweaks, out=done)
     _spare.append(arrays)
-    return memoryview(out).cast("B")
 
 
-def _tweaks_by_numpy(numpy: Any, first: Buffer, arrays: Any) -> Any:
-    """The same as an array of 64-bit words, of at most a step, in one of ``arrays``: ``x**n``
-    moves a block by n < 32 bits, and what falls out at the top comes in below, times 0x87.
+def _tweaks_by_numpy(numpy: Any, first: Buffer, arrays: _Arrays) -> Any:
+    """The same as an array of 64-bit words, of at most a step, in ``arrays``: ``x**n`` moves a
+    block by n < 32 bits, and what falls out at the top comes in below, times 0x87.
     """
     count = len(first) // BLOCK
-    _, out, lower, upper, carry = arrays
-    if count < out.shape[0]:
-        out, lower, upper, carry = out[:count], lower[:, :count], upper[:, :count], carry[:, :count]
-    words = numpy.frombuffer(first, "<u8").reshape(count, 2)
-    low, high = words[:, 0].copy(), words[:, 1].copy()
-    up = numpy.arange(BLOCKS, dtype="<u8")[:, None]
-    down = numpy.uint64(64) - up[1:]
-    carry = carry[1:]
-    numpy.left_shift(high, up, out=upper)
-    numpy.right_shift(low, down, out=carry)
-    upper[1:] |= carry
-    numpy.left_shift(low, up, out=lower)
-    numpy.right_shift(high, down, out=carry)
-    target = lower[1:]
-    target ^= carry
+    tweaks, up, down = arrays.tweaks[:count], arrays.up[:count], arrays.down[:count]
+    # Lower and upper words apart, and the other way round.
+    kept, moved = arrays.kept[:, :count], arrays.moved[:, :count]
+    kept[...] = numpy.frombuffer(first, "<u8").reshape(count, 2).T[:, :, None]
+    numpy.right_shift(kept[::-1], down, out=moved)
+    kept <<= up
+    kept ^= moved
+    low, carry = kept[0], moved[0]
     for shift in (1, 1, 5):  # by 1, 2 and 7 in all
         carry <<= numpy.uint64(shift)
-        target ^= carry
-    out[:, :, 0], out[:, :, 1] = lower.T, upper.T
-    return out.reshape(-1)
+        low ^= carry
+    tweaks[:, :, 0], tweaks[:, :, 1] = kept
+    return tweaks.reshape(-1)

@@ -272,8 +272,9 @@ class Allocator:
     async def put(self, steps: Sequence[Step], sources: Sequence[Buffer], *tags: str) -> None:
         """Write ``sources`` to the hosts of ``steps``, encoded, one column batch per slot."""
         engine = self.engine
+        rooms: list[memoryview] = []
         if any(step.xform for step in steps):
-            steps, sources = await engine.transformer.encoded(steps, sources)
+            steps, sources, rooms = await engine.transformer.encoded(steps, sources)
         parts: dict[str, tuple[list[int], list[Buffer]]] = {}
         for step, source in zip(steps, sources, strict=True):
             columns = parts.get(step.slot)
@@ -285,11 +286,11 @@ class Allocator:
             if engine.slots[slot].wants_events:
                 for tag in tags:
                     await engine.announce(slot, tag)
-        if len(parts) == 1:
-            ((slot, columns),) = parts.items()
-            await engine.slots[slot].write(*columns)
-        else:
+        try:
             await gather(engine.driver, [engine.slots[s].write(*c) for s, c in parts.items()])
+        finally:
+            if rooms:
+                engine.transformer.give_back(rooms)
 
     def press(self) -> None:
         """Dirty tables and quarantine have budgets: reaching one starts a write-back."""

@@ -135,6 +135,7 @@ class BaseDriver:
     def __init__(self) -> None:
         self.tasks: set[Task[Any]] = set()
         self._pool: Pool | None = None
+        self._workers: Pool | None = None
 
     # -- to be given by each driver
     def soon(self, callback: Callable[[], None]) -> None:
@@ -219,11 +220,21 @@ class BaseDriver:
             self._pool = Pool(self)
         return self._pool.submit(function, arguments)
 
+    def compute(self, function: Callable[..., T], *arguments: Any) -> Future[T]:
+        """Run what is a lot of work for a processor in threads of which there are no more than
+        processors: more would only wait for each other, most of all for the GIL."""
+        if self._workers is None:
+            from .pool import Pool, processors
+
+            self._workers = Pool(self, processors())
+        return self._workers.submit(function, arguments)
+
     def stop_pool(self) -> None:
-        """End the pool's threads; jobs that were submitted still run."""
-        if self._pool is not None:
-            self._pool.stop()
-            self._pool = None
+        """End the pools' threads; jobs that were submitted still run."""
+        for pool in (self._pool, self._workers):
+            if pool is not None:
+                pool.stop()
+        self._pool = self._workers = None
 
     def stuck(self) -> str:
         """The chains of waiters of all unfinished tasks, for a deadlock's message."""

@@ -3,14 +3,18 @@ was wanted are kept."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 from ..abilities import Buffer
 from ..errors import DamagedData
 from ..extents import Packed
+from .buffers import page_buffer
 from .kernel import wait_all
+from .spans import merge_spans
 
 if TYPE_CHECKING:
     from .engine import Engine
@@ -21,6 +25,8 @@ KEPT = 8 << 20
 # What one job of the pool unpacks, about; less is not worth the way there and back.
 JOB = 1 << 20
 _INLINE = 64 << 10
+# Buffers for what is stored, of a job each, that are kept.
+_MOST_SPARE = 4
 
 Wanted = list[tuple[Packed, memoryview]]
 _Key = tuple[str, int, Any]
@@ -33,6 +39,8 @@ class Unpacker:
         self.engine = engine
         self._kept: OrderedDict[_Key, bytes] = OrderedDict()
         self._weight = 0
+        self._spare: list[memoryview] = []
+        """Buffers for what is stored."""
 
     def forget(self) -> None:
         """Host space may hold something else from now on."""
@@ -78,13 +86,26 @@ class Unpacker:
 
     async def _group(self, slot: str, units: list[Wanted]) -> None:
         extents = [users[0][0] for users in units]
-        stored = await self.engine.slots[slot].read(
-            [e.host for e in extents], [e.host_length for e in extents]
-        )
+        # Units that follow each other in the file are read as one.
+        spans = merge_spans([(e.host, e.host + e.host_length) for e in extents])
+        starts = [start for start, _ in spans]
+        lengths = [end - start for start, end in spans]
+        size = sum(lengths)
+        room = self._spare.pop() if self._spare and size <= JOB else page_buffer(max(size, JOB))
+        places = list(accumulate(lengths, initial=0))
+        views = [room[at : at + n] for at, n in zip(places, lengths, strict=False)]
+        await self.engine.slots[slot].read(starts, lengths, views)
+        stored = []
+        for extent in extents:
+            i = bisect_right(starts, extent.host) - 1
+            at = places[i] + extent.host - starts[i]
+            stored.append(room[at : at + extent.host_length])
         if len(extents) == 1 and extents[0].unit <= _INLINE:
             left = _unpack(units, stored)
         else:
-            left = await self.engine.driver.call(_unpack, units, stored)
+            left = await self.engine.driver.compute(_unpack, units, stored)
+        if len(room) == JOB and len(self._spare) < _MOST_SPARE:
+            self._spare.append(room)
         for extent, unit in left:
             self._keep(_key(extent), unit)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import queue
 import sys
 import threading
@@ -21,11 +22,11 @@ that glibc reserves for the heap of each."""
 
 
 class Pool:
-    """Threads of one driver.  Started on demand, at most ``limit``."""
+    """Threads of one driver.  Started on demand, at most ``limit`` (of 16)."""
 
-    def __init__(self, driver: BaseDriver) -> None:
+    def __init__(self, driver: BaseDriver, limit: int = _LIMIT) -> None:
         self.driver = driver
-        self.limit = _threads()
+        self.limit = min(limit, _threads())
         self.jobs: queue.SimpleQueue[Any] = queue.SimpleQueue()
         self.threads: list[threading.Thread] = []
         self.busy = 0
@@ -80,3 +81,10 @@ def _threads() -> int:
     if most == resource.RLIM_INFINITY:
         return _LIMIT
     return min(max(most // _ADDRESSES, 1), _LIMIT)
+
+
+def processors() -> int:
+    """How many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1

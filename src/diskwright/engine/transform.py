@@ -9,16 +9,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..abilities import Transform
 from ..contract import OP_DATA, Step
 from ..extents import Data
+from .buffers import page_buffer
 from .kernel import wait_all
 from .node import Buffer
 
 if TYPE_CHECKING:
     from .engine import Engine
 
-# What one job of the pool works on, about: few jobs, and still some for each processor.
+# What one job works on, at most: few jobs, and still some for each processor.
 JOB = 512 << 10
 # Less is done at once: the way to the pool and back costs as much.
 _INLINE = 4 << 10
+# Buffers of a job that are kept.
+_MOST_SPARE = 8
 
 _Place = tuple[int, int, int]
 
@@ -37,6 +40,7 @@ class Transformer:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self._spare: list[memoryview] = []
 
     async def fill(self, wanted: Iterable[tuple[Data, int, memoryview]]) -> None:
         """Fill each view with the guest's bytes from (extent, guest offset)."""
@@ -53,33 +57,46 @@ class Transformer:
         hosts = [place[1] for place in group.places]
         lengths = [place[2] for place in group.places]
         await child.read(hosts, lengths, group.views)
+        room = group.views[0] if len(group.views) == 1 else self._room()
         if sum(lengths) <= _INLINE:
-            _decode(group)
+            _decode(group, room)
         else:
-            await self.engine.driver.call(_decode, group)
+            await self.engine.driver.compute(_decode, group, room)
+        if len(group.views) > 1:
+            self._spare.append(room)
 
     async def encoded(
         self, steps: Sequence[Step], sources: Sequence[Buffer]
-    ) -> tuple[list[Step], list[Buffer]]:
-        """The steps, in pieces, and the bytes for the file of each."""
+    ) -> tuple[list[Step], list[Buffer], list[memoryview]]:
+        """The steps, in pieces, the bytes for the file of each, and the memory that these are in:
+        to be given back (`give_back`) when they have been written."""
         parts = (
             (step.slot, step.xform, step.guest, step.host, memoryview(source))
             for step, source in zip(steps, sources, strict=True)
         )
         groups = list(_groups(parts))
+        rooms = [self._room() for _ in groups]
         if len(groups) == 1 and sum(len(view) for view in groups[0].views) <= _INLINE:
-            done = [_encode(groups[0])]
+            _encode(groups[0], rooms[0])
         else:
-            done = await wait_all([self.engine.driver.call(_encode, group) for group in groups])
+            compute = self.engine.driver.compute
+            await wait_all([compute(_encode, *job) for job in zip(groups, rooms, strict=True)])
         out_steps: list[Step] = []
         out: list[Buffer] = []
-        for group, data in zip(groups, done, strict=True):
+        for group, room in zip(groups, rooms, strict=True):
             at = 0
             for guest, host, length in group.places:
                 out_steps.append(Step(OP_DATA, guest, length, group.slot, host))
-                out.append(data[at : at + length])
+                out.append(room[at : at + length])
                 at += length
-        return out_steps, out
+        return out_steps, out, rooms
+
+    def _room(self) -> memoryview:
+        return self._spare.pop() if self._spare else page_buffer(JOB)
+
+    def give_back(self, rooms: list[memoryview]) -> None:
+        """Nobody uses them any more."""
+        self._spare += rooms[: _MOST_SPARE - len(self._spare)]
 
 
 def _groups(
@@ -105,24 +122,32 @@ def _groups(
         yield group
 
 
-def _joined(group: _Group) -> Buffer:
-    return group.views[0] if len(group.views) == 1 else b"".join(group.views)
-
-
-def _decode(group: _Group) -> None:
-    """Runs in the pool."""
-    data = _joined(group)
+def _decode(group: _Group, room: memoryview) -> None:
+    """Decode the views where they are, by way of ``room`` if there are several."""
+    data, alone = _joined(group, room), len(group.views) == 1
     for transform in reversed(group.xform):
-        data = transform.decode(group.places, data)
-    source, at = memoryview(data), 0
-    for view in group.views:
-        view[:] = source[at : at + len(view)]
+        transform.decode(group.places, data, data)
+    at = 0
+    for view in () if alone else group.views:
+        view[:] = data[at : at + len(view)]
         at += len(view)
 
 
-def _encode(group: _Group) -> memoryview:
-    """Runs in the pool."""
-    data = _joined(group)
+def _encode(group: _Group, room: memoryview) -> None:
+    """Leave the bytes for the file in ``room``."""
+    data = _joined(group, room)
+    into = room[: len(data)]
     for transform in group.xform:
-        data = transform.encode(group.places, data)
-    return memoryview(data)
+        transform.encode(group.places, data, into)
+        data = into
+
+
+def _joined(group: _Group, room: memoryview) -> memoryview:
+    """The views as one."""
+    if len(group.views) == 1:
+        return group.views[0]
+    at = 0
+    for view in group.views:
+        room[at : at + len(view)] = view
+        at += len(view)
+    return room[:at]

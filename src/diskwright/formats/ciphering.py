@@ -7,10 +7,9 @@ The names are those of Linux's dm-crypt, as LUKS1 headers have them: ``aes`` and
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
-from ..abilities import Buffer
+from ..abilities import Buffer, Places
 from ..codecs.aes import KEY_BYTES, SECTOR, Cbc, Essiv, Plain, Runs, Vectors
 from ..errors import UnsupportedFeature, UsageError
 
@@ -25,10 +24,11 @@ OTHER_CIPHERS = ("3des", "cast5", "des", "serpent", "sm4", "twofish")
 class SectorCipher(Protocol):
     """Whole sectors of 512 bytes there and back."""
 
-    def encrypt(self, runs: Runs, data: Buffer) -> Buffer:
-        """The sectors of ``runs``, which follow each other in ``data``, as they are stored."""
+    def encrypt(self, runs: Runs, data: Buffer, into: memoryview) -> None:
+        """Fill ``into`` (which may be ``data``) with the sectors of ``runs``, which follow each
+        other in ``data``, as they are stored."""
 
-    def decrypt(self, runs: Runs, data: Buffer) -> Buffer:
+    def decrypt(self, runs: Runs, data: Buffer, into: memoryview) -> None:
         """The other way round."""
 
 
@@ -148,14 +148,14 @@ class SectorTransform:
         self._cipher = cipher
         self._column = 1 if by_host else 0
 
-    def decode(self, places: Sequence[tuple[int, int, int]], data: Buffer) -> Buffer:
+    def decode(self, places: Places, data: Buffer, into: memoryview) -> None:
         """The guest's bytes."""
-        return self._cipher.decrypt(self._runs(places), data)
+        self._cipher.decrypt(self._runs(places), data, into)
 
-    def encode(self, places: Sequence[tuple[int, int, int]], data: Buffer) -> Buffer:
+    def encode(self, places: Places, data: Buffer, into: memoryview) -> None:
         """The bytes for the file."""
-        return self._cipher.encrypt(self._runs(places), data)
+        self._cipher.encrypt(self._runs(places), data, into)
 
-    def _runs(self, places: Sequence[tuple[int, int, int]]) -> list[tuple[int, int]]:
+    def _runs(self, places: Places) -> list[tuple[int, int]]:
         column = self._column
         return [(place[column] // SECTOR, place[2] // SECTOR) for place in places]

@@ -226,7 +226,8 @@ def open_slot(header: Header, slot: Slot, passphrase: bytes, material: bytes) ->
     """
     digest_bytes(header.hash)
     key = derive(header.hash, passphrase, slot.salt, slot.iterations, header.key_bytes)
-    split = header.spec.make(key).decrypt([(0, len(material) // SECTOR)], material)
+    split = bytearray(len(material))
+    header.spec.make(key).decrypt([(0, len(split) // SECTOR)], material, memoryview(split))
     found = merge(bytes(split), header.key_bytes, slot.stripes, header.hash)
     return found if hmac.compare_digest(digest_of(header, found), header.digest) else None
 
@@ -235,7 +236,9 @@ def close_slot(header: Header, slot: Slot, passphrase: bytes, key: bytes) -> byt
     """The key material of a slot that holds ``key``.  Raises UnsupportedFeature."""
     outer = derive(header.hash, passphrase, slot.salt, slot.iterations, header.key_bytes)
     data = split(key, slot.stripes, header.hash).ljust(header.material(slot), b"\0")
-    return bytes(header.spec.make(outer).encrypt([(0, len(data) // SECTOR)], data))
+    out = bytearray(len(data))
+    header.spec.make(outer).encrypt([(0, len(out) // SECTOR)], data, memoryview(out))
+    return bytes(out)
 
 
 def split(key: bytes, stripes: int, hash_name: str) -> bytes:

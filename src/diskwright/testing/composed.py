@@ -6,6 +6,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from typing import Any, ClassVar, NamedTuple
 
+from ..abilities import Places
 from ..contract import (
     DISCARD,
     OP_DATA,
@@ -58,16 +59,16 @@ class Cipher:
                 yield number, self._tweak(sector)
                 at += SECTOR
 
-    def encode(self, places: Sequence[tuple[int, int, int]], data: Any) -> bytes:
+    def encode(self, places: Places, data: Any, into: memoryview) -> None:
         """The bytes for the disk."""
-        return b"".join(
+        into[:] = b"".join(
             ((((x << 13) | (x >> (_BITS - 13))) & _MASK) ^ t).to_bytes(SECTOR, "little")
             for x, t in self._sectors(places, data)
         )
 
-    def decode(self, places: Sequence[tuple[int, int, int]], data: Any) -> bytes:
+    def decode(self, places: Places, data: Any, into: memoryview) -> None:
         """The guest's bytes."""
-        return b"".join(
+        into[:] = b"".join(
             ((((x ^ t) >> 13) | ((x ^ t) << (_BITS - 13))) & _MASK).to_bytes(SECTOR, "little")
             for x, t in self._sectors(places, data)
         )
@@ -88,7 +89,9 @@ class Crypt(Tableless):
     def image(plain: bytes, key: int = 9) -> bytes:
         """The image whose guest bytes are ``plain``."""
         padded = plain + bytes(-len(plain) % SECTOR)
-        return bytes(SECTOR) + Cipher(key).encode([(0, SECTOR, len(padded))], padded)
+        out = bytearray(SECTOR + len(padded))
+        Cipher(key).encode([(0, SECTOR, len(padded))], padded, memoryview(out)[SECTOR:])
+        return bytes(out)
 
     def map(self, ranges: Sequence[Range]) -> tuple[list[Extent], NeedMeta | None]:
         return [Data("file", o + SECTOR, n, True, self.cipher) for o, n in ranges], None

@@ -85,6 +85,10 @@ class SeededDriver(BaseDriver):
         _ = self.later(self.delay(20), done)
         return future
 
+    def compute(self, function: Callable[..., T], *arguments: Any) -> Future[T]:
+        """The same."""
+        return self.call(function, *arguments)
+
     def delay(self, most: int) -> float:
         """A random time for an I/O: often none, usually up to ``most``, rarely much longer."""
         pick = self.rng.random()

@@ -105,10 +105,10 @@ class Encrypted(SubExternal):
 
     def zeroes(self, guest: int, host: int, length: int) -> bytes:
         """What reads as zeroes at ``guest``, stored at ``host``."""
-        data = super().zeroes(guest, host, length)
+        data = bytearray(super().zeroes(guest, host, length))
         for transform in self.xform:
-            data = bytes(transform.encode([(guest, host, length)], data))
-        return data
+            transform.encode([(guest, host, length)], data, memoryview(data))
+        return bytes(data)
 
 
 def _sectors(ranges: Sequence[Range]) -> list[Range]:
