@@ -63,7 +63,7 @@ class Transformer:
         else:
             await self.engine.driver.compute(_decode, group, room)
         if len(group.views) > 1:
-            self._spare.append(room)
+            self.give_back([room])
 
     async def encoded(
         self, steps: Sequence[Step], sources: Sequence[Buffer]
