@@ -238,7 +238,10 @@ class Workload:
         node, opening = self._node(driver, leaves, 1 << 20)
         format = self.kit.format
         dirty = format == "vhdx" or (format == "qcow2" and bool(image[79] & 1) and image[7] > 2)
-        content = driver.run(self._look(node, opening, moment, what))
+        try:
+            content = driver.run(self._look(node, opening, moment, what))
+        finally:
+            driver.close()
         sizes = [s for begun, ended, s in self.sizes if begun <= moment]
         settled = max(i for i, (_, ended, _) in enumerate(self.sizes) if ended <= moment)
         if len(content) not in {s for _, _, s in self.sizes[settled : len(sizes)]}:

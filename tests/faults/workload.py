@@ -227,7 +227,10 @@ class Faulty:
         """Run it; returns what failed.  Raises what is wrong."""
         if self.at:
             self.leaves[self.which].fail_at = {self.at: self.code}
-        self.driver.run(self.main())
+        try:
+            self.driver.run(self.main())
+        finally:
+            self.driver.close()
         if self.at and not self.fired:
             raise Wrong(f"request {self.at} was never made")
         number, kind, _ = self.leaves[self.which].failed[0] if self.at else (0, "", 0)
@@ -272,7 +275,10 @@ class Faulty:
             await self.look_more(node)
             return bytes(content)
 
-        content = driver.run(look())
+        try:
+            content = driver.run(look())
+        finally:
+            driver.close()
         if len(content) not in self.sizes:
             raise Mismatch(f"{what}: size {len(content)}")
         self.model.check_crash(content, moment, what)

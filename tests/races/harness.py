@@ -364,7 +364,10 @@ class Reopened:
 
     def look(self) -> None:
         assert isinstance(self.driver, Driver)
-        self.driver.run(self._look())
+        try:
+            self.driver.run(self._look())
+        finally:
+            self.driver.close()
 
     async def _look(self) -> None:
         run = self.run
