@@ -259,7 +259,7 @@ class Workload:
         await node.run_procedure(opening, whole_image=False)
         result = await node.run_procedure(node.format.check(), whole_image=False)
         corruptions = result.corruptions
-        if self.kit.create.get("compat") == "0.10":
+        if self.kit.snapshots and node.format.header.version == 2:
             # Nothing says to the next who opens it that COPIED may be clear without need.
             corruptions -= sum("OFLAG_COPIED" in t and "refcount=1" in t for t in result.findings)
         if corruptions or result.check_errors:

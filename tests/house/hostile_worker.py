@@ -21,6 +21,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from house import featured
 from house.tinyqcow2 import Tiny
 from house.tinyvhdx import FULL, MIB, PARTIAL, ZERO, TinyVhdx
 from house.vmdk_mutants import KINDS as VMDK_KINDS
@@ -60,7 +61,7 @@ VHDX_KINDS: dict[str, dict[str, Any]] = {
         "bitmap": {0, 2, 3, 2047},
     },
 }
-ALL_KINDS = (*KINDS, *VHDX_KINDS, *VMDK_KINDS)
+ALL_KINDS = (*KINDS, *VHDX_KINDS, *VMDK_KINDS, *featured.KINDS)
 
 
 def mutants(kind: str, pairs: int, first: int = 0, every: int = 1) -> Iterator[tuple[str, bytes]]:
@@ -71,6 +72,8 @@ def mutants(kind: str, pairs: int, first: int = 0, every: int = 1) -> Iterator[t
             yield said, make()
         return
     make_all = vmdk_mutants if kind in VMDK_KINDS else qcow2_mutants
+    if kind in featured.KINDS:
+        make_all = featured.mutants
     yield from itertools.islice(make_all(kind, pairs), first, None, every)
 
 
@@ -163,12 +166,20 @@ def look(data: bytes, writable: bool, kind: str = "", repair: bool = False) -> N
         if "parent" in kind:
             told["backing"] = "given"
             slots["backing"] = NullNode(driver, 3 * MIB + 512, read_zeroes=True)
+        if kind == "with data-file":
+            told["data-file"] = "given"
+            content = featured.files(kind)["data.raw"]
+            slots["data-file"] = MemoryNode(driver, content, limit=len(content) + (64 << 20))
+        elif kind == "with luks":
+            told |= {"encrypt.key-secret": "s", "secrets": {"s": featured.KEY}}
         format, procedure = declared.open(told)
         node = MappedNode(driver, name, format, slots)
         node.read_only = not writable
         await node.run_procedure(procedure, whole_image=False)
         errors: list[Exception] = []
         steps = ("repair", "check", "grow", "shrink") if repair else ("info", "map", "check")
+        if kind == "with bitmaps":
+            steps += ("bitmaps",)
         if kind == "snapshot":
             steps += ("take", "apply", "delete") if writable else ("show",)
         for step in (*steps, "read", "close"):
@@ -181,6 +192,8 @@ def look(data: bytes, writable: bool, kind: str = "", repair: bool = False) -> N
                     await node.run_procedure(format.check())
                 elif step in ("take", "apply", "delete", "show"):
                     await node.run_procedure(snapshot_step(format, step))
+                elif step == "bitmaps":
+                    await each_bitmap(node, writable)
                 elif step == "repair":
                     await node.run_procedure(format.check("all"))
                 elif step in ("grow", "shrink"):
@@ -204,6 +217,22 @@ def look(data: bytes, writable: bool, kind: str = "", repair: bool = False) -> N
         expected(error)
     finally:
         driver.close()
+
+
+async def each_bitmap(node: Any, writable: bool) -> None:
+    """Load them, and change what is there."""
+    from diskwright.bits import BitmapError
+    from diskwright.engine import bitmaps
+
+    for name in [bitmap.name for bitmap in node.engine.bitmaps]:
+        try:
+            await bitmaps.load(node.engine, name)
+            if writable:
+                await bitmaps.clear(node.engine, name)
+                await bitmaps.add(node.engine, "new", 4096, persistent=True)
+                await bitmaps.remove(node.engine, name)
+        except BitmapError:
+            pass
 
 
 def snapshot_step(format: Any, step: str) -> Any:

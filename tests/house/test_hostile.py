@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from house import featured
 from house.hostile_worker import (
     ALL_KINDS,
     KINDS,
@@ -28,7 +29,9 @@ WORKER = Path(__file__).with_name("hostile_worker.py")
 ENV = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
 
 
-def run_worker(kind: str, pairs: int, first: int = 0, every: int = 1, timeout: float = 110) -> None:
+def run_worker(
+    kind: str, pairs: int, first: int = 0, every: int = 1, timeout: float = 110, least: int = 100
+) -> None:
     done = subprocess.run(
         [sys.executable, str(WORKER), json.dumps([kind, pairs, first, every])],
         capture_output=True,
@@ -39,7 +42,7 @@ def run_worker(kind: str, pairs: int, first: int = 0, every: int = 1, timeout: f
     assert done.returncode == 0, done.stderr[-4000:]
     result = json.loads(done.stdout)
     assert not result["wrong"], "\n".join(result["wrong"][:5])
-    assert result["count"] > 100
+    assert result["count"] > least
     seconds, said = result["slowest"]
     assert seconds < LIMIT_SECONDS, said
     assert result["peak_mib"] < LIMIT_BYTES >> 20
@@ -54,6 +57,12 @@ def test_fields_at_their_borders(kind: str) -> None:
 @pytest.mark.parametrize("kind", VHDX_KINDS)
 def test_fields_of_vhdx_at_their_borders(kind: str) -> None:
     run_worker(kind, pairs=40, first=5, every=150)
+
+
+@pytest.mark.parametrize("kind", featured.KINDS)
+def test_fields_of_features_at_their_borders(kind: str, peer: Callable[[str], str]) -> None:
+    peer("qemu-img")  # which makes the images
+    run_worker(kind, pairs=20, first=3, every=60, least=20)
 
 
 @pytest.mark.long
