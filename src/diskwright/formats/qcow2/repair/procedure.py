@@ -7,7 +7,7 @@ until all is done.  The order is
 
 1. counts that are too low are lifted; where the refcount structure itself is damaged, a new one is
    written first, and the header switches to it;
-2. entries of the L1 and L2 tables (:mod:`.relink`);
+2. what lies over tables comes apart (:mod:`.apart`), then entries are mended (:mod:`.relink`);
 3. counts that are too high are lowered, and flags;
 4. the dirty and the corrupt bit are cleared.
 """
