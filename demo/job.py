@@ -9,7 +9,17 @@ import subprocess
 import time
 
 from content import MIB, SECTOR, make_disk
-from shell import Shell, first_difference, oracle, prove, prove_disk, prove_file, timings, title
+from shell import (
+    Shell,
+    first_difference,
+    has_qemu,
+    oracle,
+    prove,
+    prove_disk,
+    prove_file,
+    timings,
+    title,
+)
 
 
 def make(shell: Shell, size: int) -> bytearray:
@@ -36,19 +46,24 @@ def make(shell: Shell, size: int) -> bytearray:
 
 def convert(shell: Shell, model: bytearray) -> None:
     title("To qcow2, with progress")
+    ours = shell("diskwright measure -f raw -O qcow2 disk.raw")
+    if has_qemu():
+        prove(shell("qemu-img measure -f raw -O qcow2 disk.raw") == ours, "qemu-img says the same")
     shell("diskwright convert -p -f raw -O qcow2 disk.raw base.qcow2")
     shell("diskwright info base.qcow2")
     shell("diskwright check base.qcow2")
     shell("diskwright compare -p -f raw -F qcow2 disk.raw base.qcow2")
     prove_disk(shell.folder / "base.qcow2", model, "base.qcow2")
     oracle(shell, "base.qcow2", "disk.raw")
+    shell("diskwright dd -f qcow2 -O raw bs=1M skip=16 count=24 if=base.qcow2 of=part.raw")
+    prove_file(shell.folder / "part.raw", model[16 * MIB : 24 * MIB], "eight MiB from the 16th on")
 
 
 def overlay(shell: Shell, model: bytearray) -> bytearray:
     title("An overlay: the base stays as it is")
     shell("diskwright create -f qcow2 -b base.qcow2 -F qcow2 overlay.qcow2")
-    print("  What an image names is not opened unless the caller trusts it:")
-    shell('diskwright io -r -c "read 0 512" overlay.qcow2', expect=1)
+    print("  What an image names is opened below its own folder, or nowhere:")
+    shell('diskwright io --policy untrusted -r -c "read 0 512" overlay.qcow2', expect=1)
     shell(
         'diskwright io --policy trusted -c "write -P 0x5a 1M 1M" -c "write -P 0x11 5000k 777" '
         '-c "write -z 24M 3M" -c "discard 40M 2M" -c flush overlay.qcow2'

@@ -46,8 +46,8 @@ def data_file(shell: Shell, disk: bytes) -> None:
     title("qcow2: guest data in a file of their own, which stays a raw disk")
     options = "data_file=guest.raw,data_file_raw=on"
     shell(f"diskwright convert -f raw -O qcow2 -o {options} disk.raw tables.qcow2")
-    print("  A data file is named by the image, so it is opened for those who trust it:")
-    shell('diskwright io -r -c "read 0 512" tables.qcow2', expect=1)
+    print("  A data file is named by the image, so it is not opened by those who trust none:")
+    shell('diskwright io --policy untrusted -r -c "read 0 512" tables.qcow2', expect=1)
     guest = Guest(disk)
     guest.write(0x41, 5 * MIB + 17, 70_000)
     guest.zero(50 * MIB, 2 * MIB, unmap=True)

@@ -43,7 +43,32 @@ def rescue(shell: Shell, disk: bytes) -> None:
         found = json.loads(shell(f"qemu-img check --output=json {IMAGE}", show=0))
         wrong = {k: v for k, v in found.items() if k in ("leaks", "corruptions", "check-errors")}
         prove(not any(wrong.values()), "qemu-img finds nothing", str(wrong))
+    guard(shell, disk)
     salvage(shell, disk)
+
+
+def guard(shell: Shell, disk: bytes) -> None:
+    title("qcow2: a damaged entry that points at a table, met by a write")
+    shell("diskwright convert -f raw -O qcow2 disk.raw guarded.qcow2")
+    path = shell.folder / "guarded.qcow2"
+    file = bytearray(path.read_bytes())
+    l1 = number(file, 40)
+    entry = (number(file, l1) & (1 << 56) - 512) + 8 * 40
+    file[entry : entry + 8] = (l1 | 1 << 63).to_bytes(8, "big")
+    path.write_bytes(file)
+    shell(f'diskwright io -c "write -P 9 {40 * CLUSTER} 64k" guarded.qcow2', expect=1)
+    prove(path.read_bytes()[l1 : l1 + CLUSTER] == file[l1 : l1 + CLUSTER], "the table is as it was")
+    for tool in ["diskwright", *(["qemu-img"] if has_qemu() else [])]:
+        told = json.loads(shell(f"{tool} info --output=json guarded.qcow2", show=0))
+        prove(told["format-specific"]["data"]["corrupt"], f"{tool} tells that it is marked corrupt")
+    print("  the write was refused, and the image is marked corrupt: nobody writes to it until")
+    shell("diskwright check -q -r all guarded.qcow2")
+    shell(f'diskwright io -c "write -P 9 {40 * CLUSTER} 64k" guarded.qcow2', show=1)
+    model = bytearray(disk)
+    model[40 * CLUSTER : 41 * CLUSTER] = b"\x09" * CLUSTER
+    prove_disk(path, model, "the repaired image, written to")
+    store(shell.folder / "model.raw", model)
+    oracle(shell, "guarded.qcow2", "model.raw")
 
 
 def number(file: bytes | bytearray, at: int) -> int:
