@@ -6,7 +6,7 @@ import json
 import random
 
 from content import MIB
-from guest import store
+from guest import Kept, store
 from shell import Shell, has_qemu, oracle, prove, prove_disk, title
 
 LAYERS = 24
@@ -15,13 +15,16 @@ MIDDLE = 12
 
 def chain(shell: Shell, disk: bytes) -> None:
     title(f"qcow2: a chain of {LAYERS} overlays, each with data of its own")
-    models = [bytes(disk)]
+    model, models = bytearray(disk), {}
     shell("diskwright convert -f raw -O qcow2 disk.raw layer00.qcow2")
     for number in range(1, LAYERS + 1):
-        models.append(overlay(shell, number, models[-1]))
+        overlay(shell, number, model)
+        if number in (MIDDLE, MIDDLE + 1):
+            models[number] = Kept(shell.folder / f"{number}.model", model)
+    models[LAYERS] = Kept(shell.folder / f"{LAYERS}.model", model)
     print(f"  made layer01.qcow2 to layer{LAYERS}.qcow2 by the Python API, each over the last one")
     top = f"layer{LAYERS}.qcow2"
-    prove_disk(shell.folder / top, models[-1], f"{top} through {LAYERS} files")
+    prove_disk(shell.folder / top, model, f"{top} through {LAYERS} files")
     line = f"diskwright map --policy trusted --output=json {top}"
     depths = {part["depth"] for part in json.loads(shell(line, show=2))}
     prove(depths == set(range(LAYERS + 1)), "map shows all layers", str(depths))
@@ -29,9 +32,9 @@ def chain(shell: Shell, disk: bytes) -> None:
     title("qcow2: the upper half moved onto the base; the lower half committed")
     shell(f"diskwright rebase --policy trusted -b layer00.qcow2 -F qcow2 {layer(MIDDLE + 1)}")
     shell(f"diskwright check --policy trusted {layer(MIDDLE + 1)}")
-    prove_disk(shell.folder / top, models[-1], f"{top} after rebase")
+    prove_disk(shell.folder / top, model, f"{top} after rebase")
     shell(f"diskwright convert --policy trusted -O qcow2 {top} flat.qcow2")
-    store(shell.folder / "model.raw", models[-1])
+    store(shell.folder / "model.raw", model)
     oracle(shell, "flat.qcow2", "model.raw")
     if has_qemu():
         shell(f"qemu-img compare -f raw -F qcow2 model.raw {top}")
@@ -40,7 +43,7 @@ def chain(shell: Shell, disk: bytes) -> None:
         prove_disk(shell.folder / layer(number), models[number], f"{layer(number)} by itself")
     shell(f"diskwright commit --policy trusted -b layer00.qcow2 -d {layer(MIDDLE)}")
     prove_disk(shell.folder / "layer00.qcow2", models[MIDDLE], "layer00.qcow2 after commit")
-    store(shell.folder / "model.raw", models[MIDDLE])
+    store(shell.folder / "model.raw", models[MIDDLE][:])
     oracle(shell, "layer00.qcow2", "model.raw")
 
 
@@ -48,12 +51,11 @@ def layer(number: int) -> str:
     return f"layer{number:02}.qcow2"
 
 
-def overlay(shell: Shell, number: int, below: bytes) -> bytes:
-    """Make an overlay with some writes; what is to be read through it."""
+def overlay(shell: Shell, number: int, model: bytearray) -> None:
+    """Make an overlay with some writes, which are made to ``model`` as well."""
     import diskwright
 
     rng = random.Random(number)
-    model = bytearray(below)
     options = {"backing_file": layer(number - 1), "backing_fmt": "qcow2"}
     path = shell.folder / layer(number)
     diskwright.create(path, "qcow2", options=options, policy="trusted")
@@ -66,4 +68,3 @@ def overlay(shell: Shell, number: int, below: bytes) -> bytes:
         at = rng.randrange(len(model) // MIB) * MIB
         disk.zero(at, MIB, unmap=True)
         model[at : at + MIB] = bytes(MIB)
-    return bytes(model)
