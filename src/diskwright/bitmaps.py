@@ -115,6 +115,11 @@ class DirtyBitmap:
         Raises BitmapError for another size.
         """
         self.check_size(other)
+        if other._shift == self._shift:  # runs of single bits would be many
+            touched = self.bits.merge(other.bits)
+            if self.touched is not None:
+                self.touched |= touched
+            return
         for first, stop in other.bits.runs():
             self.mark(first << other._shift, min(stop << other._shift, self.size))
 

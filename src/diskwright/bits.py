@@ -83,6 +83,16 @@ class Bits:
                 _fill(data, first - start, end - start)
             first = end
 
+    def merge(self, other: Bits) -> set[int]:
+        """Set what is set in ``other``, which has as many bits; returns the chunks of that."""
+        for index, theirs in other._chunks.items():
+            if theirs is None:
+                self._whole(index)
+            elif (data := self._chunk(index)) is not None:
+                both = int.from_bytes(data, "little") | int.from_bytes(theirs, "little")
+                data[:] = both.to_bytes(_CHUNK, "little")
+        return set(other._chunks)
+
     def clear(self) -> None:
         """No bit is set any more."""
         self.budget.left += sum(data is not None for data in self._chunks.values())
