@@ -116,9 +116,9 @@ class DirtyBitmap:
         """
         self.check_size(other)
         if other._shift == self._shift:  # runs of single bits would be many
-            touched = self.bits.merge(other.bits)
+            chunks = self.bits.merge(other.bits)
             if self.touched is not None:
-                self.touched |= touched
+                self.touched.update(chunks)
             return
         for first, stop in other.bits.runs():
             self.mark(first << other._shift, min(stop << other._shift, self.size))

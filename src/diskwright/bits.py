@@ -83,7 +83,7 @@ class Bits:
                 _fill(data, first - start, end - start)
             first = end
 
-    def merge(self, other: Bits) -> set[int]:
+    def merge(self, other: Bits) -> list[int]:
         """Set what is set in ``other``, which has as many bits; returns the chunks of that."""
         for index, theirs in other._chunks.items():
             if theirs is None:
@@ -91,7 +91,7 @@ class Bits:
             elif (data := self._chunk(index)) is not None:
                 both = int.from_bytes(data, "little") | int.from_bytes(theirs, "little")
                 data[:] = both.to_bytes(_CHUNK, "little")
-        return set(other._chunks)
+        return list(other._chunks)
 
     def clear(self) -> None:
         """No bit is set any more."""
