@@ -409,6 +409,8 @@ class Matrix:
                 ["--preallocation=full"],
             )
         )
+        if self.shape.encrypted:
+            more = []  # what QEMU's preallocates reads as noise
         self.both(["resize", "-q", "--shrink", *more, *self.image(), str(size)])
         self.model = bytearray(self.model[:size].ljust(size, b"\0"))
 
