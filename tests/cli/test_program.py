@@ -119,14 +119,14 @@ def test_a_closed_pipe_is_no_traceback(tmp_path: Path) -> None:
 
 
 def test_a_closed_pipe_ends_progress_but_not_the_work(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(b"x" * (8 * MIB))
+    (tmp_path / "a").write_bytes(b"x" * (16 * MIB))
     _, err = closed_pipe("convert", "-p", "a", "b", cwd=tmp_path)
     assert err == b""
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 def test_progress_is_silent_in_a_pipe_unless_asked_for(tmp_path: Path) -> None:
-    (tmp_path / "a").write_bytes(b"x" * (8 * MIB))
+    (tmp_path / "a").write_bytes(b"x" * (16 * MIB))
     assert ours("convert", "a", "b", cwd=tmp_path) == (0, b"", b"")
     assert ours("convert", "-p", "a", "b", cwd=tmp_path).out == (
         b"    (0.00/100%)\r    (25.00/100%)\r    (50.00/100%)\r    (75.00/100%)\r"
@@ -137,7 +137,7 @@ def test_progress_is_silent_in_a_pipe_unless_asked_for(tmp_path: Path) -> None:
 def test_progress_as_json_lines(tmp_path: Path) -> None:
     import json
 
-    (tmp_path / "a").write_bytes(b"x" * (8 * MIB))
+    (tmp_path / "a").write_bytes(b"x" * (16 * MIB))
     found = ours("convert", "--progress", "json", "a", "b", cwd=tmp_path)
     assert (found.status, found.out) == (0, b"")
     lines = [json.loads(line) for line in found.err.splitlines()]
