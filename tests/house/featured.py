@@ -5,13 +5,9 @@ from __future__ import annotations
 
 import random
 import struct
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "sansio"))
-
-from feature_damages import CLUSTER, SECRET, File, base
+from sansio.feature_damages import CLUSTER, SECRET, File, base
 
 KINDS = {f"with {kind}": kind for kind in ("bitmaps", "extended", "data-file", "luks")}
 KEY = SECRET.rpartition("=")[2].encode()

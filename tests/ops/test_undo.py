@@ -22,11 +22,9 @@ from diskwright.filters.patches import KEPT, ZEROES, Patches
 from diskwright.filters.rehearsal import Rehearsal
 from diskwright.ops.calls import spec_of
 from diskwright.ops.check import check
+from sansio.damages import DAMAGES, Damage, Image
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "sansio"))
-
-from damages import DAMAGES, Damage, Image  # noqa: E402
 
 ROWS = pytest.mark.parametrize("row", DAMAGES[::5], ids=lambda row: row.name)
 SOME = pytest.mark.parametrize("row", DAMAGES[1::19], ids=lambda row: row.name)

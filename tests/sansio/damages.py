@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable
 from typing import NamedTuple
 
-from test_qcow2_cross import made
+from sansio.test_qcow2_cross import made
 
 CLUSTER = 1024
 SIZE = 1280 << 10

@@ -13,7 +13,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-import oracle
+from sansio import oracle
 
 CLUSTER = 4096
 COPIED = 1 << 63

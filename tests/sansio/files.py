@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from machine import Machine, put
-
 from diskwright.contract import (
     OP_DATA,
     OP_ZERO,
@@ -18,6 +16,7 @@ from diskwright.contract import (
     Write,
 )
 from diskwright.extents import DATA, Data
+from sansio.machine import Machine, put
 
 
 class Files(Machine):

@@ -9,9 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from machine import Machine, put
-from oracle import check, needs_qemu, raw
-from test_qcow2_cross import made, own_check
 
 from diskwright.abilities import SnapshotInfo
 from diskwright.contract import (
@@ -25,6 +22,9 @@ from diskwright.contract import (
 from diskwright.errors import UsageError
 from diskwright.formats import qcow2
 from diskwright.formats.qcow2 import header as hd
+from sansio.machine import Machine, put
+from sansio.oracle import check, needs_qemu, raw
+from sansio.test_qcow2_cross import made, own_check
 
 SECTOR = 512
 SIZE = 96 * 1024

@@ -8,15 +8,15 @@ import struct
 from typing import Any
 
 import pytest
-from machine import Machine
-from test_qcow2_crash import crash
-from test_qcow2_cross import made, own_check
 
 from diskwright.bitmaps import DirtyBitmap
 from diskwright.bits import BitmapError
 from diskwright.contract import DISCARD, ZERO_UNMAP
 from diskwright.errors import CorruptImage, DiskError, MalformedImage
 from diskwright.formats import qcow2
+from sansio.machine import Machine
+from sansio.test_qcow2_crash import crash
+from sansio.test_qcow2_cross import made, own_check
 
 SIZE = 96 * 1024
 GRAIN = 512

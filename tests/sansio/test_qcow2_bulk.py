@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from machine import Machine
-from test_qcow2_cross import made, own_check, verify
 
 from diskwright.contract import WRITE, Plan
+from sansio.machine import Machine
+from sansio.test_qcow2_cross import made, own_check, verify
 
 KIB = 1 << 10
 MIB = 1 << 20

@@ -6,8 +6,6 @@ import random
 import struct
 
 import pytest
-from machine import Machine
-from test_qcow2_cross import made
 
 from diskwright.errors import UnsupportedFeature
 from diskwright.findings import CheckResult
@@ -16,6 +14,8 @@ from diskwright.formats.qcow2.check import checking, counts, references, tablewa
 from diskwright.formats.qcow2.check.checking import Checker
 from diskwright.formats.qcow2.check.counts import CHUNK, Counts
 from diskwright.formats.qcow2.check.meter import Meter
+from sansio.machine import Machine
+from sansio.test_qcow2_cross import made
 from scale.images import Layout
 
 CLUSTER = 512

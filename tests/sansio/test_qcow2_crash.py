@@ -8,12 +8,12 @@ import random
 from typing import Any
 
 import pytest
-from machine import Machine, put
-from test_qcow2_cross import made, own_check
 
 from diskwright.contract import DISCARD, WRITE_ZERO, ZERO_UNMAP, Groups
 from diskwright.formats import qcow2
 from diskwright.formats.qcow2.format import Qcow2
+from sansio.machine import Machine, put
+from sansio.test_qcow2_cross import made, own_check
 
 SECTOR = 512
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
-import oracle
 import pytest
-from machine import Machine
 
 from diskwright.findings import CheckResult
 from diskwright.formats import qcow2
+from sansio import oracle
+from sansio.machine import Machine
 
 SIZES = [512, 1024, 4096, 65536, 2 << 20]
 WIDTHS = [1, 2, 4, 8, 16, 32, 64]

@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import oracle
 import pytest
-from feature_damages import CLUSTER, DAMAGES, SECRET, Damage, File, base
-from machine import Machine, put
 
 from diskwright.findings import CheckResult
 from diskwright.formats import qcow2
+from sansio import oracle
+from sansio.feature_damages import CLUSTER, DAMAGES, SECRET, Damage, File, base
+from sansio.machine import Machine, put
 
 pytestmark = oracle.needs_qemu
 PAGE = Path(__file__).parents[2] / "docs/formats/qcow2.md"

@@ -8,8 +8,6 @@ import struct
 from pathlib import Path
 
 import pytest
-from machine import Machine
-from test_qcow2_cross import made, own_check
 
 from diskwright.engine.kernel import Driver
 from diskwright.errors import CorruptImage, DiskError, MalformedImage, UsageError
@@ -18,6 +16,8 @@ from diskwright.formats import qcow2
 from diskwright.formats.qcow2 import header as hd
 from diskwright.graph.mapped import MappedNode
 from diskwright.protocols.memory import MemoryNode
+from sansio.machine import Machine
+from sansio.test_qcow2_cross import made, own_check
 
 CORRUPT = 2
 

@@ -9,11 +9,11 @@ import time
 from collections.abc import Iterator
 
 import pytest
-from machine import Machine
-from test_qcow2_cross import made, own_check
 
 from diskwright.errors import CorruptImage, DiskError, ImageError, MalformedImage
 from diskwright.formats import qcow2
+from sansio.machine import Machine
+from sansio.test_qcow2_cross import made, own_check
 
 FIELDS = [
     ("magic", 0, 4),

@@ -6,15 +6,15 @@ import random
 import zlib
 from pathlib import Path
 
-import oracle
 import pytest
-from machine import Machine
-from test_qcow2_cross import made, own_check, workload
 
 from diskwright.codecs import zstd
 from diskwright.contract import DISCARD, WRITE_ZERO
 from diskwright.errors import CorruptImage, DamagedData, UnsupportedFeature
 from diskwright.formats import qcow2
+from sansio import oracle
+from sansio.machine import Machine
+from sansio.test_qcow2_cross import made, own_check, workload
 
 COPIED, PACKED = 1 << 63, 1 << 62
 

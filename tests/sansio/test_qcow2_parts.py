@@ -8,14 +8,14 @@ import random
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from machine import Machine
-from test_qcow2_cross import made, own_check
 
 from diskwright.contract import DISCARD, OP_DATA, OP_ZERO, WRITE, NeedMeta
 from diskwright.errors import NoSpace, UsageError
 from diskwright.formats import qcow2
 from diskwright.formats.qcow2.machine.refblock import decode, empty, lift, lower
 from diskwright.formats.qcow2.machine.runs import RunSet
+from sansio.machine import Machine
+from sansio.test_qcow2_cross import made, own_check
 
 RUN = st.tuples(st.sampled_from(["add", "remove"]), st.integers(0, 40), st.integers(0, 12))
 

@@ -6,15 +6,15 @@ import random
 import struct
 from pathlib import Path
 
-import oracle
 import pytest
-from machine import Machine
-from test_qcow2_cross import made, own_check, verify, workload
 
 from diskwright.errors import CorruptImage, UnsupportedFeature, UsageError
 from diskwright.formats import qcow2
 from diskwright.formats.qcow2 import header as hd
 from diskwright.formats.qcow2.creation import new_header
+from sansio import oracle
+from sansio.machine import Machine
+from sansio.test_qcow2_cross import made, own_check, verify, workload
 
 GROWTH = [(512, 4096, 4 << 20), (512, 64 * 512 + 512, 3 << 20), (4096, 1 << 20, (1 << 20) + 512)]
 

@@ -9,15 +9,15 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-import oracle
 import pytest
-from damages import CLUSTER, DAMAGES, PER_TABLE, SIZE, Damage, Image, base
-from machine import Machine, put
-from test_qcow2_cross import own_check
 
 from diskwright.errors import DiskError
 from diskwright.findings import CheckResult
 from diskwright.formats import qcow2
+from sansio import oracle
+from sansio.damages import CLUSTER, DAMAGES, PER_TABLE, SIZE, Damage, Image, base
+from sansio.machine import Machine, put
+from sansio.test_qcow2_cross import own_check
 
 PAGE = Path(__file__).parents[2] / "docs/formats/qcow2.md"
 Content = list[bytes | None]

@@ -6,12 +6,12 @@ from __future__ import annotations
 import errno
 
 import pytest
-from damages import DAMAGES, Damage
-from test_qcow2_amend import Failing
-from test_qcow2_cross import own_check
-from test_qcow2_repair import content, lost, repaired
 
 from diskwright.formats import qcow2
+from sansio.damages import DAMAGES, Damage
+from sansio.test_qcow2_amend import Failing
+from sansio.test_qcow2_cross import own_check
+from sansio.test_qcow2_repair import content, lost, repaired
 
 
 @pytest.mark.parametrize("damage", DAMAGES[::6], ids=lambda d: d.name)

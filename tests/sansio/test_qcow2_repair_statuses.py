@@ -5,12 +5,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import damages
-import feature_damages
-import oracle
 import pytest
 
 from diskwright.cli.main import main
+from sansio import damages, feature_damages, oracle
 
 UNSEEN = {"zero-in-v2", "extended-reserved", "external-elsewhere"}
 """What qemu-img does not find."""

@@ -8,16 +8,16 @@ import random
 from typing import Any
 
 import pytest
-from machine import Machine
-from test_qcow2_crash import crash
-from test_qcow2_cross import own_check, workload
-from test_qcow2_snapshots import Disk, clean, shown
 
 from diskwright.abilities import SnapshotInfo
 from diskwright.errors import CorruptImage
 from diskwright.formats import qcow2
 from diskwright.formats.qcow2.snapshots import procedures as snapshots
 from diskwright.formats.qcow2.snapshots import sharing
+from sansio.machine import Machine
+from sansio.test_qcow2_crash import crash
+from sansio.test_qcow2_cross import own_check, workload
+from sansio.test_qcow2_snapshots import Disk, clean, shown
 
 KINDS: list[dict[str, Any]] = [
     {"cluster_size": 512},

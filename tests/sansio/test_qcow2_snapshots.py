@@ -7,10 +7,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
-import oracle
 import pytest
-from machine import Machine
-from test_qcow2_cross import made, own_check, workload
 
 from diskwright.abilities import SnapshotInfo
 from diskwright.errors import (
@@ -21,6 +18,9 @@ from diskwright.errors import (
     UsageError,
 )
 from diskwright.formats import qcow2
+from sansio import oracle
+from sansio.machine import Machine
+from sansio.test_qcow2_cross import made, own_check, workload
 
 
 def clean(machine: Machine) -> None:

@@ -8,14 +8,14 @@ import struct
 from pathlib import Path
 from typing import Any
 
-import oracle
 import pytest
-from machine import Machine, put
-from test_qcow2_cross import made, own_check, verify
 
 from diskwright.errors import CorruptImage, DamagedData, UsageError
 from diskwright.extents import DATA, HOLE, ZERO
 from diskwright.formats import qcow2
+from sansio import oracle
+from sansio.machine import Machine, put
+from sansio.test_qcow2_cross import made, own_check, verify
 
 CLUSTER, SUB = 16384, 512
 ALL = (1 << 32) - 1

@@ -8,15 +8,15 @@ import random
 from pathlib import Path
 from typing import Any
 
-import oracle
 import pytest
-from feature_damages import SECRET
-from test_qcow2_bitmaps import GRAIN, Disk
-from test_qcow2_repair import states
-from woven import KINDS, Sound, Woven, contents, opened, sound
 
 from diskwright.errors import CorruptImage, DiskError, UnsupportedFeature
 from diskwright.findings import CheckResult
+from sansio import oracle
+from sansio.feature_damages import SECRET
+from sansio.test_qcow2_bitmaps import GRAIN, Disk
+from sansio.test_qcow2_repair import states
+from sansio.woven import KINDS, Sound, Woven, contents, opened, sound
 
 Log = list[tuple[Any, ...]]
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
-from machine import Machine
 
 from diskwright.contract import DISCARD, OP_DISCARD, OP_ZERO, WRITE_ZERO
 from diskwright.errors import NotSupported, UsageError
 from diskwright.formats import raw
+from sansio.machine import Machine
 
 
 def opened(file: bytes, **options: object) -> Machine:

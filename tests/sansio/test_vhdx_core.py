@@ -10,9 +10,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import oracle
 import pytest
-from machine import Machine, put
 
 from diskwright.codecs.crc32c import crc32c
 from diskwright.contract import DISCARD, WRITE, WRITE_ZERO, ZERO_UNMAP
@@ -25,6 +23,8 @@ from diskwright.formats.vhdx import structures as st
 from diskwright.formats.vhdx.creation import automatic_block_size
 from house import tinyvhdx as tiny
 from house.tinyvhdx import FULL, MIB, NOT_PRESENT, PARTIAL, ZERO, TinyVhdx
+from sansio import oracle
+from sansio.machine import Machine, put
 
 DRIVER = vhdx.DRIVER
 SECTOR = 512

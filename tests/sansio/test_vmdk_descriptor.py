@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from machine import put
 
 from diskwright.contract import MetaWrite
 from diskwright.errors import ImageError, MalformedImage, UnsupportedFeature, UsageError
 from diskwright.formats.vmdk import descriptor as d
 from diskwright.formats.vmdk.cid import Place
 from diskwright.formats.vmdk.descriptor import Descriptor, ExtentLine, is_descriptor, parse
+from sansio.machine import put
 
 PLAYER = b"""# Disk DescriptorFile
 version=1

@@ -6,7 +6,6 @@ import random
 from typing import Any
 
 import pytest
-from files import Crash, Files
 
 from diskwright.contract import DISCARD, WRITE_ZERO, ZERO_UNMAP
 from diskwright.errors import (
@@ -23,6 +22,7 @@ from diskwright.formats import vmdk
 from diskwright.formats.vmdk import cid, creation
 from diskwright.formats.vmdk.descriptor import parse
 from diskwright.formats.vmdk.sparse.layout import new_hosted
+from sansio.files import Crash, Files
 
 SECTOR = 512
 MIB = 1 << 20

@@ -8,7 +8,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from machine import Machine, put
 
 from diskwright.contract import DISCARD, WRITE
 from diskwright.errors import (
@@ -25,6 +24,7 @@ from diskwright.formats.vmdk.sesparse.header import new_header
 from diskwright.formats.vmdk.sesparse.map import entry_of, grain_of
 from diskwright.formats.vmdk.sesparse.part import new_sesparse, open_sesparse
 from diskwright.formats.vmdk.sesparse.space import fill, next_clear, next_set
+from sansio.machine import Machine, put
 
 MIB = 1 << 20
 GRAIN = 4096

@@ -7,8 +7,6 @@ import struct
 from typing import Any
 
 import pytest
-from machine import Machine
-from test_qcow2_crash import History, crash, grow_history
 
 from diskwright.contract import DISCARD, WRITE, WRITE_ZERO, ZERO_UNMAP, Groups, NeedMeta
 from diskwright.errors import CorruptImage, ImageError, NoSpace, UnsupportedFeature
@@ -20,6 +18,8 @@ from diskwright.formats.vmdk.sparse.part import SparsePart
 from diskwright.formats.vmdk.sparse.space import Runs, Space
 from house import tinyvmdk
 from house.tinyvmdk import SECTOR, Reading
+from sansio.machine import Machine
+from sansio.test_qcow2_crash import History, crash, grow_history
 
 SIZE = 96 * 1024 + 1536
 

@@ -11,8 +11,6 @@ from itertools import pairwise
 from typing import Any
 
 import pytest
-from machine import Machine
-from streamwalk import HEADER, walk
 
 from diskwright.errors import CorruptImage, ImageError, UnsupportedFeature, UsageError
 from diskwright.extents import HOLE, PACKED, ZERO, Packed
@@ -20,6 +18,8 @@ from diskwright.findings import CheckResult
 from diskwright.formats.vmdk import DRIVER
 from diskwright.formats.vmdk.stream.part import GrainCodec, longest
 from diskwright.formats.vmdk.stream.writer import StreamOptimized
+from sansio.machine import Machine
+from sansio.streamwalk import HEADER, walk
 
 MIB = 1 << 20
 GRAIN = 65536

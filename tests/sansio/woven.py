@@ -9,14 +9,13 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any, NamedTuple
 
-import feature_damages
-from machine import Machine
-from test_qcow2_bitmaps import Disk
-
 from diskwright.abilities import SnapshotInfo
 from diskwright.errors import DiskError
 from diskwright.formats import qcow2
 from diskwright.secrets import Secrets
+from sansio import feature_damages
+from sansio.machine import Machine
+from sansio.test_qcow2_bitmaps import Disk
 
 COPIED, PACKED = 1 << 63, 1 << 62
 OFFSET = (1 << 56) - 512

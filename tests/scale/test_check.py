@@ -13,10 +13,10 @@ import time
 from pathlib import Path
 
 import pytest
-from machine import Machine
 
 from diskwright.formats import qcow2
 from diskwright.formats.qcow2.check.scan import pieces
+from sansio.machine import Machine
 from scale.images import COPIED, TIB, Layout, make
 
 SOURCE = Path(__file__).resolve().parents[2] / "src"
