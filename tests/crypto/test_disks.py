@@ -7,6 +7,7 @@ import random
 import shutil
 import struct
 import subprocess
+import time
 from pathlib import Path
 from typing import Any
 
@@ -193,9 +194,9 @@ def test_the_splitter() -> None:
         (104, struct.pack(">I", 0xFFFFFFFF)),  # the disk behind the end
         (108, struct.pack(">I", 0)),  # no key
         (108, struct.pack(">I", 1 << 31)),  # a huge one
-        (164, struct.pack(">I", 0xFFFFFFFF)),  # hashing for days
+        (164, struct.pack(">I", 0)),  # no hashing
         (208, b"\0\0\0\0"),  # no state
-        (212, struct.pack(">I", 0xFFFFFFFF)),
+        (212, struct.pack(">I", 0)),
         (248, struct.pack(">I", 0)),  # key material over the header
         (248, struct.pack(">I", 0xFFFFFFFF)),
         (248, struct.pack(">I", 512)),  # over that of the next slot
@@ -213,6 +214,64 @@ def test_hostile_headers(tmp_path: Path, offset: int, value: bytes) -> None:
         diskwright.open(where, secrets=SECRETS)
     with pytest.raises(DiskError):
         diskwright.info(path, format="luks")
+
+
+def hashing(path: Path, slots: int, iterations: int, digest: int) -> None:
+    """Let ``slots`` key slots be active and ask for so much."""
+    with path.open("r+b") as file:
+        file.seek(164)
+        file.write(struct.pack(">I", digest))
+        for slot in range(slots):
+            file.seek(luks1.slot_place(slot))
+            file.write(struct.pack(">II", luks1.ACTIVE, iterations))
+
+
+# By default a key is two blocks of its hash.
+ALLOWED = luks1.MOST_ROUNDS // 8 // 2 - 1000
+
+
+@pytest.mark.parametrize(
+    "slots, iterations, digest",
+    [(1, 0xFFFFFFFF, 1), (1, 1, 0xFFFFFFFF), (1, 1 << 26, 1), (8, ALLOWED, 2001)],
+)
+def test_a_header_that_asks_for_hours_of_hashing(
+    tmp_path: Path, slots: int, iterations: int, digest: int
+) -> None:
+    path = tmp_path / "disk"
+    where = made(path)
+    hashing(path, slots, iterations, digest)
+    with pytest.raises(MalformedImage, match="rounds of hashing") as refused:
+        diskwright.open(where, secrets=SECRETS)
+    assert refused.value.field == "iterations"
+    info = diskwright.info(path, format="luks")
+    assert info.format == "luks"
+
+
+@pytest.mark.long
+def test_the_most_hashing_that_a_header_may_ask_for(tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    where = made(path)
+    hashing(path, 8, ALLOWED, 2000)
+    start = time.monotonic()
+    with pytest.raises(UsageError, match="Invalid password"):
+        diskwright.open(where, secrets={"s0": "wrong"})
+    assert time.monotonic() - start < 300
+
+
+def test_no_slot_is_made_that_would_not_be_tried(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = made(tmp_path / "disk")
+    monkeypatch.setattr(luks1, "MOST_ROUNDS", 100_000)
+    with pytest.raises(UsageError, match="iter-time is too long"):
+        diskwright.amend(
+            where, {"state": "active", "new-secret": "s1", "iter-time": 500}, secrets=SECRETS
+        )
+    with pytest.raises(UsageError, match="iter-time is too long"):
+        diskwright.create(
+            tmp_path / "other", "luks", SIZE, {"key-secret": "s0", "iter-time": 500},
+            secrets=SECRETS,
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("fmt", ["luks", "qcow2"])

@@ -28,8 +28,13 @@ DIGEST, SALT = 20, 32
 ALIGNMENT = 4096
 """Key material, and the payload, begin on multiples of it in headers that are made here."""
 LEAST_ITERATIONS = 1000
-MOST_ITERATIONS = 100_000_000
-"""A minute of hashing or two; what asks for more is no header but an attack."""
+MOST_ROUNDS = 1 << 27
+"""Hashing that trying all active slots of a header may cost, in rounds of PBKDF2.
+
+A wrong passphrase costs all of it: about a minute at two million rounds a second.  What asks for
+more is no header but an attack: eight slots of two seconds each, made by a processor that does
+seven million, stay below.
+"""
 ACTIVE, INACTIVE = 0x00AC71F3, 0x0000DEAD
 
 _HEAD = struct.Struct(">6sH32s32s32sII20s32sI40s")
@@ -90,6 +95,21 @@ class Header(NamedTuple):
     def material(self, slot: Slot) -> int:
         """Bytes of a slot's key material, whole sectors."""
         return align_up(self.key_bytes * slot.stripes, SECTOR)
+
+    def check_effort(self) -> None:
+        """Raise MalformedImage where trying all active slots takes more than MOST_ROUNDS."""
+        rounds = 0
+        for index, slot in enumerate(self.slots):
+            if slot.active:
+                rounds += slot.iterations * self._blocks(self.key_bytes)
+                rounds += self.digest_iterations * self._blocks(DIGEST)
+            if rounds > MOST_ROUNDS:
+                text = f"up to key slot {index}, {rounds} rounds of hashing"
+                raise _malformed(text, "iterations", slot_place(index) + 4)
+
+    def _blocks(self, length: int) -> int:
+        """How many blocks of its hash make ``length`` bytes; PBKDF2 runs once for each."""
+        return -(-length // digest_bytes(self.hash))
 
     def with_slot(self, index: int, slot: Slot) -> Header:
         """The same header with another slot ``index``."""
@@ -192,8 +212,8 @@ def _check_places(header: Header, room: int) -> None:
 
 
 def _check_iterations(count: int, field: str, offset: int) -> None:
-    if not 1 <= count <= MOST_ITERATIONS:
-        raise _malformed(f"{count} iterations", field, offset)
+    if not count:
+        raise _malformed("0 iterations", field, offset)
 
 
 def _text(raw: bytes, field: str, offset: int) -> str:

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from uuid import uuid4
 
 from ..contract import Barrier, Compute, MetaWrite, Procedure, Read, Timed, Write
-from ..errors import UsageError
+from ..errors import MalformedImage, UsageError
 from ..secrets import find
 from ..units import align_up
 from .ciphering import check_hash, spec_of
@@ -23,7 +23,6 @@ from .luks1 import (
     DIGEST,
     LEAST_ITERATIONS,
     LENGTH,
-    MOST_ITERATIONS,
     SALT,
     SLOTS,
     STRIPES,
@@ -45,6 +44,8 @@ _WORD = 4
 # Long enough to be measured (seconds), and with how many iterations the search begins.
 _SAMPLE = 0.02
 _FIRST = 4096
+_LONGEST = 1 << 24
+_WIDEST = (1 << 32) - 1
 
 
 class Place(NamedTuple):
@@ -63,6 +64,7 @@ def read_header(place: Place, room: int) -> Procedure:
 def unlock(header: Header, place: Place, passphrase: bytes) -> Procedure:
     """The disk's key.  Raises UsageError when the passphrase opens no slot."""
     header.spec.check(header.key_bytes)
+    header.check_effort()
     for index, slot in enumerate(header.slots):
         if slot.active and (key := (yield from _opened(header, place, index, passphrase))):
             return key
@@ -125,8 +127,19 @@ def make_keys(header: Header, passphrase: bytes, options: Mapping[str, Any]) -> 
     header = header._replace(digest=(yield Compute(digest_of, (header, key))))
     iterations = yield from _iterations(header.hash, time, header.key_bytes)
     slot = header.slots[0]._replace(active=True, iterations=iterations, salt=token_bytes(SALT))
+    header = _with_new(header, 0, slot)
     material = yield Compute(close_slot, (header, slot, passphrase, key))
-    return header.with_slot(0, slot), material, key
+    return header, material, key
+
+
+def _with_new(header: Header, index: int, slot: Slot) -> Header:
+    """The header with a new slot.  Raises UsageError where nobody would try all of its slots."""
+    new = header.with_slot(index, slot)
+    try:
+        new.check_effort()
+    except MalformedImage as error:
+        raise UsageError("iter-time is too long for a header with so many key slots") from error
+    return new
 
 
 def _milliseconds(options: Mapping[str, Any]) -> int:
@@ -143,11 +156,11 @@ def _iterations(hash_name: str, milliseconds: int, length: int) -> Procedure:
     while True:
         arguments = (hash_name, b"password", bytes(SALT), count, length)
         _, seconds = yield Timed(derive, arguments)
-        if seconds >= _SAMPLE or count >= MOST_ITERATIONS:
+        if seconds >= _SAMPLE or count >= _LONGEST:
             break
         count *= 4
     wanted = int(count * milliseconds / 1000 / max(seconds, 1e-6))
-    return min(max(wanted, LEAST_ITERATIONS), MOST_ITERATIONS)
+    return min(max(wanted, LEAST_ITERATIONS), _WIDEST)
 
 
 # -- changing
@@ -206,6 +219,7 @@ def _add(
     time = _milliseconds(options)
     iterations = yield from _iterations(header.hash, time, header.key_bytes)
     slot = old._replace(active=True, iterations=iterations, salt=token_bytes(SALT))
+    _with_new(header, index, slot)
     material = yield Compute(close_slot, (header, slot, passphrase, key))
     if old.active:
         header = yield from _write_slot(header, place, index, old._replace(active=False))
