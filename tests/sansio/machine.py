@@ -137,10 +137,11 @@ class Machine:
         elif isinstance(request, Length):
             return len(self.slots.get(request.slot, b""))
         elif isinstance(request, Truncate):
-            file = self.slots["file"]
+            file = self.slots[request.slot]
             del file[request.size :]
             file.extend(bytes(request.size - len(file)))
-            self.log.append(("truncate", request.size))
+            if request.slot == "file":
+                self.log.append(("truncate", request.size))
         elif isinstance(request, Punch):
             return self._punch(request.ranges)
         elif isinstance(request, Open):

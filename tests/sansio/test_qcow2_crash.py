@@ -68,15 +68,18 @@ def crash(start: bytes, log: list[tuple[Any, ...]], cut: int, rng: random.Random
     for i, entry in enumerate(log[:cut]):
         if entry[0] == "barrier":
             continue
+        if i > last and rng.random() < chance:
+            continue
+        if entry[0] == "truncate":
+            del file[entry[1] :]
+            file.extend(bytes(entry[1] - len(file)))
+            continue
         assert entry[0] == "write"
         _, offset, data = entry
-        if i > last:
-            if rng.random() < chance:
-                continue
-            if rng.random() < 0.3:
-                boundary = rng.randrange(0, len(data) + 1)
-                boundary -= (offset + boundary) % SECTOR
-                data = data[: max(boundary, 0)]
+        if i > last and rng.random() < 0.3:
+            boundary = rng.randrange(0, len(data) + 1)
+            boundary -= (offset + boundary) % SECTOR
+            data = data[: max(boundary, 0)]
         put(file, offset, data)
     return bytes(file)
 
@@ -183,6 +186,9 @@ def resized(size: int, sizes: list[int], seed: int) -> None:
             assert again.read(0, kept) == bytes(model[:kept])
             if image.size > len(model):
                 assert not any(again.read(len(model), image.size - len(model)))
+        file = bytes(machine.slots["file"])
+        if target < len(model):
+            assert own_check(file).image_end_offset == len(file)
         model = model[:target].ljust(target, b"\0")
         assert machine.read(0, target) == bytes(model)
 
@@ -190,3 +196,72 @@ def resized(size: int, sizes: list[int], seed: int) -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_resize_crash_states(seed: int) -> None:
     resized(100_352, [3 << 20, 50_176, 4 << 20, 512, 1 << 20], seed)
+
+
+SHRUNK: list[dict[str, Any]] = [
+    {},
+    {"lazy_refcounts": True},
+    {"refcount_bits": 64},
+    {"compat": "0.10"},
+    {"cluster_size": 16384, "extended_l2": True},
+]
+
+
+@pytest.mark.parametrize("options", SHRUNK, ids=str)
+def test_the_end_of_a_shrunk_file_is_cut_off(options: dict[str, Any]) -> None:
+    """What is kept lies before what goes, as a disk that was written in order has it."""
+    rng = random.Random(str(options))
+    machine = made(256 << 10, **{"cluster_size": 1024, **options})
+    model = rng.randbytes(256 << 10)
+    for at in range(0, len(model), 16384):
+        machine.write(at, model[at : at + 16384])
+    machine.flush()
+    start = bytes(machine.slots["file"])
+    machine.log.clear()
+    machine.run(machine.format.resize(64 << 10, shrink=True))
+    log = list(machine.log)
+    whole = len(machine.slots["file"])
+    assert whole < len(start) - (150 << 10)
+    assert [entry[0] for entry in log[-3:]] == ["barrier", "truncate", "barrier"]
+    for cut in [len(log) - 1, len(log)] + [rng.randrange(len(log)) for _ in range(20)]:
+        again = Machine(crash(start, log, cut, rng))
+        image = again.open(qcow2.DRIVER)
+        assert own_check(bytes(again.slots["file"])).corruptions == 0
+        assert image.size in (64 << 10, 256 << 10)
+        assert again.read(0, 64 << 10) == model[: 64 << 10]
+    again = Machine(bytes(machine.slots["file"]))
+    again.open(qcow2.DRIVER)
+    again.run(again.format.resize(256 << 10))
+    assert again.read(0, 256 << 10) == model[: 64 << 10] + bytes(192 << 10)
+    again.write(100 << 10, b"new" * 5000)
+    again.flush()
+    assert again.read(100 << 10, 15000) == b"new" * 5000
+
+
+def test_what_is_used_and_not_counted_is_not_cut_off() -> None:
+    machine = made(64 << 10, cluster_size=1024)
+    model = random.Random(1).randbytes(64 << 10)
+    machine.write(63 << 10, model[63 << 10 :])
+    machine.write(0, model[: 63 << 10])
+    machine.flush()
+    file = machine.slots["file"]
+    length = len(file)
+    host = length - 1024
+    assert file[host:] == model[62 << 10 : 63 << 10]
+    block = machine.format.block_offset(0)
+    file[block + 2 * (host >> 10) : block + 2 * (host >> 10) + 2] = bytes(2)
+    again = Machine(bytes(file))
+    again.open(qcow2.DRIVER)
+    again.run(again.format.resize(63 << 10, shrink=True))
+    assert len(again.slots["file"]) == length
+    assert again.read(0, 63 << 10) == model[: 63 << 10]
+
+
+def test_a_device_is_not_cut_off() -> None:
+    machine = made(64 << 10, cluster_size=1024)
+    machine.write(0, b"x" * (64 << 10))
+    machine.flush()
+    again = Machine(bytes(machine.slots["file"]))
+    again.open(qcow2.DRIVER, zero_beyond_end=False)
+    again.run(again.format.resize(1024, shrink=True))
+    assert len(again.slots["file"]) == len(machine.slots["file"])

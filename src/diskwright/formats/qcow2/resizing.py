@@ -32,6 +32,7 @@ from ..editing import ask, flush, unpin
 from . import header as hd
 from .bitmaps.add import before_resize
 from .creation import PREALLOCATIONS
+from .cutting import cut_end
 from .edit import announce
 from .machine.core import DATA_SLOT, SLOT
 from .rewrite import drop_clusters
@@ -94,6 +95,7 @@ def _shrink(image: Qcow2, size: int) -> Procedure:
     if image.external:
         yield Truncate(DATA_SLOT, size)
         yield Barrier()
+    yield from cut_end(image)
 
 
 def _grow(image: Qcow2, size: int, entries: int, preallocation: str) -> Procedure:
