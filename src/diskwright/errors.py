@@ -59,7 +59,7 @@ class CorruptImage(ImageError):
     """The image is marked corrupt, or its metadata contradict each other."""
 
     met_by: object = None
-    """Whose metadata they are (an engine), where a request met them."""
+    """Whose metadata they are (an engine or a format), where a request or a change met them."""
     marked = False
     """The image was marked as corrupt for it, which the message tells."""
 

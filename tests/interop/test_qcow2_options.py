@@ -193,6 +193,69 @@ def test_a_read_marks_too(place: int, entry: int, text: str, tmp_path: Path) -> 
     assert corrupt(path)
 
 
+def snapshot(path: Path) -> None:
+    with diskwright.open(str(path), writable=True) as disk:
+        disk.snapshots.create("one")
+
+
+def bitmap(path: Path) -> None:
+    """Its place is taken when the image is closed."""
+    with diskwright.open(str(path), writable=True) as disk:
+        disk.bitmaps.add("one", persistent=True)
+
+
+def resize(path: Path) -> None:
+    with diskwright.open(str(path), writable=True) as disk:
+        disk.resize(SIZE // 2, shrink=True)
+
+
+@pytest.mark.parametrize(
+    ("change", "place", "value", "theirs"),
+    [
+        (snapshot, BLOCK, b"\0\0", ["snapshot", "-c", "one"]),
+        (bitmap, BLOCK, b"\0\0", ["bitmap", "--add", "IMAGE", "one"]),
+        (snapshot, BLOCK, bytes(12), ["snapshot", "-c", "one"]),
+        (resize, L1, struct.pack(">Q", COPIED | BLOCK), None),
+    ],
+)
+def test_what_changes_the_whole_image_marks_too(
+    change: Callable[[Path], None],
+    place: int,
+    value: bytes,
+    theirs: list[str] | None,
+    peer: Peer,
+    tmp_path: Path,
+) -> None:
+    path = made(tmp_path)
+    patched(path, place, value)
+    before = path.read_bytes()
+    if theirs is not None:
+        copy = tmp_path / "theirs"
+        copy.write_bytes(before)
+        words = [copy if word == "IMAGE" else word for word in theirs]
+        words += [] if copy in words else [copy]
+        run([peer("qemu-img"), *words], status=(1,))
+        assert corrupt(copy)
+    with pytest.raises(CorruptImage, match="Marking image as corrupt: Preventing invalid"):
+        change(path)
+    after = bytearray(path.read_bytes())
+    assert after[79] & 2
+    after[79] &= ~2
+    assert bytes(after) == before
+
+
+def test_what_is_wrong_with_a_snapshot_marks_nothing(tmp_path: Path) -> None:
+    path = made(tmp_path)
+    snapshot(path)
+    table = at(path, 64)
+    patched(path, table, struct.pack(">Q", 1 << 40))  # its L1 table is outside of the file
+    with diskwright.open(str(path), writable=True) as disk:
+        with pytest.raises(CorruptImage, match="outside of the file"):
+            disk.snapshots.apply("one")
+        disk.write(0, b"x")
+    assert not corrupt(path)
+
+
 def test_a_corrupt_backing_file_marks_nothing_above(tmp_path: Path) -> None:
     path = made(tmp_path)
     patched(path, L2, struct.pack(">Q", COPIED | DATA | 512))

@@ -10,12 +10,21 @@ from collections.abc import Callable
 from typing import Any
 
 from ..contract import Barrier, Format, Groups, NeedMeta, Procedure, Punch, Read, Table, Write
+from ..errors import CorruptImage
 
 
 def ask(image: Format, question: Callable[[], Any], pins: list[Table]) -> Procedure:
-    """Repeat ``question`` until no table is missing; tables that were read stay pinned."""
+    """Repeat ``question`` until no table is missing; tables that were read stay pinned.
+
+    A CorruptImage that the format answers is met as by a request (``met_by``), for which the image
+    is marked.  What a procedure itself finds wrong with a snapshot keeps nobody from the disk.
+    """
     while True:
-        answer = question()
+        try:
+            answer = question()
+        except CorruptImage as error:
+            error.met_by = error.met_by or image
+            raise
         if not isinstance(answer, NeedMeta):
             return answer
         raws = yield Read(answer.slot, answer.ranges, answer.tag)

@@ -161,7 +161,8 @@ class MappedNode(Node):
         nobody writes to it before it is repaired.  What was answered before still gets flushed.
         """
         mark = getattr(self.format, "mark_corrupt", None)
-        sound = isinstance(error, DamagedData) or error.met_by is not self.engine
+        ours = error.met_by in (self.engine, self.format)
+        sound = isinstance(error, DamagedData) or not ours
         procedure = mark() if mark is not None and not sound else None
         if procedure is None:
             return error
@@ -217,6 +218,10 @@ class MappedNode(Node):
             except BaseException:
                 await attempt.undo()
                 raise
+        except CorruptImage as error:
+            if not whole_image:
+                raise
+            raise await self._corrupt(error) from error
         finally:
             self._procedures -= 1
             self._look = True
@@ -226,7 +231,10 @@ class MappedNode(Node):
             return
         try:
             if not self.read_only:
-                await self.engine.close()
+                try:
+                    await self.engine.close()
+                except CorruptImage as error:
+                    raise await self._corrupt(error) from error
             else:
                 await self.engine.shared.drain()
         finally:

@@ -67,11 +67,14 @@ def _drop_in_table(
     offset = image.l1[l1_index] & OFFSET
 
     def load() -> Table | NeedMeta:
-        return image.l2_table(offset) or NeedMeta(SLOT, [(offset, image.cluster_size)], "l2_load")
+        found = image.l2_table(offset)
+        if found is None:
+            return NeedMeta(SLOT, [(offset, image.cluster_size)], "l2_load")
+        image.check_table(found)
+        return found
 
-    table: Table = yield from ask(image, load, pins)
     try:
-        image.check_table(table)
+        table: Table = yield from ask(image, load, pins)
     except CorruptImage:
         yield from flush(image)  # what was dropped so far is consistent
         raise
