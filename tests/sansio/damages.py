@@ -645,7 +645,7 @@ def packed_too_long(i: Image) -> None:
     "a compressed cluster lies over a guest's cluster",
     "corruption and leak",
     "the leak is freed",
-    "the guest's cluster gets a copy",
+    "counts, and the guest's flag: a cluster may be shared when it is so counted",
 )
 def packed_at_data(i: Image) -> None:
     i.put(i.entry(7 * PER_TABLE + 2), PACKED | i.host(40))

@@ -119,8 +119,9 @@ def _emitter(call: Call) -> Emit:
             _say(text + "\n")
         elif stream == "err":
             to_stderr(text + "\n")
-        elif stream == "report":
-            call.error(text)
+        elif stream in ("report", "detail"):
+            if stream == "report" or call.name != "qemu-io":
+                call.error(text)
         else:
             _say("", now=True)
 

@@ -20,8 +20,9 @@ from .io_disk import Opened, OpenFailed, open_disk_as
 from .io_text import Complaint
 
 Emit = Callable[[str, str], None]
-"""Told a text and its stream: ``out``, ``err``, or ``report`` (an error that wants the program's
-name before it).  A text may have several lines; it has no line end."""
+"""Told a text and its stream: ``out``, ``err``, ``report`` (an error that wants the program's name
+before it), or ``detail`` (the same, of which qemu-io says nothing).  A text may have several
+lines; it has no line end."""
 
 
 class Command(NamedTuple):

@@ -7,7 +7,7 @@ import os
 from collections.abc import Coroutine
 from typing import TYPE_CHECKING
 
-from ..errors import DiskError, ImageError, UnsupportedFeature
+from ..errors import DamagedData, DiskError, ImageError, UnsupportedFeature
 from ..graph.closing import explain
 from .io_text import (
     MAX_REQUEST,
@@ -49,6 +49,9 @@ async def _outcome(session: Session, name: str, work: Coroutine[None, None, Outc
         return await work
     except UnsupportedFeature as error:
         return Outcome(False, [f"{name} failed: {error}"])
+    except DamagedData as error:
+        session.emit(str(error), "detail")
+        return Outcome(False, [f"{name} failed: {os.strerror(errno.EIO)}"])
     except ImageError as error:
         # Whoever reads the answers knows the image's faults as I/O errors; which one it is goes
         # to standard error.

@@ -38,6 +38,7 @@ class Mender(Checker):
         where there are several counts."""
         self.crossed = False
         """A cluster has several references and fewer counts."""
+        self.flags_fixed = 0
         self._changes: list[tuple[int, int]] = []
         self._alone = True
         """Nothing else lies over the table whose flags are looked at."""
@@ -195,6 +196,7 @@ class Mender(Checker):
             return False
         self.result.say(f"Repairing {what} refcount={count}")
         self.result.corruptions_fixed += 1
+        self.flags_fixed += 1
         return True
 
     def _write_entries(

@@ -154,6 +154,7 @@ class Repairer:
         yield from last.check_copied()
         remaining = last.result
         result.corruptions_fixed += max(result.corruptions - remaining.corruptions, 0)
+        result.corruptions_fixed += last.flags_fixed
         result.corruptions_fixed = max(result.corruptions_fixed, min(relinker.mended + bitmaps, 1))
         result.leaks_fixed += max(result.leaks - remaining.leaks, 0)
         result.corruptions, result.leaks = remaining.corruptions, remaining.leaks

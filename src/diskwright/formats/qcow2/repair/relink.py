@@ -26,8 +26,9 @@ _SLICE = 4096
 class Relinker(Apart):
     """One pass over all tables, with counts that can be relied on; ``found``: the walk before.
 
-    Without snapshots every guest cluster gets a host cluster of its own.  With them a cluster may
-    be shared, as its count and its flags will say, and only what lies over metadata is copied.
+    Without snapshots every guest cluster gets a host cluster of its own, which only compressed
+    clusters may share.  With them a cluster may be shared, as its count and its flags will say, and
+    only what lies over metadata is copied.
 
     What LUKS encrypts reads as something else elsewhere, so there no guest cluster is copied:
     clusters are shared, tables give way to guest clusters, and an entry that names metadata, which
@@ -44,14 +45,18 @@ class Relinker(Apart):
             yield Progress(done, len(uses))
 
     def _claim_packed(self, places: Iterable[int]) -> Procedure:
-        """Compressed clusters stay where they are, and may share a host cluster."""
+        """Compressed clusters stay where they are, and so does what else names their host clusters,
+        which may be shared when they are so counted.  Claims those of which no count can say it."""
+        counts, most = self.found.counts, (1 << self.image.refcount_bits) - 1
         for place in places:
             table = yield from self._read_table(place)
             for span in self.spans(table, everything):
                 for entry in table[span.start : span.stop : self.stride]:
                     if entry & PACKED:
                         first, stop = self.image.hosts_of(entry)
-                        self.claims.add_run(first, min(stop, self.end))
+                        for cluster in range(first, min(stop, self.end)):
+                            if counts.get(cluster) > most:
+                                self.claims.add(cluster)
                 yield Progress(span.start, len(table))
 
     def _mend_table(self, use: Use) -> Procedure:
