@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import sys
 from typing import TYPE_CHECKING, Any
 
 from ..errors import DiskError, UsageError
 from .create import check_names, collect, creation_failed, list_options, overlay, wants_list
 from .images import arguments, cache_mode, gate, run, spec
 from .options import FORCE_SHARE, GATE, IMAGE_OPTS, OBJECT, PROGRESS, QUIET, Args, Opt
-from .output import Call, reason, strerror
+from .output import Call, reason, strerror, to_stderr
 from .progress import Progress
 from .sizes import INT64_MAX, bounded
 
 if TYPE_CHECKING:
+    from ..ops.digest import Digests
+    from ..ops.images import ImageSpec
+    from ..ops.pipes import Pipe
     from ..ops.snapshots import Selector
 
 OPTIONS = (
@@ -42,6 +46,10 @@ OPTIONS = (
     Opt("C", "copy-range-offloading", "", "let the host copy between plain files"),
     Opt("", "salvage", "", "write zeroes where a source cannot be read"),
     Opt("W", "oob-writes", "", "write out of order"),
+    Opt("", "size", "SIZE", "how much comes when a raw SOURCE is '-'"),
+    Opt("", "also", "FMT:FILE", "another target, made by the same reading (repeatable)"),
+    Opt("", "digest", "ALGO", "print a digest of the disk: sha256 (default) or ... (repeatable)",
+        ("sha256", "sha512", "sha1", "md5", "blake2b", "tree")),
     *GATE,
     OBJECT,
 )
@@ -49,7 +57,10 @@ OPTIONS = (
 
 def main(call: Call, argv: list[str]) -> int:
     """Copy disks into a new image."""
-    args = arguments(call, argv, OPTIONS, "SOURCE... TARGET", "Copy disks into a new image.")
+    summary = (
+        "Copy disks into a new image.  '-' is standard input (the only SOURCE) or standard output."
+    )
+    args = arguments(call, argv, OPTIONS, "SOURCE... TARGET", summary)
     if args is None:
         return 0
     if "source-image-opts" in args:
@@ -58,7 +69,7 @@ def main(call: Call, argv: list[str]) -> int:
     fmt = args.get("target-format") or "raw"
     if wants_list(given):
         return list_options(call, fmt, args.operands[-1] if args.operands else None)
-    progress = Progress.wanted(call, args)
+    progress = Progress.wanted(call, args, sys.stderr if args.operands[-1:] == ["-"] else None)
     complete = False
     try:
         status = _convert(call, args, fmt, collect(given), progress)
@@ -132,18 +143,32 @@ def _convert(call: Call, args: Args, fmt: str, options: dict[str, Any], progress
     *names, target_name = args.operands
     snapshot = snapshot_of(call, args, "source-snapshot")
     source_cache = cache_mode(args, "source-cache", "writeback", "Invalid source cache option")
-    sources = [spec(args, name, format_key="source-format", cache=source_cache) for name in names]
+    named = [spec(args, name, format_key="source-format", cache=source_cache) for name in names]
+    sources: list[ImageSpec | Pipe] = list(named)
+    if "-" in (*names, target_name):
+        from . import pipes
+
+        sources = [pipes.source(args, s) if s.reference == "-" else s for s in named]
+    if "size" in args and "-" not in names:
+        raise UsageError("--size tells how much comes through standard input ('-')")
     from ..ops import convert as ops
     from ..ops.create import creatable
 
     create = "no-create" not in args
+    to_stdout = target_name == "-" and "target-image-opts" not in args
+    also = [_further(args, text) for text in args.all("also")]
+    digests = list(dict.fromkeys(name or "sha256" for name in args.all("digest")))
     call.on_interrupt = (
         f"interrupted: '{target_name}' is a valid image, but not complete; "
         "run the command again to make it anew"
     )
+    if to_stdout:
+        call.on_interrupt = "interrupted: what was written to standard output is not complete"
 
     def prepared() -> None:
         """What is wrong with the target is told after what is wrong with the sources."""
+        for further in also:
+            creatable(further.format or "")
         if create:
             creatable(fmt)
             overlay(options, args.get("backing"), None)
@@ -156,7 +181,7 @@ def _convert(call: Call, args: Args, fmt: str, options: dict[str, Any], progress
             if options.get("backing_file") and not options.get("backing_fmt"):
                 raise UsageError("Use of backing file requires explicit backing format")
             try:
-                check_names(fmt, target_name, options)
+                check_names(fmt, "disk" if to_stdout else target_name, options)
             except UsageError as error:
                 if "cannot be used without" in str(error):
                     raise UsageError(
@@ -177,6 +202,7 @@ def _convert(call: Call, args: Args, fmt: str, options: dict[str, Any], progress
         target = target._replace(force_share=False, gate=typed)
         if target.format is None and "target-image-opts" not in args:
             target = target._replace(format=fmt)
+        into: ImageSpec | Pipe = pipes.target(target) if to_stdout else target
         settings = ops.Settings(
             options=options,
             create=create,
@@ -194,16 +220,34 @@ def _convert(call: Call, args: Args, fmt: str, options: dict[str, Any], progress
         await ops.convert(
             driver,
             sources,
-            target,
+            into,
             settings,
+            also=also,
+            digests=digests,
             on_sources=prepared,
             on_progress=None if progress.mode == "off" else progress,
             on_lost=lost,
             on_unknown=unknown,
             on_one_pass=one_pass,
             on_skipped_bitmap=skipped,
+            on_digests=digested,
+            on_spool=call.error,
         )
         return 0
+
+    def digested(found: Digests) -> None:
+        if args.get("progress") == "json":
+            import json
+
+            named = {"filename": target_name, "virtual-size": found.size, "digests": found.digests}
+            lines = [json.dumps(named)]
+        else:
+            lines = [f"{digest}  {target_name}" for digest in found.digests.values()]
+        for line in lines:
+            if to_stdout:
+                to_stderr(line + "\n")
+            else:
+                call.out(line)
 
     def one_pass() -> None:
         call.on_interrupt = (
@@ -231,9 +275,20 @@ def _convert(call: Call, args: Args, fmt: str, options: dict[str, Any], progress
         ) from error
     except ops.CopyFailed as error:
         doing = "reading" if error.side == "read" else "writing"
+        which = f"{error.name}: " if error.name else ""
         raise call.fail(
-            f"error while {doing} at byte {error.offset}: {_plain(error.cause)}"
+            f"{which}error while {doing} at byte {error.offset}: {_plain(error.cause)}"
         ) from error
+
+
+def _further(args: Args, text: str) -> ImageSpec:
+    """The target that ``--also`` describes."""
+    fmt, _, name = text.partition(":")
+    if not (fmt and name):
+        raise UsageError(f"--also expects FORMAT:FILE, not '{text}'")
+    cache = args.get("target-cache") or "unsafe"
+    image = spec(args, name, format_key="", opts_key="", cache=cache)
+    return image._replace(format=fmt, force_share=False)
 
 
 def _plain(error: OSError | DiskError) -> str:

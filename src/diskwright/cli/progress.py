@@ -23,9 +23,10 @@ class Progress:
     away ends the reports, not the work.
     """
 
-    def __init__(self, call: Call, mode: str) -> None:
+    def __init__(self, call: Call, mode: str, stream: TextIO | None = None) -> None:
         self.call = call
         self.mode = mode
+        self.stream = stream or sys.stdout
         self.done = 0
         self.total = 0
         self._shown = 0.0
@@ -36,11 +37,12 @@ class Progress:
             self._percent(0.0)
 
     @classmethod
-    def wanted(cls, call: Call, args: Args) -> Progress:
-        """The mode that ``-p``, ``-q`` and the terminal ask for."""
+    def wanted(cls, call: Call, args: Args, stream: TextIO | None = None) -> Progress:
+        """The mode that ``-p``, ``-q`` and the terminal ask for; ``stream`` takes qemu-img's line
+        instead of standard output."""
         if "progress" in args:
             how = "json" if args.get("progress") == "json" else "percent"
-            return cls(call, "off" if call.quiet and how == "percent" else how)
+            return cls(call, "off" if call.quiet and how == "percent" else how, stream)
         try:
             live = not call.quiet and sys.stderr.isatty()
         except ValueError:
@@ -54,7 +56,8 @@ class Progress:
         if self.mode == "off":
             return
         if self.mode == "percent":
-            self._percent(done * 100 / total if total else 100.0)
+            if total:
+                self._percent(done * 100 / total)
             return
         now = time.monotonic()
         if now - self._last < _INTERVAL:
@@ -67,23 +70,23 @@ class Progress:
         if self.mode == "percent":
             if complete:
                 self._percent(100.0)
-            self._write(sys.stdout, "\n")
+            self._write(self.stream, "\n")
         elif self.mode == "live":
             if self._width:
                 self._write(sys.stderr, "\r" + " " * self._width + "\r")
         elif self.mode == "json" and complete:
-            self.done = self.total
+            self.done = self.total = self.total or self.done
             self._report(time.monotonic())
 
     def _percent(self, percent: float) -> None:
         if percent in (0.0, 100.0) or percent > self._shown + _STEP or percent < self._shown:
             self._shown = percent
-            self._write(sys.stdout, f"    ({percent:3.2f}/100%)\r")
+            self._write(self.stream, f"    ({percent:3.2f}/100%)\r")
 
     def _report(self, now: float) -> None:
         seconds = max(now - self._started, 1e-6)
         rate = self.done / seconds
-        left = (self.total - self.done) / rate if rate else None
+        left = (self.total - self.done) / rate if rate and self.total else None
         if self.mode == "json":
             eta = "null" if left is None else f"{left:.1f}"
             self._write(
@@ -92,8 +95,12 @@ class Progress:
                 f'"seconds": {seconds:.1f}, "left": {eta}}}\n',
             )
             return
-        percent = self.done * 100 / self.total if self.total else 100.0
-        line = f"{percent:6.2f}%  {human(self.done)} of {human(self.total)}  {human(int(rate))}/s"
+        if self.total:
+            percent = self.done * 100 / self.total
+            line = f"{percent:6.2f}%  {human(self.done)} of {human(self.total)}"
+        else:  # nobody knows
+            line = human(self.done)
+        line += f"  {human(int(rate))}/s"
         if left is not None and seconds > 1:
             line += f"  {clock(left)} left"
         pad = max(0, self._width - len(line))

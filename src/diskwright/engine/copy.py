@@ -34,7 +34,9 @@ class Segment(NamedTuple):
 
 class CopyFailed(OSError, DiskError):
     """``side`` (``read`` or ``write``) failed for the part at ``offset`` of the target, because of
-    ``cause``."""
+    ``cause``.  ``name``: which target, where there are several."""
+
+    name = ""
 
     def __init__(self, side: str, offset: int, cause: OSError | DiskError) -> None:
         self.side, self.offset, self.cause = side, offset, cause

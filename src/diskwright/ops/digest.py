@@ -19,6 +19,8 @@ from ..engine.kernel import BaseDriver, wait_all
 from ..errors import UsageError
 from ..graph.node import Node
 from ..graph.status import all_status
+from ..units import SECTOR, align_up
+from .outputs import OnMoved, Output, Segments, unseen
 
 if TYPE_CHECKING:
     from ..engine.kernel import Future
@@ -156,6 +158,47 @@ def summer(algorithm: str) -> Summer:
             f"Unknown digest '{algorithm}': it must be one of {', '.join(ALGORITHMS)}"
         )
     return Content(algorithm)
+
+
+class Digesting(Output):
+    """Digests of what a copy moves: of a disk of ``size`` bytes (None: of as many as come, in whole
+    sectors)."""
+
+    name = "digest"
+
+    def __init__(self, driver: BaseDriver, algorithms: Sequence[str], size: int | None) -> None:
+        self.driver, self.size = driver, size
+        self._summers = {name: summer(name) for name in algorithms}
+        self._done = 0
+
+    async def take(self, segments: Segments, moved: OnMoved = unseen) -> None:
+        """``segments`` in order; what lies between them is zero."""
+        async for segment in segments:
+            await self._zeroes(segment.target_offset)
+            if segment.zero:
+                await self._zeroes(segment.target_offset + segment.length)
+                continue
+            (data,) = await segment.source.read([segment.source_offset], [segment.length])
+            await self.driver.call(self._feed, memoryview(data), segment.length)
+        await self._zeroes(align_up(self._done, SECTOR) if self.size is None else self.size)
+
+    def result(self) -> Digests:
+        """When all was taken."""
+        return Digests(self._done, {name: one.hexdigest() for name, one in self._summers.items()})
+
+    async def _zeroes(self, end: int) -> None:
+        flat = any(isinstance(one, Content) for one in self._summers.values())
+        while self._done < end:
+            length = min(_ZERO_STEP, end - self._done) if flat else end - self._done
+            await self.driver.call(self._feed, None, length)
+
+    def _feed(self, view: memoryview | None, length: int) -> None:
+        for one in self._summers.values():
+            if view is None:
+                one.zeroes(length)
+            else:
+                one.update(view)
+        self._done += length
 
 
 async def digest(
