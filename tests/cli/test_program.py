@@ -141,7 +141,7 @@ def test_progress_as_json_lines(tmp_path: Path) -> None:
     found = ours("convert", "--progress", "json", "a", "b", cwd=tmp_path)
     assert (found.status, found.out) == (0, b"")
     lines = [json.loads(line) for line in found.err.splitlines()]
-    assert lines[-1]["done"] == lines[-1]["total"] == 8 * MIB
+    assert lines[-1]["done"] == lines[-1]["total"] == 16 * MIB
     assert {"rate", "seconds", "left"} <= lines[-1].keys()
 
 

@@ -16,7 +16,6 @@ from .images import ImageSpec, close_all
 from .making import Making, TargetFailed, backing_of, check_together
 from .outputs import BUFFER, OnMoved, Output, Segments, Settings, ToImage, unseen
 from .sources import SPARSE, Sources
-from .streaming import salvaged
 
 if TYPE_CHECKING:
     from ..engine.held import Taker
@@ -113,6 +112,8 @@ async def convert(
         count = _Count(await source.data() if looked else 0, on_progress)
         segments = source.segments()
         if settings.salvage and (also or digests or not isinstance(first, ToImage)):
+            from .streaming import salvaged
+
             segments = salvaged(segments, on_lost)
         if digests:
             from .digest import Digesting

@@ -16,11 +16,11 @@ from .create import create
 from .fresh import fresh_is_zero
 from .images import ImageSpec, OpenFailed
 from .itself import refuse_itself
-from .outputs import InOnePass, OnLost, Output, Settings, ToImage
-from .streaming import Pass, one_pass
+from .outputs import OnLost, Output, Settings, ToImage
 
 if TYPE_CHECKING:
     from .pipes import Pipe, Spool
+    from .streaming import Pass
 
 
 class TargetFailed(DiskError):
@@ -60,6 +60,8 @@ class Making:
             # What the caller named, and what was just made, needs nobody's leave to be opened.
             target = target._replace(gate=target.gate.allowing(*others, *backing_of(settings)))
             if plan is not None:
+                from .streaming import InOnePass
+
                 return InOnePass(
                     self.driver,
                     target.name,
@@ -91,7 +93,9 @@ class Making:
         driver, gate = self.driver, target.gate
         try:
             refuse_itself(self.nodes, name, name)
-            if self.size is not None:
+            if self.size is not None and registry.driver(fmt).stream is not None:
+                from .streaming import one_pass
+
                 plan = await one_pass(driver, name, fmt, self.size, options, gate, target.cache)
                 if plan is not None:
                     return plan, ()

@@ -8,7 +8,6 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..contract import COMPRESSED
-from ..engine.align import whole_units
 from ..engine.copy import CopyOptions, Segment, copy
 from ..engine.kernel import BaseDriver
 from ..errors import UsageError
@@ -17,7 +16,6 @@ from ..graph.node import Node
 from ..graph.opener import close_disk, discard_disk
 from ..units import SECTOR, align_up
 from .sources import SPARSE
-from .streaming import Pass, limited, write_pass
 
 if TYPE_CHECKING:
     from .snapshots import Selector
@@ -143,6 +141,8 @@ class ToImage(Output):
         else:
             unit = getattr(node, "whole_unit", 0)
         if unit:
+            from ..engine.align import whole_units
+
             end = _ENDLESS if self.grows else node.size
             segments = whole_units(driver, segments, unit, end)
             options = options._replace(
@@ -179,32 +179,6 @@ class ToImage(Output):
 
     async def discard(self) -> None:
         await discard_disk(self.node)
-
-
-class InOnePass(Output):
-    """A file that is written in one pass, whole or not at all."""
-
-    def __init__(
-        self,
-        driver: BaseDriver,
-        name: str,
-        plan: Pass,
-        rate: int,
-        durable: bool,
-        on_new: Callable[[str], None],
-        on_made: Callable[[], None],
-    ) -> None:
-        self.driver, self.name, self.plan = driver, name, plan
-        self.rate, self.durable = rate, durable
-        self.on_new, self.on_made = on_new, on_made
-
-    async def take(self, segments: Segments, moved: OnMoved = unseen) -> None:
-        path = str(self.plan.where.get("filename", ""))
-        fresh = bool(path) and not os.path.lexists(path)
-        segments = limited(self.driver, segments, self.rate)
-        await write_pass(self.driver, self.plan, segments, self.on_made, moved, self.durable)
-        if fresh:
-            self.on_new(path)
 
 
 def _plain_file(out: Node) -> Node | None:

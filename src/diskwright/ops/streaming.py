@@ -20,6 +20,7 @@ from ..graph.gate import Gate
 from ..graph.graph import Graph
 from ..graph.names import Options, parse
 from ..units import SECTOR
+from .outputs import OnMoved, Output, Segments, unseen
 
 STEP = 1 << 20
 """Bytes between two looks at the clock where the rate is limited."""
@@ -98,6 +99,32 @@ async def write_pass(
                 os.unlink(made)
         raise
     await close_disk(file)
+
+
+class InOnePass(Output):
+    """A file that is written in one pass, whole or not at all."""
+
+    def __init__(
+        self,
+        driver: BaseDriver,
+        name: str,
+        plan: Pass,
+        rate: int,
+        durable: bool,
+        on_new: Callable[[str], None],
+        on_made: Callable[[], None],
+    ) -> None:
+        self.driver, self.name, self.plan = driver, name, plan
+        self.rate, self.durable = rate, durable
+        self.on_new, self.on_made = on_new, on_made
+
+    async def take(self, segments: Segments, moved: OnMoved = unseen) -> None:
+        path = str(self.plan.where.get("filename", ""))
+        fresh = bool(path) and not os.path.lexists(path)
+        segments = limited(self.driver, segments, self.rate)
+        await write_pass(self.driver, self.plan, segments, self.on_made, moved, self.durable)
+        if fresh:
+            self.on_new(path)
 
 
 async def limited(
