@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .api import (
+        Budget,
         Disk,
+        Inspector,
         Policy,
         amend,
         check,
@@ -21,6 +23,8 @@ if TYPE_CHECKING:
         digest,
         info,
         info_chain,
+        inspect,
+        limited,
         open,
         plan_repair,
         rebase,
@@ -31,7 +35,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 __all__ = [
+    "Budget",
     "Disk",
+    "Inspector",
     "Policy",
     "open",
     "create",
@@ -47,6 +53,8 @@ __all__ = [
     "rebase",
     "amend",
     "digest",
+    "inspect",
+    "limited",
 ]
 
 

@@ -33,6 +33,22 @@ class Backed(Protocol):
         unknown, the recorded one stays)."""
 
 
+class Reference(NamedTuple):
+    """A file that an image names: as what (``backing file``, ``data file``, ``extent``), by which
+    name, and in which format where it says so."""
+
+    role: str
+    name: str
+    format: str | None = None
+
+
+class NamesFiles(Protocol):
+    """What a format says whose opening does not ask for every file that an image names."""
+
+    def references(self) -> Sequence[Reference]:
+        """All of them, as far as the image has been read."""
+
+
 class Sparse(Protocol):
     """What a format says whose data may well be holes of its files."""
 

@@ -114,6 +114,7 @@ if TYPE_CHECKING:
     rebase = awaitable(calls.rebase)
     amend = awaitable(calls.amend)
     digest = awaitable(calls.digest)
+    inspect = awaitable(calls.inspect)
 
 
 def __getattr__(name: str) -> Any:
@@ -129,7 +130,7 @@ async def run(make: Callable[[AsyncioDriver], Coroutine[Any, Any, T]]) -> T:
     """Run one operation of the engine on the running loop."""
     driver = AsyncioDriver()
     try:
-        return await driver.bridge(make(driver))
+        return await driver.bridge(driver.in_time(make(driver)))
     finally:
         driver.stop_pool()
 

@@ -39,7 +39,7 @@ T = TypeVar("T")
 
 OPERATIONS = (
     "info", "info_chain", "check", "plan_repair", "undo", "convert", "compare", "commit", "rebase",
-    "amend", "salvage", "digest",
+    "amend", "salvage", "digest", "inspect",
 )  # fmt: skip
 """Functions of :mod:`diskwright.ops.calls`, which is imported with the first of them."""
 
@@ -131,8 +131,11 @@ def blocking(
 
 
 if TYPE_CHECKING:
+    from .engine.budget import Budget as Budget
+    from .engine.budget import limited as limited
     from .ops import calls
     from .ops.bitmap_list import Bitmaps
+    from .ops.inspect import Inspector as Inspector
     from .ops.snapshot_list import Snapshots
 
     info = blocking(calls.info)
@@ -147,9 +150,18 @@ if TYPE_CHECKING:
     rebase = blocking(calls.rebase)
     amend = blocking(calls.amend)
     digest = blocking(calls.digest)
+    inspect = blocking(calls.inspect)
 
 
 def __getattr__(name: str) -> Any:
+    if name in ("Budget", "limited"):
+        from .engine import budget
+
+        return getattr(budget, name)
+    if name == "Inspector":
+        from .ops.inspect import Inspector
+
+        return Inspector
     if name not in OPERATIONS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from .ops import calls
@@ -162,7 +174,7 @@ def run(make: Callable[[Driver], Coroutine[Any, Any, T]]) -> T:
     """Run one operation on a driver of its own."""
     driver = Driver()
     try:
-        return driver.run(make(driver))
+        return driver.run(driver.in_time(make(driver)))
     finally:
         driver.close()
 

@@ -114,6 +114,16 @@ class Outside(DiskError):
         super().__init__(f"'{path}' is not opened: {why}")
 
 
+class OverBudget(DiskError):
+    """A limit that the caller set was reached: ``what`` is ``time``, ``memory`` or ``metadata``,
+    ``limit`` its value (seconds, or bytes)."""
+
+    def __init__(self, what: str, limit: float) -> None:
+        self.what, self.limit = what, limit
+        size = f"{limit:g} seconds" if what == "time" else f"{limit} bytes"
+        super().__init__(f"the limit of {size} of {what} was reached (--max-{what})")
+
+
 class ImageInUse(DiskError):
     """Another program holds a lock that conflicts; ``permission`` names which one."""
 

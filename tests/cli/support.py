@@ -9,8 +9,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
+
+import pytest
 
 from diskwright.cli.main import main
 
@@ -131,3 +133,23 @@ class Pair:
         if allocation:
             mine, theirs = (re.findall(rb'"allocated-clusters": \d+', c.out) for c in checked)
             assert mine == theirs, name
+
+
+def spied(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of all files that are opened from now on."""
+    opened: list[str] = []
+    real_open, real = io.open, os.open
+
+    def spy(path: Any, *arguments: Any, **named: Any) -> int:
+        opened.append(os.fsdecode(path))
+        return real(path, *arguments, **named)
+
+    def spy_open(path: Any, *arguments: Any, **named: Any) -> Any:
+        if not isinstance(path, int):
+            opened.append(os.fsdecode(path))
+        return real_open(path, *arguments, **named)
+
+    monkeypatch.setattr(os, "open", spy)
+    monkeypatch.setattr("builtins.open", spy_open)
+    monkeypatch.setattr(os, "supports_dir_fd", os.supports_dir_fd | {spy})
+    return opened

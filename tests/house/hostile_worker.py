@@ -256,6 +256,20 @@ async def map_all(node: object) -> None:
         offset += covered
 
 
+def look_from_outside(data: bytes) -> None:
+    """What `inspect` says of it, at once and as a stream."""
+    from diskwright.engine.budget import Budget
+    from diskwright.ops.inspect import Inspector, judge
+    from diskwright.ops.inspecting.window import FileWindow
+
+    inspector = Inspector()
+    inspector.feed(data)
+    found = judge(FileWindow(len(data), lambda at, length: data[at : at + length]), "-", Budget())
+    streamed = inspector.finish()
+    assert streamed.not_seen or streamed == found
+    found.to_dict()
+
+
 def expected(error: Exception) -> None:
     """Let the two kinds of error pass that a caller can act on."""
     from diskwright.errors import DiskError
@@ -275,6 +289,8 @@ def main() -> None:
             count += 1
             start = time.monotonic()
             try:
+                if mode == "read-only":
+                    look_from_outside(data)
                 look(data, mode != "read-only", kind, mode == "repair")
             except (Exception, RecursionError):
                 wrong.append(f"{kind}, {mode}, {said}:\n{traceback.format_exc(limit=-4)}")

@@ -6,10 +6,11 @@ from collections.abc import Callable, Coroutine
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import UsageError
-from .options import FORMAT, HELP, Args, Opt, help_text, parse
+from .options import BUDGETS, FORMAT, HELP, Args, Opt, help_text, parse
 from .output import Call, UsageProblem
 
 if TYPE_CHECKING:
+    from ..engine.budget import Budget
     from ..engine.kernel import Driver
     from ..graph.gate import Gate
     from ..ops.images import ImageSpec
@@ -24,12 +25,51 @@ def arguments(
     call: Call, argv: list[str], declared: tuple[Opt, ...], operands: str, summary: str
 ) -> Args | None:
     """Parse the command line of a verb; None when help was asked for and given."""
-    args = parse(argv, (HELP, *declared))
+    every = (HELP, *declared, *BUDGETS)
+    args = parse(argv, every)
     if "help" in args:
-        call.out(help_text(f"{call.title} [OPTIONS] {operands}", summary, (HELP, *declared)), "")
+        call.out(help_text(f"{call.title} [OPTIONS] {operands}", summary, every), "")
         return None
     call.quiet = "quiet" in args
+    take_budget(args)
     return args
+
+
+_budget: Budget | None = None
+"""That of the command line that was parsed last; it begins when that is done."""
+
+
+def take_budget(args: Args) -> None:
+    """Hold the command to what the options ``--max-...`` say.  Raises UsageError."""
+    global _budget
+    found = [args.get(option.key) for option in BUDGETS]
+    _budget = _budget_of(*found) if any(found) else None
+
+
+def new_driver() -> Driver:
+    """A driver with the command's budget."""
+    from ..engine.kernel import Driver
+
+    driver = Driver()
+    driver.budget = _budget
+    return driver
+
+
+def _budget_of(seconds: str | None, memory: str | None, metadata: str | None) -> Budget:
+    from ..engine.budget import Budget
+    from .sizes import bounded
+
+    try:
+        time = None if seconds is None else float(seconds)
+    except ValueError:
+        time = -1
+    if time is not None and not 0 < time < 1e9:
+        raise UsageError(f"--max-time expects a number of seconds, not '{seconds}'")
+    return Budget(
+        time,
+        None if memory is None else bounded("--max-memory", memory, 1),
+        None if metadata is None else bounded("--max-metadata", metadata, 1),
+    )
 
 
 def one_image(args: Args) -> str:
@@ -114,13 +154,13 @@ def run(make: Callable[[Driver], Coroutine[Any, Any, T]]) -> T:
     """
     import signal
 
-    from ..engine.kernel import Cancelled, Driver
+    from ..engine.kernel import Cancelled
 
-    driver = Driver()
+    driver = new_driver()
     interrupted = False
 
     async def main() -> T:
-        task = driver.spawn(make(driver), "main")
+        task = driver.spawn(driver.in_time(make(driver)), "main")
 
         def cancel(number: int, frame: object) -> None:
             nonlocal interrupted

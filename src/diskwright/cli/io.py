@@ -7,12 +7,23 @@ import stat
 import sys
 from collections.abc import AsyncIterator
 
-from ..engine.kernel import Deadlock, Driver
+from ..engine.kernel import Deadlock
 from ..errors import DiskError, UsageError
 from ..ops.io import Emit, Session
 from ..ops.io_disk import Opened, OpenFailed
-from .images import gate, secrets, warn_if_guessed
-from .options import FORCE_SHARE, FORMAT, GATE, HELP, IMAGE_OPTS, OBJECT, Args, Opt, help_text
+from .images import gate, new_driver, secrets, take_budget, warn_if_guessed
+from .options import (
+    BUDGETS,
+    FORCE_SHARE,
+    FORMAT,
+    GATE,
+    HELP,
+    IMAGE_OPTS,
+    OBJECT,
+    Args,
+    Opt,
+    help_text,
+)
 from .options import parse as parse_options
 from .output import Call, hush, output_failed, reason, to_stderr
 
@@ -37,6 +48,7 @@ OPTIONS = (
     IMAGE_OPTS,
     OBJECT,
     *GATE,
+    *BUDGETS,
 )
 
 
@@ -62,13 +74,14 @@ def main(call: Call, argv: list[str]) -> int:
         raise UsageError("Expecting at most one image file name")
     keys = secrets(args)
     opened = _described(args)
-    driver = Driver()
+    take_budget(args)
+    driver = new_driver()
     session = Session(
         driver, _emitter(call), gate(args), lambda disk: _opened(call, disk), secrets=keys
     )
     try:
         try:
-            return driver.run(_run(call, session, opened, args.all("cmd")))
+            return driver.run(driver.in_time(_run(call, session, opened, args.all("cmd"))))
         except Deadlock:
             call.error("nothing can go on: what is waited for stands at a breakpoint")
             driver.run(session.close())

@@ -15,7 +15,7 @@ from contextlib import suppress
 from importlib import import_module
 
 from .. import __version__
-from ..errors import DiskError
+from ..errors import DiskError, OverBudget
 from .options import OptionError
 from .output import (
     Call,
@@ -50,6 +50,7 @@ IMG_VERBS = {
 }
 OWN_VERBS = {
     "digest": "Print digests of a disk's content",
+    "inspect": "Tell what a file is, opening nothing that it names",
     "io": "Read and write by commands",
     "salvage": "Copy what can be read out of a damaged image",
     "serve": "Serve a disk over NBD",
@@ -102,6 +103,9 @@ def _guarded(call: Call, argv: list[str]) -> int:
         return 130
     except (DiskError, OSError) as error:
         call.error(reason(error))
+        late = isinstance(error, OverBudget) and error.what == "time"
+        if late and call.on_interrupt != Call.on_interrupt:
+            call.error(call.on_interrupt)
         return call.failure
     except MemoryError:
         call.error("out of memory")

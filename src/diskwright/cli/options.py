@@ -44,6 +44,12 @@ ALLOW = Opt("", "allow", "DIR", "open what images name below DIR, too (repeatabl
 MAP_PATH = Opt("", "map-path", "FROM=TO", "where a path is here that images name (repeatable)")
 GATE = (POLICY, ALLOW, MAP_PATH)
 """What decides about the files that images name."""
+BUDGETS = (
+    Opt("", "max-time", "SECONDS", "give up after so long"),
+    Opt("", "max-memory", "SIZE", "give up when metadata need more memory"),
+    Opt("", "max-metadata", "SIZE", "give up when more metadata are read from images"),
+)
+"""What every verb may use (see docs/security.md)."""
 
 
 class OptionError(Exception):

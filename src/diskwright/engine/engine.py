@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..bitmaps import BitmapSet
-from ..contract import FastMap, Format, NeedMeta, Range, Table
+from ..contract import FastMap, Format, NeedMeta, Range, Table, total
 from ..errors import CorruptImage, FlushFailed
 from ..extents import Extent
 from .allocate import Allocator
@@ -176,6 +176,8 @@ class Engine:
     async def _load(self, slot: str, ranges: list[tuple[int, int]], tag: str) -> None:
         epoch = self.epochs.enter()
         try:
+            if self.driver.budget is not None:
+                self.driver.budget.read(total(ranges))
             child = self.slots[slot]
             if child.wants_events:
                 for _ in ranges:

@@ -6,11 +6,13 @@ sees the cancellation when that I/O has ended.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Coroutine, Generator, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 if TYPE_CHECKING:
+    from .budget import Budget
     from .pool import Pool
 
 T = TypeVar("T")
@@ -133,9 +135,20 @@ class BaseDriver:
     """Start the children of a group at once, without a task while they do not suspend."""
 
     def __init__(self) -> None:
+        limits = sys.modules.get(f"{__package__}.budget")  # nothing sets one without it
+        self.budget: Budget | None = None if limits is None else limits.current()
+        """What all that runs here may use."""
         self.tasks: set[Task[Any]] = set()
         self._pool: Pool | None = None
         self._workers: Pool | None = None
+
+    def in_time(self, work: Coroutine[Any, Any, T]) -> Coroutine[Any, Any, T]:
+        """``work``, held to the budget of time; see :func:`.budget.within`."""
+        if self.budget is None:
+            return work
+        from .budget import within
+
+        return within(self, work)
 
     # -- to be given by each driver
     def soon(self, callback: Callable[[], None]) -> None:

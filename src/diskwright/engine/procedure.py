@@ -25,6 +25,7 @@ from ..contract import (
     Timed,
     Truncate,
     Write,
+    total,
 )
 from ..errors import NotSupported, Refused
 from ..extents import ZERO
@@ -32,6 +33,7 @@ from .kernel import Cancelled, Future
 from .leases import WHOLE
 
 if TYPE_CHECKING:
+    from .budget import Budget
     from .engine import Engine
 
 
@@ -41,6 +43,8 @@ class Procedures:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.on_progress: Callable[[int, int], None] | None = None
+        self.opening = False
+        """What is read is held for as long as the image is open."""
         self._serial = 0
 
     async def run(self, procedure: Procedure, whole_image: bool) -> Any:
@@ -105,6 +109,8 @@ class Procedures:
                 error = result = None
                 wrote |= isinstance(request, (Write, Truncate, Punch, Create))
                 try:
+                    if self.engine.driver.budget is not None:
+                        self._charge(self.engine.driver.budget, request, wrote)
                     result = await self._execute(request)
                 except Exception as caught:
                     error = caught
@@ -116,6 +122,17 @@ class Procedures:
             if wrote:
                 self.engine.view.clear()
                 self.engine.forget_units()
+
+    def _charge(self, budget: Budget, request: Request, wrote: bool) -> None:
+        """Raise OverBudget for what goes beyond.  What has begun to write goes on to its end."""
+        if wrote:
+            return
+        budget.check()
+        if isinstance(request, Read):
+            length = total(request.ranges)
+            budget.read(length)
+            if self.opening:
+                budget.hold(length)
 
     async def _execute(self, request: Request) -> Any:
         engine = self.engine

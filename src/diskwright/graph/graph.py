@@ -24,6 +24,8 @@ class Graph:
 
     def __init__(self, driver: BaseDriver, budget: int = TABLE_BUDGET) -> None:
         self.driver = driver
+        if driver.budget is not None and driver.budget.memory is not None:
+            budget = min(budget, driver.budget.memory)
         self.tables = Tables(budget)
         self.secrets: Mapping[str, bytes] = {}
         """What options such as ``key-secret`` name."""

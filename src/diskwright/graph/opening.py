@@ -234,7 +234,9 @@ class Opening:
             self.graph.add(node, name)
             # The locks are held before the first byte is looked at.
             self.graph.refresh(node)
+            node.engine.procedures.opening = True
             await node.run_procedure(procedure, whole_image=False)
+            node.engine.procedures.opening = False
             node.engine.opener = None
             node.keep_tables()
             if self.metadata_only:

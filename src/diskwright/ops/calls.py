@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from .compare import Comparison
     from .digest import Digests
     from .info import NodeInfo
+    from .inspect import File, Inspection
     from .salvage import Salvaged
     from .undo import Undone
 
@@ -389,3 +390,11 @@ async def rebase(
     with _plain_errors():
         spec = spec_of(source, format, policy, map_paths=map_paths, secrets=secrets)
         await rebase(driver, spec, backing, backing_format, unsafe=unsafe, on_progress=on_progress)
+
+
+async def inspect(driver: BaseDriver, source: File) -> Inspection:
+    """What a file (a path, or a binary file object, which may be a stream) is, by its bytes alone:
+    see :func:`diskwright.ops.inspect.inspect`."""
+    from .inspect import inspect
+
+    return await inspect(driver, source)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from ...abilities import Reference
 from ...contract import Procedure
 from .structures import guid_text
 from .writeback import Writeback
@@ -17,6 +18,10 @@ class Vhdx(Writeback):
     def backing_names(self) -> Sequence[str]:
         """The parent's names in the order in which they are to be tried."""
         return () if self.locator is None else self.locator.names
+
+    def references(self) -> Sequence[Reference]:
+        """All names of the parent."""
+        return [Reference("backing file", name, "vhdx") for name in self.backing_names]
 
     @property
     def backing_file(self) -> str | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ...abilities import Reference
 from ...contract import Barrier, Procedure, Truncate, Write
 from ...errors import NotSupported, UsageError
 from .descriptor import NO_CONTENT, Descriptor, parse
@@ -31,6 +32,22 @@ class Links:
         """The hint is the only name."""
         name = self.backing_file
         return [] if name is None else [name]
+
+    def references(self) -> list[Reference]:
+        """Parent, extents, and the file of the changed blocks.  A sparse extent in a descriptor
+        inside an extent is the file that it is in."""
+        text = self.descriptor
+        if text is None:
+            return []
+        found = [Reference("backing file", name, "vmdk") for name in self.backing_names]
+        inside = self.place is not None and self.place.room is not None
+        for line in text.extents:
+            if line.name is not None and not (inside and line.type == "SPARSE"):
+                found.append(Reference("extent", line.name))
+        changes = text.settings.get("changetrackpath")
+        if changes:
+            found.append(Reference("change tracking file", changes))
+        return found
 
     @property
     def identity(self) -> str | None:

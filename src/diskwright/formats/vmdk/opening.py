@@ -63,6 +63,7 @@ def _embedded(image: Vmdk, length: int) -> Procedure:
     header = yield from read_header(SLOT)
     assert isinstance(header, Hosted)
     text = yield from _embedded_text(image, header, length)
+    image.descriptor = text
     sectors, name = header.capacity, None
     if text is None:
         image.refuse_write = ALONE
@@ -73,7 +74,6 @@ def _embedded(image: Vmdk, length: int) -> Procedure:
             # A capacity may be rounded up to the grain.
             if header.capacity - header.grain < line.sectors < header.capacity:
                 sectors = line.sectors
-    image.descriptor = text
     part = yield from open_sparse_part(image, SLOT, 0, sectors * SECTOR, header)
     image.use_parts([part], [name], [RW])
 
@@ -124,10 +124,9 @@ def _alone(image: Vmdk, head: bytes) -> Procedure:
 # -- a descriptor and its extents
 def _described(image: Vmdk, length: int) -> Procedure:
     (raw,) = yield Read(SLOT, [(0, length)])
-    text = parse(raw)
+    image.descriptor = text = parse(raw)
     if not text.extents:
         raise MalformedImage("the descriptor names no extents")
-    image.descriptor = text
     image.place = Place(0, None, raw)
     slots: dict[str, tuple[str, bool]] = {}
     changed = {line.name for line in text.extents if line.access == RW and line.sectors}
