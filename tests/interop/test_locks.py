@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+import diskwright
+from diskwright.errors import ImageInUse
 from interop.tools import OURS, TRUSTED, run
 
 Peer = Callable[[str], str]
@@ -96,3 +98,24 @@ def test_a_backing_file_in_use_is_not_written(side: str, tmp_path: Path, peer: P
     with holding(programs(peer, top)[side]):
         assert "lock" in run([*programs(peer, base)[other], "-c", "write 0 512"], status=1)
         run([*programs(peer, base)[other], "-r", "-c", "read 0 512"])
+
+
+@pytest.mark.parametrize("reading", [False, True])
+def test_whatever_rewrites_an_image_in_use_is_refused(
+    reading: bool, image: Path, peer: Peer
+) -> None:
+    """Also what only reads at first, or may find that there is nothing to do."""
+    before = image.read_bytes()
+    with holding([*programs(peer, image)["qemu"], *(["-r"] if reading else [])]):
+        for change in (
+            lambda: diskwright.amend(image, {"lazy_refcounts": True}),
+            lambda: diskwright.check(image, repair="leaks"),
+            lambda: diskwright.check(image, repair="all"),
+            lambda: diskwright.rebase(image, None, unsafe=True),
+            lambda: diskwright.open(image, writable=True),
+        ):
+            with pytest.raises(ImageInUse, match='Failed to get "write" lock'):
+                change()
+        assert image.read_bytes() == before
+    diskwright.amend(image, {"lazy_refcounts": True})
+    assert image.read_bytes() != before

@@ -64,8 +64,3 @@ class Passing(EntryMending):
 def nothing(run: Run) -> bool:
     """Pass over no run."""
     return False
-
-
-def everything(run: Run) -> bool:
-    """Pass over every run."""
-    return True

@@ -10,7 +10,6 @@ reads as zeroes, and so it does afterwards.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterable
 
 from ....contract import Procedure, Progress
 from ..machine.core import OFFSET, PACKED
@@ -18,7 +17,6 @@ from ..machine.submapping import ALL
 from .apart import ACTIVE, Apart, Link, Use
 from .entrymending import FULL_ZEROES, ZEROES
 from .mending import write_entries
-from .passing import everything
 
 _SLICE = 4096
 
@@ -27,8 +25,8 @@ class Relinker(Apart):
     """One pass over all tables, with counts that can be relied on; ``found``: the walk before.
 
     Without snapshots every guest cluster gets a host cluster of its own, which only compressed
-    clusters may share.  With them a cluster may be shared, as its count and its flags will say, and
-    only what lies over metadata is copied.
+    ones may share, if a count can say it.  With them a cluster may be shared, as its count and its
+    flags will say, and only what lies over metadata is copied.
 
     What LUKS encrypts reads as something else elsewhere, so there no guest cluster is copied:
     clusters are shared, tables give way to guest clusters, and an entry that names metadata, which
@@ -38,26 +36,9 @@ class Relinker(Apart):
     def run(self) -> Procedure:
         """Mend all entries."""
         uses: list[Use] = yield from self.part()
-        if self.found.result.compressed_clusters and not self.sharing:
-            yield from self._claim_packed(use.place for use in uses)
         for done, use in enumerate(uses):
             yield from self._mend_table(use)
             yield Progress(done, len(uses))
-
-    def _claim_packed(self, places: Iterable[int]) -> Procedure:
-        """Compressed clusters stay where they are, and so does what else names their host clusters,
-        which may be shared when they are so counted.  Claims those of which no count can say it."""
-        counts, most = self.found.counts, (1 << self.image.refcount_bits) - 1
-        for place in places:
-            table = yield from self._read_table(place)
-            for span in self.spans(table, everything):
-                for entry in table[span.start : span.stop : self.stride]:
-                    if entry & PACKED:
-                        first, stop = self.image.hosts_of(entry)
-                        for cluster in range(first, min(stop, self.end)):
-                            if counts.get(cluster) > most:
-                                self.claims.add(cluster)
-                yield Progress(span.start, len(table))
 
     def _mend_table(self, use: Use) -> Procedure:
         """Mend the entries of one L2 table, in its place."""
