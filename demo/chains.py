@@ -58,12 +58,12 @@ def overlay(shell: Shell, number: int, model: bytearray) -> None:
     rng = random.Random(number)
     options = {"backing_file": layer(number - 1), "backing_fmt": "qcow2"}
     path = shell.folder / layer(number)
-    diskwright.create(path, "qcow2", options=options, policy="trusted")
+    diskwright.create(path, format="qcow2", options=options, policy="trusted")
     with diskwright.open(path, writable=True, policy="trusted") as disk:
         for _ in range(8):
             data = rng.randbytes(rng.choice((4096, 65536, 200_000)))
             at = rng.randrange(len(model) - len(data))
-            disk.write(at, data)
+            disk.write_at(at, data)
             model[at : at + len(data)] = data
         at = rng.randrange(len(model) // MIB) * MIB
         disk.zero(at, MIB, unmap=True)

@@ -84,7 +84,7 @@ def overlay(shell: Shell, model: bytearray) -> bytearray:
         for _ in range(600):
             data = rng.randbytes(rng.choice((1, 512, 4096, 30_000)))
             at = rng.randrange(len(above) - len(data))
-            disk.write(at, data)
+            disk.write_at(at, data)
             above[at : at + len(data)] = data
         disk.flush()
     timings.append(("600 writes by the Python API", time.monotonic() - start))

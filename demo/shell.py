@@ -112,7 +112,7 @@ def prove_disk(
         if snapshot:
             disk.snapshots.show(snapshot)
         prove(disk.size == size, f"{what}: size", str(disk.size))
-        prove_bytes(disk.read, model, what, size)
+        prove_bytes(disk.read_at, model, what, size)
 
 
 def prove_file(path: Path, model: Model, what: str, longer: bool = False) -> None:

@@ -1,7 +1,8 @@
 """diskwright: a complete, live, safe block layer for virtual-machine disks.
 
 The names below come from :mod:`diskwright.api` when they are first used, so that importing the
-package costs nothing.  The asyncio API is :mod:`diskwright.aio`.
+package costs nothing.  The asyncio API is :mod:`diskwright.aio`, the errors are
+:mod:`diskwright.errors`.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from . import aio, errors
     from .api import (
         Budget,
         Disk,
         Inspector,
         Policy,
+        Progress,
         amend,
         check,
         commit,
@@ -39,6 +42,7 @@ __all__ = [
     "Disk",
     "Inspector",
     "Policy",
+    "Progress",
     "open",
     "create",
     "info",
@@ -55,10 +59,16 @@ __all__ = [
     "digest",
     "inspect",
     "limited",
+    "aio",
+    "errors",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name in ("aio", "errors"):
+        from importlib import import_module
+
+        return import_module(f"{__name__}.{name}")
     if name in __all__:
         from . import api
 

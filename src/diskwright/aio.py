@@ -2,7 +2,7 @@
 
 >>> from diskwright import aio
 >>> async with aio.open("disk.qcow2", writable=True) as disk:
-...     await disk.write(0, b"hello")
+...     await disk.write_at(0, b"hello")
 ...     await disk.flush()
 
 Requests of several asyncio tasks run at the same time.  A disk belongs to the loop on which it was
@@ -34,17 +34,16 @@ T = TypeVar("T")
 
 def open(
     source: Source,
-    format: str | None = None,
-    writable: bool = False,
-    policy: str | Policy | None = None,
     *,
+    writable: bool = False,
+    format: str | None = None,
+    policy: str | Policy | None = None,
     options: Mapping[str, Any] | None = None,
     cache: str = "writeback",
     force_share: bool = False,
     backing: bool = True,
     discard: str = "unmap",
     detect_zeroes: str = "off",
-    map_paths: Mapping[str, str] | None = None,
     secrets: Mapping[str, bytes | str] | None = None,
 ) -> _Opening:
     """Open a disk: ``disk = await open(...)``, or ``async with open(...) as disk``.
@@ -57,7 +56,7 @@ def open(
         "options": options,
         "cache": cache,
         "force_share": force_share,
-        "gate": gate_of(policy, map_paths=map_paths),
+        "gate": gate_of(policy),
         "backing": backing,
         "discard": discard,
         "detect_zeroes": detect_zeroes,
@@ -68,16 +67,15 @@ def open(
 
 async def create(
     path: Path,
+    *,
     format: str,
     size: int | None = None,
     options: Mapping[str, Any] | None = None,
     policy: str | Policy | None = None,
-    *,
-    map_paths: Mapping[str, str] | None = None,
     secrets: Mapping[str, bytes | str] | None = None,
 ) -> int:
     """Make an image; see :func:`diskwright.api.create`."""
-    gate = gate_of(policy, map_paths=map_paths)
+    gate = gate_of(policy)
     name = os.fsdecode(path)
     keys = kept(secrets)
     return await run(
@@ -191,14 +189,14 @@ class Disk(OpenDisk):
             raise UsageError("the disk belongs to another event loop")
         return node
 
-    async def read(self, offset: int, length: int) -> bytes:
+    async def read_at(self, offset: int, length: int) -> bytes:
         """The bytes of a range inside the disk."""
         node = self._inside(offset, length)
         if not length:
             return b""
         return bytes((await self._driver.bridge(node.read([offset], [length])))[0])
 
-    async def write(self, offset: int, data: Buffer, *, fua: bool = False) -> None:
+    async def write_at(self, offset: int, data: Buffer, *, fua: bool = False) -> None:
         """Write; ``fua``: durable when it returns."""
         view = memoryview(data).cast("B")
         node = self._inside(offset, len(view))

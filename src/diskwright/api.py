@@ -1,9 +1,9 @@
 """The synchronous Python API.
 
 >>> import diskwright
->>> diskwright.create("disk.qcow2", "qcow2", 1 << 30)
+>>> diskwright.create("disk.qcow2", format="qcow2", size=1 << 30)
 >>> with diskwright.open("disk.qcow2", writable=True) as disk:
-...     disk.write(0, b"hello")
+...     disk.write_at(0, b"hello")
 ...     disk.flush()
 
 Offsets, lengths and sizes are bytes.  A disk runs only inside the calls made to it; between two
@@ -31,8 +31,9 @@ from .graph.node import Buffer, Node
 from .graph.opener import close_disk, create_image, open_disk
 from .graph.status import Status, all_status
 from .ops.gates import Path, Policy, Source, gate_of, kept, reference_of
+from .ops.progress import Progress
 
-__all__ = ["Disk", "Policy", "create", "open"]
+__all__ = ["Disk", "Policy", "Progress", "create", "open"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -45,28 +46,25 @@ OPERATIONS = (
 
 def open(
     source: Source,
-    format: str | None = None,
-    writable: bool = False,
-    policy: str | Policy | None = None,
     *,
+    writable: bool = False,
+    format: str | None = None,
+    policy: str | Policy | None = None,
     options: Mapping[str, Any] | None = None,
     cache: str = "writeback",
     force_share: bool = False,
     backing: bool = True,
     discard: str = "unmap",
     detect_zeroes: str = "off",
-    map_paths: Mapping[str, str] | None = None,
     secrets: Mapping[str, bytes | str] | None = None,
 ) -> Disk:
     """Open a disk: a path, a ``json:`` or ``proto:`` name, or a dict of options.
 
     Without ``format`` the image is probed.  What the image itself names (a backing file) is opened
-    as far as ``policy`` allows (``untrusted``, ``local``, ``trusted`` or a
-    :class:`Policy`; see docs/security.md); ``backing=False`` leaves it out.
-    ``map_paths`` says what prefixes of the paths that images name mean here
-    (``{"D:/VMs": "/srv/vms"}``); ``secrets`` are
-    the passphrases that options such as ``key-secret`` name (``{"sec0": b"..."}``).  The other
-    arguments are those of :func:`diskwright.graph.opener.open_disk`.
+    as far as ``policy`` allows (``untrusted``, ``local``, ``trusted`` or a :class:`Policy`; see
+    docs/security.md); ``backing=False`` leaves it out.  ``secrets`` are the passphrases that
+    options such as ``key-secret`` name (``{"sec0": b"..."}``).  The other arguments are those of
+    :func:`diskwright.graph.opener.open_disk`.
 
     Raises OSError, and the kinds of DiskError; Refused when a policy forbids a reference.
     """
@@ -81,7 +79,7 @@ def open(
                 options=options,
                 cache=cache,
                 force_share=force_share,
-                gate=gate_of(policy, map_paths=map_paths),
+                gate=gate_of(policy),
                 backing=backing,
                 discard=discard,
                 detect_zeroes=detect_zeroes,
@@ -96,12 +94,11 @@ def open(
 
 def create(
     path: Path,
+    *,
     format: str,
     size: int | None = None,
     options: Mapping[str, Any] | None = None,
     policy: str | Policy | None = None,
-    *,
-    map_paths: Mapping[str, str] | None = None,
     secrets: Mapping[str, bytes | str] | None = None,
 ) -> int:
     """Make an image of ``size`` bytes (rounded up to 512) and return its virtual size.
@@ -110,7 +107,7 @@ def create(
     among them ``size`` may be left out; what that file names in turn passes the gate, as in
     :func:`open`.  ``secrets`` are those that the options name.  An existing file is overwritten.
     """
-    gate = gate_of(policy, map_paths=map_paths)
+    gate = gate_of(policy)
     name = os.fsdecode(path)
     keys = kept(secrets)
     return run(
@@ -252,14 +249,14 @@ class Disk(OpenDisk):
         _open_disks.add(self)
 
     # -- requests
-    def read(self, offset: int, length: int) -> bytes:
+    def read_at(self, offset: int, length: int) -> bytes:
         """The bytes of a range, which must lie inside the disk."""
         node = self._inside(offset, length)
         if not length:
             return b""
         return bytes(self._call(lambda: node.read([offset], [length]))[0])
 
-    def write(self, offset: int, data: Buffer, *, fua: bool = False) -> None:
+    def write_at(self, offset: int, data: Buffer, *, fua: bool = False) -> None:
         """Write; ``fua``: durable when it returns."""
         view = memoryview(data).cast("B")
         node = self._inside(offset, len(view))

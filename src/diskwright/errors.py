@@ -161,3 +161,10 @@ class FlushFailed(OSError, DiskError):
 
 class NodeClosed(DiskError):
     """The node was closed (or its process forked) and takes no more requests."""
+
+
+class OperationCancelled(DiskError):
+    """The caller's ``progress`` answered ``False``."""
+
+    def __init__(self) -> None:
+        super().__init__("The operation was cancelled")

@@ -52,7 +52,7 @@ def options(fmt: str, spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def made(path: Path, fmt: str = "luks", **spec: Any) -> dict[str, Any]:
-    diskwright.create(path, fmt, SIZE, options(fmt, spec), secrets=SECRETS)
+    diskwright.create(path, format=fmt, size=SIZE, options=options(fmt, spec), secrets=SECRETS)
     return source(path, fmt)
 
 
@@ -92,7 +92,7 @@ def test_qemu_reads_ours(tmp_path: Path, fmt: str, spec: dict[str, Any]) -> None
     model = bytearray(SIZE)
     with diskwright.open(made(ours, fmt, **spec), writable=True, secrets=SECRETS) as disk:
         if fmt == "luks":
-            disk.write(0, bytes(SIZE))
+            disk.write_at(0, bytes(SIZE))
         scribble(disk, model, 1)
     qemu("convert", *OBJECT, "--image-opts", image_opts(ours, fmt), "-O", "raw", plain)
     assert plain.read_bytes() == model
@@ -108,7 +108,7 @@ def test_we_read_and_write_theirs(tmp_path: Path, fmt: str, spec: dict[str, Any]
     words = ",".join(f"{k}={v}" for k, v in options(fmt, spec).items())
     qemu("convert", *OBJECT, "-f", "raw", "-O", fmt, "-o", words, plain, theirs)
     with diskwright.open(source(theirs, fmt), writable=True, secrets=SECRETS) as disk:
-        assert disk.read(0, SIZE) == model
+        assert disk.read_at(0, SIZE) == model
         scribble(disk, model, 2)
     qemu("convert", *OBJECT, "--image-opts", image_opts(theirs, fmt), "-O", "raw", plain)
     assert plain.read_bytes() == model
@@ -126,10 +126,12 @@ def test_with_other_features(tmp_path: Path, spec: dict[str, Any], more: dict[st
     if more.get("preallocation") and more.get("compat"):
         pytest.skip("zero flags are of version 3")
     path, plain = tmp_path / "disk", tmp_path / "plain"
-    diskwright.create(path, "qcow2", SIZE, {**options("qcow2", spec), **more}, secrets=SECRETS)
+    diskwright.create(
+        path, format="qcow2", size=SIZE, options={**options("qcow2", spec), **more}, secrets=SECRETS
+    )
     model = bytearray(SIZE)
     with diskwright.open(source(path, "qcow2"), writable=True, secrets=SECRETS) as disk:
-        assert disk.read(0, SIZE) == model
+        assert disk.read_at(0, SIZE) == model
         scribble(disk, model, 3)
     qemu("check", *OBJECT, "--image-opts", image_opts(path, "qcow2"))
     # What is behind the end of the disk must be zero when another program shows it.
@@ -315,4 +317,4 @@ def test_what_is_empty_reads_as_zeroes_in_a_new_encrypted_disk(
     plain.write_bytes(model)
     how(plain, path, fmt, format="raw", options=options(fmt, {}), secrets=SECRETS)
     with diskwright.open(source(path, fmt), secrets=SECRETS) as disk:
-        assert disk.read(0, SIZE) == model
+        assert disk.read_at(0, SIZE) == model

@@ -43,19 +43,19 @@ def test_the_package_offers_the_api() -> None:
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
 def test_a_disk_from_beginning_to_end(format: str, here: Path, peer: Any) -> None:
     path = here / f"disk.{format}"
-    assert diskwright.create(path, format, 1 << 20) == 1 << 20
-    with diskwright.open(path, format, writable=True) as disk:
+    assert diskwright.create(path, format=format, size=1 << 20) == 1 << 20
+    with diskwright.open(path, format=format, writable=True) as disk:
         assert (disk.size, disk.format, disk.writable) == (1 << 20, format, True)
         assert disk.name == str(path) and repr(disk).startswith("<Disk ")
-        disk.write(100, b"hello")
-        disk.write(200, memoryview(bytearray(b"views")), fua=True)
-        disk.write(300, b"")
+        disk.write_at(100, b"hello")
+        disk.write_at(200, memoryview(bytearray(b"views")), fua=True)
+        disk.write_at(300, b"")
         disk.zero(102, 2)
         disk.zero(65536, 65536, unmap=True)
         disk.discard(131072, 65536)
         disk.flush()
-        assert disk.read(100, 5) == b"he\0\0o"
-        assert disk.read(5, 0) == b""
+        assert disk.read_at(100, 5) == b"he\0\0o"
+        assert disk.read_at(5, 0) == b""
         disk.resize(2 << 20)
         assert disk.size == 2 << 20
         with pytest.raises(UsageError, match="shrink"):
@@ -65,7 +65,7 @@ def test_a_disk_from_beginning_to_end(format: str, here: Path, peer: Any) -> Non
         assert parts[0].start == 0 and sum(part.length for part in parts) == disk.size
     assert disk.closed and repr(disk) == "<closed Disk>"
     disk.close()
-    for call in (lambda: disk.read(0, 1), disk.flush, lambda: disk.size, disk.__enter__):
+    for call in (lambda: disk.read_at(0, 1), disk.flush, lambda: disk.size, disk.__enter__):
         with pytest.raises(NodeClosed):
             call()
     pattern = "read -P 0x68 100 1"
@@ -74,20 +74,20 @@ def test_a_disk_from_beginning_to_end(format: str, here: Path, peer: Any) -> Non
 
 @pytest.mark.parametrize("bad", [(-1, 1), (0, -1), (0, (1 << 20) + 1), (1 << 20, 1), (1 << 70, 1)])
 def test_requests_outside_the_disk(bad: tuple[int, int]) -> None:
-    diskwright.create("a", "raw", 1 << 20)
-    with diskwright.open("a", "raw", writable=True) as disk:
-        for method in (disk.read, disk.zero, disk.discard):
+    diskwright.create("a", format="raw", size=1 << 20)
+    with diskwright.open("a", format="raw", writable=True) as disk:
+        for method in (disk.read_at, disk.zero, disk.discard):
             with pytest.raises(UsageError, match="do not lie inside a disk of 1048576 bytes"):
                 method(*bad)
         with pytest.raises(UsageError):
-            disk.write((1 << 20) - 1, b"xx")
+            disk.write_at((1 << 20) - 1, b"xx")
 
 
 def test_a_read_only_disk_takes_no_writes() -> None:
-    diskwright.create("a", "qcow2", 1 << 20)
+    diskwright.create("a", format="qcow2", size=1 << 20)
     with diskwright.open("a") as disk:
         for call in (
-            lambda: disk.write(0, b"x"),
+            lambda: disk.write_at(0, b"x"),
             lambda: disk.zero(0, 512),
             lambda: disk.discard(0, 65536),
             lambda: disk.resize(2 << 20),
@@ -98,7 +98,7 @@ def test_a_read_only_disk_takes_no_writes() -> None:
 
 def test_paths_of_every_kind(here: Path) -> None:
     name = b"\xff.raw"
-    diskwright.create(name, "raw", 512)
+    diskwright.create(name, format="raw", size=512)
     for source in (name, os.fsdecode(name), here / os.fsdecode(name),
                    {"driver": "raw", "file.filename": os.fsdecode(name)}):  # fmt: skip
         with diskwright.open(source) as disk:
@@ -106,7 +106,7 @@ def test_paths_of_every_kind(here: Path) -> None:
 
 
 def test_threads_take_turns() -> None:
-    diskwright.create("a", "qcow2", 4 << 20)
+    diskwright.create("a", format="qcow2", size=4 << 20)
     errors: list[BaseException] = []
     with diskwright.open("a", writable=True) as disk:
 
@@ -114,8 +114,8 @@ def test_threads_take_turns() -> None:
             try:
                 for j in range(20):
                     at = (i * 20 + j) * 10_000
-                    disk.write(at, bytes([i + 1]) * 10_000)
-                    assert disk.read(at, 10_000) == bytes([i + 1]) * 10_000
+                    disk.write_at(at, bytes([i + 1]) * 10_000)
+                    assert disk.read_at(at, 10_000) == bytes([i + 1]) * 10_000
                     if j % 7 == 0:
                         disk.flush()
             except BaseException as error:
@@ -130,56 +130,56 @@ def test_threads_take_turns() -> None:
 
 
 def test_a_forked_child_has_no_disk() -> None:
-    diskwright.create("a", "qcow2", 1 << 20)
+    diskwright.create("a", format="qcow2", size=1 << 20)
     with diskwright.open("a", writable=True) as disk:
-        disk.write(0, b"parent")
+        disk.write_at(0, b"parent")
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # other tests left threads
             child = os.fork()
         if child == 0:
             code = 1
             try:
-                disk.read(0, 1)
+                disk.read_at(0, 1)
             except NodeClosed:
                 disk.close()  # does nothing, touches nothing
                 code = 0 if disk.closed else 2
             finally:
                 os._exit(code)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        disk.write(6, b" lives")
-        assert disk.read(0, 12) == b"parent lives"
+        disk.write_at(6, b" lives")
+        assert disk.read_at(0, 12) == b"parent lives"
     with diskwright.open("a") as disk:
-        assert disk.read(0, 12) == b"parent lives"
+        assert disk.read_at(0, 12) == b"parent lives"
 
 
 def test_a_disk_that_was_forgotten_is_closed_with_a_warning() -> None:
-    diskwright.create("a", "qcow2", 1 << 20)
+    diskwright.create("a", format="qcow2", size=1 << 20)
     disk = diskwright.open("a", writable=True)
-    disk.write(0, b"kept")
+    disk.write_at(0, b"kept")
     with pytest.warns(ResourceWarning, match="never closed"):
         del disk
     with diskwright.open("a") as again:
-        assert again.read(0, 4) == b"kept"
+        assert again.read_at(0, 4) == b"kept"
 
 
 def test_a_program_that_ends_with_open_disks_loses_nothing() -> None:
-    diskwright.create("a", "qcow2", 1 << 20)
-    code = "import diskwright\nd = diskwright.open('a', writable=True)\nd.write(0, b'kept')"
+    diskwright.create("a", format="qcow2", size=1 << 20)
+    code = "import diskwright\nd = diskwright.open('a', writable=True)\nd.write_at(0, b'kept')"
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True)
     assert (done.returncode, done.stderr) == (0, b"")
     with diskwright.open("a") as disk:
-        assert disk.read(0, 4) == b"kept"
+        assert disk.read_at(0, 4) == b"kept"
 
 
 def test_nothing_is_left_open_after_an_error() -> None:
-    diskwright.create("a", "qcow2", 1 << 20)
+    diskwright.create("a", format="qcow2", size=1 << 20)
     before = (set(os.listdir("/proc/self/fd")), threading.active_count())
     for _ in range(3):
         with pytest.raises(UsageError):
             diskwright.open({"driver": "raw", "file.filename": "a", "nonsense": 1})
         with pytest.raises(OSError):
-            diskwright.create("nodir/x", "raw", 512)
+            diskwright.create("nodir/x", format="raw", size=512)
     assert (set(os.listdir("/proc/self/fd")), threading.active_count()) == before
 
 
@@ -188,11 +188,11 @@ def test_nothing_is_left_open_after_an_error() -> None:
 
 def test_asyncio_from_beginning_to_end() -> None:
     async def work() -> None:
-        assert await aio.create("a", "qcow2", 1 << 20) == 1 << 20
+        assert await aio.create("a", format="qcow2", size=1 << 20) == 1 << 20
         async with aio.open("a", writable=True) as disk:
             assert (disk.size, disk.format, disk.name) == (1 << 20, "qcow2", "a")
-            await asyncio.gather(*[disk.write(i * 9000, bytes([i]) * 9000) for i in range(100)])
-            found = await asyncio.gather(*[disk.read(i * 9000, 9000) for i in range(100)])
+            await asyncio.gather(*[disk.write_at(i * 9000, bytes([i]) * 9000) for i in range(100)])
+            found = await asyncio.gather(*[disk.read_at(i * 9000, 9000) for i in range(100)])
             assert found == [bytes([i]) * 9000 for i in range(100)]
             await disk.zero(0, 9000)
             await disk.discard(65536, 65536)
@@ -200,29 +200,29 @@ def test_asyncio_from_beginning_to_end() -> None:
             await disk.resize(2 << 20)
             assert sum(part.length for part in await disk.extents()) == 2 << 20
             with pytest.raises(UsageError):
-                await disk.read(2 << 20, 1)
+                await disk.read_at(2 << 20, 1)
         assert disk.closed
         with pytest.raises(NodeClosed):
-            await disk.read(0, 1)
-        disk = await aio.open("a", "qcow2")
-        assert await disk.read(9000, 2) == b"\1\1"
+            await disk.read_at(0, 1)
+        disk = await aio.open("a", format="qcow2")
+        assert await disk.read_at(9000, 2) == b"\1\1"
         async with disk:
             pass
         assert disk.closed
-        await aio.create("b", "qcow2", None, {"backing_file": "a", "backing_fmt": "qcow2"})
+        await aio.create("b", format="qcow2", options={"backing_file": "a", "backing_fmt": "qcow2"})
         with pytest.raises(Refused):
             await aio.open("b", policy="untrusted")
         async with aio.open("b", policy="trusted") as top:
-            assert await top.read(9000, 2) == b"\1\1"
+            assert await top.read_at(9000, 2) == b"\1\1"
 
     asyncio.run(work())
 
 
 def test_a_disk_belongs_to_its_loop() -> None:
-    diskwright.create("a", "raw", 512)
+    diskwright.create("a", format="raw", size=512)
 
     async def opened() -> aio.Disk:
-        return await aio.open("a", "raw")
+        return await aio.open("a", format="raw")
 
     first, second = asyncio.new_event_loop(), asyncio.new_event_loop()
     try:
@@ -236,7 +236,7 @@ def test_a_disk_belongs_to_its_loop() -> None:
 
 
 def test_cancelling_leaves_nothing_behind() -> None:
-    diskwright.create("a", "qcow2", 1 << 20)
+    diskwright.create("a", format="qcow2", size=1 << 20)
 
     async def work() -> None:
         for turns in range(6):
@@ -251,13 +251,13 @@ def test_cancelling_leaves_nothing_behind() -> None:
             else:
                 await disk.close()
             async with aio.open("a", writable=True) as again:
-                writing = asyncio.ensure_future(again.write(0, b"x" * 300_000))
+                writing = asyncio.ensure_future(again.write_at(0, b"x" * 300_000))
                 for _ in range(turns):
                     await asyncio.sleep(0)
                 writing.cancel()
                 await asyncio.gather(writing, return_exceptions=True)
-                await again.write(0, b"after")
-                assert await again.read(0, 5) == b"after"
+                await again.write_at(0, b"after")
+                assert await again.read_at(0, 5) == b"after"
 
     async def _open_only() -> aio.Disk:
         return await aio.open("a", writable=True)
@@ -269,32 +269,32 @@ def test_cancelling_leaves_nothing_behind() -> None:
 
 
 def test_operations_on_whole_images(here: Path, peer: Any) -> None:
-    diskwright.create("a", "qcow2", 1 << 20)
+    diskwright.create("a", format="qcow2", size=1 << 20)
     with diskwright.open("a", writable=True) as disk:
-        disk.write(70_000, b"content" * 1000)
+        disk.write_at(70_000, b"content" * 1000)
     assert diskwright.convert("a", "b.raw") > 0
     shell(here, peer("qemu-img"), "compare", "a", "b.raw")
     assert diskwright.compare("a", "b.raw", other_format="raw").equal
     assert diskwright.check("a").leaks == 0
     found = diskwright.info("a")
     assert (found.format, found.virtual_size, found.filename) == ("qcow2", 1 << 20, "a")
-    diskwright.create("top", "qcow2", None, {"backing_file": "a", "backing_fmt": "qcow2"})
+    diskwright.create("top", format="qcow2", options={"backing_file": "a", "backing_fmt": "qcow2"})
     assert [one.filename for one in diskwright.info_chain("top", policy="trusted")] == ["top", "a"]
     with pytest.raises(Refused):
         diskwright.convert("top", "c.raw", policy="untrusted")
     with diskwright.open("top", writable=True, policy="trusted") as disk:
-        disk.write(0, b"above")
+        disk.write_at(0, b"above")
     assert not diskwright.compare("top", "a", policy="trusted").equal
     diskwright.commit("top", policy="trusted")
     with diskwright.open("a") as disk:
-        assert disk.read(0, 5) == b"above"
+        assert disk.read_at(0, 5) == b"above"
     diskwright.rebase("top", None, policy="trusted")
     diskwright.amend("top", {"compat": "0.10", "size": "2M"})
     assert diskwright.info("top").virtual_size == 2 << 20
     with pytest.raises(UsageError):
         diskwright.amend("top", {"cluster_size": 4096})
     with diskwright.open("top") as disk:
-        assert disk.read(0, 5) == b"above"
+        assert disk.read_at(0, 5) == b"above"
 
     async def work() -> None:
         assert (await aio.info("top")).backing_name is None
@@ -329,33 +329,33 @@ OPERATIONS = st.lists(
 def test_against_a_model(operations: list[Any], cluster_size: int, overlay: bool) -> None:
     size = SIZE - SIZE % 512
     model = bytearray(size)
-    diskwright.create("base", "qcow2", size // 1024 * 512)
+    diskwright.create("base", format="qcow2", size=size // 1024 * 512)
     with diskwright.open("base", writable=True) as disk:
-        disk.write(1000, b"base" * 20_000)
+        disk.write_at(1000, b"base" * 20_000)
     options: dict[str, Any] = {"cluster_size": cluster_size}
     if overlay:
         options |= {"backing_file": "base", "backing_fmt": "qcow2"}
         model[1000:81_000] = b"base" * 20_000
-    diskwright.create("top", "qcow2", size, options)
+    diskwright.create("top", format="qcow2", size=size, options=options)
     disk = diskwright.open("top", writable=True, policy="trusted")
     try:
         for verb, offset, length, byte in operations:
             offset = min(offset, size - 1)
             length = min(length, size - offset)
             if verb == "write":
-                disk.write(offset, bytes([byte]) * length)
+                disk.write_at(offset, bytes([byte]) * length)
                 model[offset : offset + length] = bytes([byte]) * length
             elif verb == "zero":
                 disk.zero(offset, length, unmap=byte % 2 == 0)
                 model[offset : offset + length] = bytes(length)
             elif verb == "read":
-                assert disk.read(offset, length) == model[offset : offset + length]
+                assert disk.read_at(offset, length) == model[offset : offset + length]
             elif verb == "flush":
                 disk.flush()
             else:
                 disk.close()
                 disk = diskwright.open("top", writable=True, policy="trusted")
-        assert disk.read(0, size) == model
+        assert disk.read_at(0, size) == model
         for part in disk.extents():
             if part.zero:
                 assert not any(model[part.start : part.start + part.length])

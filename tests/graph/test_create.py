@@ -31,30 +31,30 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_sizes_are_rounded_up_to_sectors(here: Path, peer: Any) -> None:
     for format in ("raw", "qcow2"):
-        assert diskwright.create("a", format, 1000) == 1024
+        assert diskwright.create("a", format=format, size=1000) == 1024
         found = shell(here, peer("qemu-img"), "info", "-f", format, "a")
         assert "(1024 bytes)" in found
-    assert diskwright.create("a", "qcow2", 0) == 0
+    assert diskwright.create("a", format="qcow2", size=0) == 0
     with diskwright.open("a") as disk:
         assert disk.size == 0 and disk.extents() == []
 
 
 def test_the_size_comes_from_the_backing_file_where_none_is_given() -> None:
-    diskwright.create("a", "qcow2", 5 << 20)
+    diskwright.create("a", format="qcow2", size=5 << 20)
     backing = {"backing_file": "a", "backing_fmt": "qcow2"}
-    assert diskwright.create("b", "qcow2", None, backing) == 5 << 20
-    assert diskwright.create("c", "qcow2", 1 << 20, backing) == 1 << 20
+    assert diskwright.create("b", format="qcow2", options=backing) == 5 << 20
+    assert diskwright.create("c", format="qcow2", size=1 << 20, options=backing) == 1 << 20
     with diskwright.open("b", policy="trusted") as disk:
         assert disk.size == 5 << 20
 
 
 def test_relative_backing_names_mean_the_overlays_folder(here: Path, peer: Any) -> None:
     os.mkdir("d")
-    diskwright.create("d/a", "qcow2", 1 << 20)
+    diskwright.create("d/a", format="qcow2", size=1 << 20)
     backing = {"backing_file": "a", "backing_fmt": "qcow2"}
-    assert diskwright.create("d/b", "qcow2", None, backing) == 1 << 20
+    assert diskwright.create("d/b", format="qcow2", options=backing) == 1 << 20
     with pytest.raises(FileNotFoundError) as caught:
-        diskwright.create("b", "qcow2", None, backing)
+        diskwright.create("b", format="qcow2", options=backing)
     assert caught.value.filename == "a"
     assert not Path("b").exists()
 
@@ -87,16 +87,18 @@ def test_a_creation_that_is_refused_touches_nothing(
         Path("x").write_bytes(b"precious")
     format, size, options = arguments
     with pytest.raises((DiskError, OSError), match=text):
-        diskwright.create("x", format, size, options)
+        diskwright.create("x", format=format, size=size, options=options)
     assert Path("x").exists() == existed
     if existed:
         assert Path("x").read_bytes() == b"precious"
 
 
 def test_options_of_the_protocol_are_options_of_the_creation() -> None:
-    diskwright.create("x", "qcow2", 1 << 20, {"extent_size_hint": "0", "nocow": "off"})
+    diskwright.create(
+        "x", format="qcow2", size=1 << 20, options={"extent_size_hint": "0", "nocow": "off"}
+    )
     with pytest.raises(UsageError, match="expects 'on' or 'off'"):
-        diskwright.create("x", "qcow2", 1 << 20, {"nocow": "maybe"})
+        diskwright.create("x", format="qcow2", size=1 << 20, options={"nocow": "maybe"})
 
 
 def failing(error: Exception | None) -> Declared:
@@ -118,26 +120,26 @@ def test_a_creation_that_fails_leaves_no_file_where_none_was(existed: bool) -> N
         if existed:
             Path("x").write_bytes(b"old")
         with pytest.raises(OSError, match="full"):
-            diskwright.create("x", "half", 1024)
+            diskwright.create("x", format="half", size=1024)
         assert Path("x").exists() == existed
         registry.register(failing(None))
-        diskwright.create("x", "half", 1024)
+        diskwright.create("x", format="half", size=1024)
         assert Path("x").read_bytes() == b"half"
     finally:
         registry.forget("half")
 
 
 def test_an_image_in_use_is_not_overwritten(here: Path, peer: Any) -> None:
-    diskwright.create("a", "qcow2", 1 << 20)
+    diskwright.create("a", format="qcow2", size=1 << 20)
     with diskwright.open("a", writable=True) as disk:
-        disk.write(0, b"precious")
+        disk.write_at(0, b"precious")
         disk.flush()
         with pytest.raises(ImageInUse):
-            diskwright.create("a", "qcow2", 1 << 20)
+            diskwright.create("a", format="qcow2", size=1 << 20)
         found = shell(here, peer("qemu-img"), "create", "-f", "qcow2", "a", "1M", ok=False)
         assert 'Failed to get "write" lock' in found
     with diskwright.open("a") as disk:
-        assert disk.read(0, 8) == b"precious"
+        assert disk.read_at(0, 8) == b"precious"
 
 
 def test_a_name_that_is_no_file_cannot_be_created() -> None:
@@ -148,7 +150,7 @@ def test_a_name_that_is_no_file_cannot_be_created() -> None:
         (".", (OSError, UsageError)),
     ):
         with pytest.raises(kind):
-            diskwright.create(name, "raw", 1024)
+            diskwright.create(name, format="raw", size=1024)
 
 
 def test_file_and_folder_are_durable(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +169,7 @@ def test_file_and_folder_are_durable(monkeypatch: pytest.MonkeyPatch) -> None:
                 monkeypatch.setattr(kind, name, spy)
     for format in ("raw", "qcow2"):
         calls.clear()
-        diskwright.create(format, format, 1 << 20)
+        diskwright.create(format, format=format, size=1 << 20)
         assert "sync" in calls and "sync_directory" in calls
 
 

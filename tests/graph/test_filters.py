@@ -23,7 +23,7 @@ from .tools import run
 @pytest.fixture(autouse=True)
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    diskwright.create("a", "qcow2", 1 << 20)
+    diskwright.create("a", format="qcow2", size=1 << 20)
     return tmp_path
 
 
@@ -80,7 +80,7 @@ def test_errors_are_injected_below_the_format() -> None:
 
 
 def test_a_chain_goes_through_filters() -> None:
-    diskwright.create("b", "qcow2", None, {"backing_file": "a", "backing_fmt": "qcow2"})
+    diskwright.create("b", format="qcow2", options={"backing_file": "a", "backing_fmt": "qcow2"})
 
     async def work(driver: Driver) -> None:
         description = {"driver": "blkdebug", "image": {"driver": "qcow2", "file.filename": "b"}}

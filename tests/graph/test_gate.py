@@ -30,9 +30,11 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def make_chain(*names: str) -> None:
-    diskwright.create(names[0], "qcow2", 1 << 20)
+    diskwright.create(names[0], format="qcow2", size=1 << 20)
     for below, above in pairwise(names):
-        diskwright.create(above, "qcow2", None, {"backing_file": below, "backing_fmt": "qcow2"})
+        diskwright.create(
+            above, format="qcow2", options={"backing_file": below, "backing_fmt": "qcow2"}
+        )
 
 
 REFERENCES = [
@@ -55,7 +57,7 @@ def test_an_image_that_names_a_backing_file_is_refused(
     reference: str, format: str | None, writable: bool, peer: Any, here: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    diskwright.create("base.qcow2", "qcow2", 1 << 20)
+    diskwright.create("base.qcow2", format="qcow2", size=1 << 20)
     shell(here, peer("qemu-img"), "create", "-q", "-f", "qcow2", "top.qcow2", "1M")
     _name_backing(here / "top.qcow2", reference, format)
     opened: list[str] = []
@@ -115,7 +117,7 @@ def test_without_backing_nothing_is_asked() -> None:
     make_chain("a", "b")
     with diskwright.open("b", backing=False) as disk:
         assert disk.node.child("backing") is None
-        assert disk.read(0, 512) == bytes(512)
+        assert disk.read_at(0, 512) == bytes(512)
 
 
 def test_what_the_caller_typed_needs_no_leave() -> None:
@@ -196,11 +198,11 @@ def test_a_long_chain_opens_and_a_longer_one_is_refused() -> None:
     names = [f"l{i}" for i in range(Gate.max_depth + 2)]
     make_chain(*names)
     with diskwright.open(names[-3], policy="trusted") as disk:
-        assert disk.read(0, 512) == bytes(512)
+        assert disk.read_at(0, 512) == bytes(512)
         assert len(list(chain(disk.node))) == Gate.max_depth
         assert len(disk.extents()) == 1
     with diskwright.open(names[-2], policy="trusted") as disk:
-        assert disk.read(0, 512) == bytes(512)
+        assert disk.read_at(0, 512) == bytes(512)
     with pytest.raises(ImageError, match=f"longer than {Gate.max_depth}"):
         diskwright.open(names[-1], policy="trusted")
 
@@ -208,8 +210,8 @@ def test_a_long_chain_opens_and_a_longer_one_is_refused() -> None:
 def test_a_broken_chain_says_which_link(here: Path, peer: Any) -> None:
     os.mkdir("d")
     make_chain("d/a")
-    diskwright.create("d/b", "qcow2", None, {"backing_file": "a", "backing_fmt": "qcow2"})
-    diskwright.create("c", "qcow2", None, {"backing_file": "d/b", "backing_fmt": "qcow2"})
+    diskwright.create("d/b", format="qcow2", options={"backing_file": "a", "backing_fmt": "qcow2"})
+    diskwright.create("c", format="qcow2", options={"backing_file": "d/b", "backing_fmt": "qcow2"})
     os.unlink("d/a")
     with pytest.raises(FileNotFoundError) as caught:
         diskwright.open("c", policy="trusted")

@@ -30,15 +30,15 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for folder in ("vms/sub/deep", "bases", "secret"):
         (tmp_path / folder).mkdir(parents=True)
     for path in ("vms/base", "vms/sub/base", "bases/base", "secret/base"):
-        diskwright.create(tmp_path / path, QCOW2, 1 << 20)
+        diskwright.create(tmp_path / path, format=QCOW2, size=1 << 20)
     monkeypatch.chdir(tmp_path / "vms")
     return tmp_path
 
 
 def over(name: str, image: str = "top") -> str:
     """An overlay that names ``name``, whether it is there or not."""
-    diskwright.create(image, QCOW2, 1 << 20)
-    diskwright.rebase(image, name, QCOW2, unsafe=True, policy="trusted")
+    diskwright.create(image, format=QCOW2, size=1 << 20)
+    diskwright.rebase(image, name, backing_format=QCOW2, unsafe=True, policy="trusted")
     return image
 
 
@@ -82,7 +82,7 @@ def test_what_leads_away_is_refused(
     os.symlink("round", "round")
     name = name.format(here=here)
     over("base")
-    diskwright.rebase("top", name, QCOW2, unsafe=True, policy="trusted")
+    diskwright.rebase("top", name, backing_format=QCOW2, unsafe=True, policy="trusted")
     opened = spied(monkeypatch)
     if not walked:
         monkeypatch.setattr(os, "supports_dir_fd", set())
@@ -182,18 +182,18 @@ def test_what_is_swapped_for_a_link_meanwhile_is_not_followed(
 
 def test_files_of_one_disk_pass_too(here: Path) -> None:
     data = here / "bases" / "data"
-    diskwright.create("near", QCOW2, 1 << 20, {"data_file": "near.data"})
-    diskwright.create("far", QCOW2, 1 << 20, {"data_file": str(data)})
+    diskwright.create("near", format=QCOW2, size=1 << 20, options={"data_file": "near.data"})
+    diskwright.create("far", format=QCOW2, size=1 << 20, options={"data_file": str(data)})
     for writable in (False, True):
         with diskwright.open("near", writable=writable) as disk:
-            assert disk.read(0, 512) == bytes(512)
+            assert disk.read_at(0, 512) == bytes(512)
         with pytest.raises(Refused, match="data file"):
             diskwright.open("far", writable=writable)
         with diskwright.open("far", writable=writable, policy=Policy(allow=(str(here),))) as disk:
-            assert disk.read(0, 512) == bytes(512)
+            assert disk.read_at(0, 512) == bytes(512)
     data.unlink()
     (here / "vms" / "data").symlink_to(here / "secret" / "base")
-    diskwright.create("linked", QCOW2, 1 << 20, {"data_file": "linked.data"})
+    diskwright.create("linked", format=QCOW2, size=1 << 20, options={"data_file": "linked.data"})
     os.unlink("linked.data")
     os.symlink(here / "secret" / "base", "linked.data")
     kept = (here / "secret" / "base").read_bytes()
@@ -203,7 +203,7 @@ def test_files_of_one_disk_pass_too(here: Path) -> None:
 
 
 def test_what_the_caller_typed_is_not_held_to_a_folder(here: Path) -> None:
-    diskwright.create("typed", QCOW2, None, {"backing_file": "../bases/base",
+    diskwright.create("typed", format=QCOW2, options={"backing_file": "../bases/base",
                                              "backing_fmt": QCOW2})  # fmt: skip
     described = {"driver": QCOW2, "file.filename": "typed",
                  "backing": {"driver": QCOW2, "file.filename": "../bases/base"}}  # fmt: skip

@@ -37,15 +37,15 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.parametrize("subformat", SPLIT)
 def test_extents_are_locked_as_qemu_locks_them(subformat: str, here: Path, peer: Any) -> None:
-    diskwright.create("x.vmdk", "vmdk", 3 << 30, {"subformat": subformat})
+    diskwright.create("x.vmdk", format="vmdk", size=3 << 30, options={"subformat": subformat})
     extents = sorted(set(os.listdir(here)) - {"x.vmdk"})
     assert len(extents) == (1 if subformat == "monolithicFlat" else 2)
     with pytest.raises(Refused, match="no extent that only an image names"):
         diskwright.open("x.vmdk", policy="untrusted")
     qemu_io = peer("qemu-io")
     with diskwright.open("x.vmdk", writable=True, policy="trusted") as disk:
-        disk.write(0, b"1" * M)
-        disk.write((2 << 30) + M, b"2" * M)
+        disk.write_at(0, b"1" * M)
+        disk.write_at((2 << 30) + M, b"2" * M)
         for name in ("x.vmdk", *extents):
             said = shell(here, qemu_io, "-f", "raw", "-c", "write 0 512", name, ok=False)
             assert "lock" in said
@@ -60,7 +60,7 @@ def test_extents_are_locked_as_qemu_locks_them(subformat: str, here: Path, peer:
             assert other.stdin
             other.stdin.close()
     with diskwright.open("x.vmdk", policy="trusted") as disk:
-        assert disk.read((2 << 30) + M, M) == b"2" * M
+        assert disk.read_at((2 << 30) + M, M) == b"2" * M
 
 
 @pytest.mark.parametrize("subformat", ["monolithicSparse", *SPLIT])
@@ -101,9 +101,11 @@ def test_a_delta_link_whose_parent_was_written_to(here: Path, peer: Any) -> None
     qemu_img, qemu_io = peer("qemu-img"), peer("qemu-io")
     shell(here, qemu_img, "create", "-q", "-f", "vmdk", "p.vmdk", "1M")
     shell(here, qemu_io, "-c", "write -q -P 1 0 1M", "p.vmdk")
-    diskwright.create("c.vmdk", "vmdk", None, {"backing_file": "p.vmdk", "backing_fmt": "vmdk"})
+    diskwright.create(
+        "c.vmdk", format="vmdk", options={"backing_file": "p.vmdk", "backing_fmt": "vmdk"}
+    )
     with diskwright.open("c.vmdk", policy="trusted") as disk:
-        assert disk.read(0, 512) == b"\1" * 512
+        assert disk.read_at(0, 512) == b"\1" * 512
     shell(here, qemu_io, "-c", "write -q -P 2 0 1M", "p.vmdk")
     with pytest.raises(ImageError, match="rebase -u") as caught:
         diskwright.open("c.vmdk", policy="trusted")
@@ -116,10 +118,10 @@ def test_a_delta_link_whose_parent_was_written_to(here: Path, peer: Any) -> None
 
 def test_a_differencing_vhdx_that_names_its_parent_by_a_windows_path() -> None:
     os.mkdir("vms")
-    diskwright.create("vms/p.vhdx", "vhdx", 4 * M)
+    diskwright.create("vms/p.vhdx", format="vhdx", size=4 * M)
     with diskwright.open("vms/p.vhdx", writable=True) as disk:
-        disk.write(0, b"p" * 4096)
-    diskwright.create("c.vhdx", "vhdx", None, {"parent": "vms/p.vhdx"})
+        disk.write_at(0, b"p" * 4096)
+    diskwright.create("c.vhdx", format="vhdx", options={"parent": "vms/p.vhdx"})
 
     async def work(driver: Driver) -> None:
         # Over a parent it opens in place, and goes on to write.
@@ -181,8 +183,8 @@ def test_a_thousand_extents_and_too_few_descriptors(here: Path) -> None:
         lines.append(f'RW 128 FLAT "f{number}" 0')
     Path("x.vmdk").write_text("\n".join([*lines, ""]))
     with diskwright.open("x.vmdk", writable=True, policy="trusted") as disk:
-        disk.write(100 * 65536 - 512, b"n" * 1024)
-        assert disk.read(100 * 65536 - 512, 1024) == b"n" * 1024
+        disk.write_at(100 * 65536 - 512, b"n" * 1024)
+        assert disk.read_at(100 * 65536 - 512, 1024) == b"n" * 1024
     resource = pytest.importorskip("resource")
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
@@ -200,7 +202,9 @@ def test_a_source_is_not_emptied_as_an_extent_of_the_target() -> None:
     Path("x-flat.vmdk").write_bytes(b"s" * M)
     options = {"subformat": "monolithicFlat"}
     with pytest.raises(DiskError, match='"write" lock'):
-        diskwright.convert("x-flat.vmdk", "x.vmdk", "vmdk", format="raw", options=options)
+        diskwright.convert(
+            "x-flat.vmdk", "x.vmdk", target_format="vmdk", format="raw", options=options
+        )
     assert Path("x-flat.vmdk").read_bytes() == b"s" * M
     assert os.listdir(".") == ["x-flat.vmdk"]
 
@@ -218,7 +222,7 @@ def test_a_creation_that_fails_at_any_request_leaves_nothing(
     format: str, options: dict[str, str], here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if "parent" in options:
-        diskwright.create("p.vhdx", "vhdx", M)
+        diskwright.create("p.vhdx", format="vhdx", size=M)
     before = set(os.listdir(here))
     count = fail_at = 0
 
@@ -254,7 +258,7 @@ def test_a_creation_that_fails_at_any_request_leaves_nothing(
 def test_an_opening_that_fails_at_any_read_closes_all(
     subformat: str, writable: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    diskwright.create("x.vmdk", "vmdk", 3 << 30, {"subformat": subformat})
+    diskwright.create("x.vmdk", format="vmdk", size=3 << 30, options={"subformat": subformat})
     real = FileNode.read
     count = fail_at = 0
 
@@ -313,9 +317,9 @@ def test_growing_that_fails_at_any_request_leaves_a_whole_image(
         done, fail_at = fail_at + 1, 0
         for name in os.listdir(here):
             os.unlink(name)
-        diskwright.create("x.vmdk", "vmdk", M, {"subformat": subformat})
+        diskwright.create("x.vmdk", format="vmdk", size=M, options={"subformat": subformat})
         with diskwright.open("x.vmdk", writable=True, policy="trusted") as disk:
-            disk.write(0, b"g" * 512)
+            disk.write_at(0, b"g" * 512)
         fail_at = done
         with suppress(OSError):
             run(grow)
@@ -323,7 +327,7 @@ def test_growing_that_fails_at_any_request_leaves_a_whole_image(
         with diskwright.open("x.vmdk", policy="trusted") as disk:
             size = disk.size
             assert size in (M, 5 << 30)
-            assert disk.read(0, 1024) == b"g" * 512 + bytes(512)
+            assert disk.read_at(0, 1024) == b"g" * 512 + bytes(512)
         text = Path("x.vmdk").read_text()
         made = set(os.listdir(here)) - {"x.vmdk"}
         named = {name for name in made if f'"{name}"' in text}
@@ -381,7 +385,7 @@ def test_an_extent_that_is_only_read_is_opened_so(here: Path) -> None:
 
 def test_zeroes_over_extents_beside_the_grid(here: Path) -> None:
     """Grains that begin on no grid make one unit of the disk; zeroes reach all of it."""
-    diskwright.create("b", "vmdk", 8 << 30, {})
+    diskwright.create("b", format="vmdk", size=8 << 30, options={})
     Path("a").write_bytes(b"a" * 512_000)
     Path("x.vmdk").write_text(
         'version=1\nCID=fffffffe\nparentCID=ffffffff\ncreateType="custom"\n'
@@ -389,11 +393,11 @@ def test_zeroes_over_extents_beside_the_grid(here: Path) -> None:
     )
     with diskwright.open("x.vmdk", writable=True, policy="trusted") as disk:
         for at in (M, (5 << 30) - 7, (8 << 30) - M):
-            disk.write(at, b"z" * 200_000)
+            disk.write_at(at, b"z" * 200_000)
         disk.zero(5000, 7 << 30)
         for at in (M, (5 << 30) - 7):
-            assert disk.read(at, 200_000) == bytes(200_000)
-        assert disk.read(4999, 2) == b"a\0"
-        assert disk.read((8 << 30) - M, 200_000) == b"z" * 200_000
+            assert disk.read_at(at, 200_000) == bytes(200_000)
+        assert disk.read_at(4999, 2) == b"a\0"
+        assert disk.read_at((8 << 30) - M, 200_000) == b"z" * 200_000
         disk.zero(0, disk.size)
-        assert disk.read((8 << 30) - M, M) == bytes(M)
+        assert disk.read_at((8 << 30) - M, M) == bytes(M)

@@ -50,7 +50,7 @@ def opened_shape(reference: Any, **named: Any) -> str:
 
 
 def test_a_file_name_is_a_format_over_a_file() -> None:
-    diskwright.create("a", "qcow2", 1 << 20)
+    diskwright.create("a", format="qcow2", size=1 << 20)
     assert opened_shape("a") == "qcow2(file=file)"
     assert opened_shape("a", format="qcow2") == "qcow2(file=file)"
     assert opened_shape("a", format="raw") == "raw(file=file)"
@@ -60,10 +60,10 @@ def test_a_file_name_is_a_format_over_a_file() -> None:
 
 
 def test_descriptions_of_any_depth() -> None:
-    diskwright.create("a", "qcow2", 1 << 20)
+    diskwright.create("a", format="qcow2", size=1 << 20)
     with diskwright.open({"driver": "raw", "file": {"driver": "qcow2", "file.filename": "a"}},
                          writable=True) as disk:  # fmt: skip
-        disk.write(1000, b"through both")
+        disk.write_at(1000, b"through both")
     with diskwright.open({
         "driver": "raw", "offset": "512", "size": "1k",
         "file": {"driver": "raw", "offset": 256, "file": {
@@ -72,14 +72,14 @@ def test_descriptions_of_any_depth() -> None:
     }, writable=True) as disk:  # fmt: skip
         assert shape(disk.node) == "raw(file=raw(file=qcow2(file=raw(file=file))))"
         assert disk.size == 1024
-        assert disk.read(1000 - 768, 12) == b"through both"
-        disk.write(0, b"w" * 1024)
+        assert disk.read_at(1000 - 768, 12) == b"through both"
+        disk.write_at(0, b"w" * 1024)
     with diskwright.open("a") as disk:
-        assert disk.read(767, 1026) == b"\0" + b"w" * 1024 + b"\0"
+        assert disk.read_at(767, 1026) == b"\0" + b"w" * 1024 + b"\0"
 
 
 def test_json_and_dotted_options_mean_the_same() -> None:
-    diskwright.create("a", "qcow2", 1 << 20)
+    diskwright.create("a", format="qcow2", size=1 << 20)
     for reference in (
         'json:{"driver":"qcow2","file.driver":"file","file":{"filename":"a"}}',
         {"driver": "qcow2", "file.driver": "file", "file.filename": "a"},
@@ -94,7 +94,7 @@ def test_json_and_dotted_options_mean_the_same() -> None:
 
 
 def test_nodes_may_be_shared_by_name() -> None:
-    diskwright.create("a", "raw", 1 << 20)
+    diskwright.create("a", format="raw", size=1 << 20)
 
     async def work(driver: Driver) -> None:
         graph = Graph(driver)
@@ -120,7 +120,7 @@ def test_nodes_may_be_shared_by_name() -> None:
 
 
 def test_users_of_one_node_must_agree() -> None:
-    diskwright.create("a", "qcow2", 1 << 20)
+    diskwright.create("a", format="qcow2", size=1 << 20)
 
     async def work(driver: Driver) -> None:
         graph = Graph(driver)
@@ -162,7 +162,7 @@ def test_users_of_one_node_must_agree() -> None:
 def test_bad_descriptions(options: str, text: str, here: Path, peer: Any) -> None:
     from diskwright.graph.names import parse_image_opts
 
-    diskwright.create("a", "qcow2", 1 << 20)
+    diskwright.create("a", format="qcow2", size=1 << 20)
     with pytest.raises(UsageError) as caught:
         opened_shape(parse_image_opts(options))
     assert text in str(caught.value)
@@ -180,7 +180,7 @@ def test_a_file_that_is_not_there_is_named() -> None:
 
 
 def test_a_failed_open_leaves_nothing_open() -> None:
-    diskwright.create("a", "qcow2", 1 << 20)
+    diskwright.create("a", format="qcow2", size=1 << 20)
     before = set(os.listdir("/proc/self/fd"))
     for description in (
         {"driver": "qcow2", "file.filename": "a", "foo": 1},
@@ -199,7 +199,7 @@ def test_a_failed_open_leaves_nothing_open() -> None:
 def test_everything_is_closed_whatever_fails() -> None:
     async def work(driver: Driver) -> None:
         graph = Graph(driver)
-        diskwright.create("a", "qcow2", 1 << 20)
+        diskwright.create("a", format="qcow2", size=1 << 20)
         node = await open_disk(driver, "a", writable=True, graph=graph)
         leaf = list(walk(node))[-1]
 
@@ -219,7 +219,7 @@ def test_everything_is_closed_whatever_fails() -> None:
 
 
 def test_modes_flow_down_and_may_be_set_for_each_node() -> None:
-    diskwright.create("a", "qcow2", 1 << 20)
+    diskwright.create("a", format="qcow2", size=1 << 20)
 
     async def work(driver: Driver) -> None:
         node = await open_disk(driver, "a", writable=True, cache="unsafe", discard="ignore")
@@ -250,7 +250,7 @@ def test_modes_flow_down_and_may_be_set_for_each_node() -> None:
 
 
 def test_writethrough_flushes_each_write() -> None:
-    diskwright.create("a", "qcow2", 1 << 20)
+    diskwright.create("a", format="qcow2", size=1 << 20)
 
     async def work(driver: Driver) -> None:
         node = await open_disk(driver, "a", writable=True, cache="writethrough")
@@ -277,10 +277,10 @@ def test_writethrough_flushes_each_write() -> None:
 
 @pytest.mark.parametrize("mode", ["on", "unmap"])
 def test_detect_zeroes(mode: str) -> None:
-    diskwright.create("a", "qcow2", 1 << 20)
+    diskwright.create("a", format="qcow2", size=1 << 20)
     with diskwright.open("a", writable=True, detect_zeroes=mode) as disk:
-        disk.write(0, bytes(65536))
-        disk.write(65536, bytes(65535) + b"x")
+        disk.write_at(0, bytes(65536))
+        disk.write_at(65536, bytes(65535) + b"x")
         kinds = [(part.length, part.zero, part.data) for part in disk.extents()]
     assert kinds[0] == (65536, True, False)
     assert kinds[1][2]
@@ -310,7 +310,7 @@ def test_images_of_other_formats_are_never_taken_for_raw() -> None:
 
 
 def test_a_guessed_raw_image_refuses_a_signature(here: Path, peer: Any) -> None:
-    diskwright.create("a", "raw", 1 << 20)
+    diskwright.create("a", format="raw", size=1 << 20)
     qemu_io = peer("qemu-io")
     magic = b"QFI\xfb\0\0\0\3"
     Path("magic").write_bytes(magic.ljust(512, b"\0"))
@@ -320,22 +320,22 @@ def test_a_guessed_raw_image_refuses_a_signature(here: Path, peer: Any) -> None:
         assert disk.probed
         for offset, data in ((0, magic), (0, magic + bytes(100000)), (0, b"conectix")):
             with pytest.raises(PermissionError) as caught:
-                disk.write(offset, data)
+                disk.write_at(offset, data)
             assert caught.value.errno == errno.EPERM
         # In pieces: the last one completes it.
-        disk.write(1, magic[1:])
+        disk.write_at(1, magic[1:])
         with pytest.raises(PermissionError):
-            disk.write(0, magic[:1])
-        disk.write(0, b"QEDx")
+            disk.write_at(0, magic[:1])
+        disk.write_at(0, b"QEDx")
         for method in (disk.zero, disk.discard):
             with pytest.raises(PermissionError):
                 method(3, 10)
-        disk.write(0, bytes(512))
-        disk.write(512, magic)
+        disk.write_at(0, bytes(512))
+        disk.write_at(512, magic)
         disk.flush()
     with diskwright.open("a", format="raw", writable=True) as disk:
         assert not disk.probed
-        disk.write(0, magic)
+        disk.write_at(0, magic)
 
 
 def test_two_harmless_writes_at_once_make_no_signature() -> None:

@@ -27,10 +27,12 @@ from .tools import run, shell
 @pytest.fixture(autouse=True)
 def images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    diskwright.create("r", "raw", 1 << 20)
-    diskwright.create("a", "qcow2", 1 << 20)
+    diskwright.create("r", format="raw", size=1 << 20)
+    diskwright.create("a", format="qcow2", size=1 << 20)
     for name, base, format in (("b", "a", "qcow2"), ("c", "r", "raw")):
-        diskwright.create(name, "qcow2", None, {"backing_file": base, "backing_fmt": format})
+        diskwright.create(
+            name, format="qcow2", options={"backing_file": base, "backing_fmt": format}
+        )
     return tmp_path
 
 
@@ -115,7 +117,7 @@ def test_each_refuses_the_others_open_images(images: Path, peer: Any) -> None:
         with pytest.raises(ImageInUse):
             diskwright.open("a")
         with diskwright.open("a", force_share=True) as disk:
-            assert disk.read(0, 4) == bytes(4)
+            assert disk.read_at(0, 4) == bytes(4)
     with reading_commands(qemu_io, "a"):
         while 203 not in locked("a"):
             time.sleep(0.01)

@@ -95,22 +95,22 @@ def test_what_looks_like_two_formats_is_none() -> None:
 
 def test_a_guessed_raw_disk_keeps_its_end_plain(tmp_path: Path) -> None:
     path = tmp_path / "a"
-    diskwright.create(path, "raw", 1 << 20)
+    diskwright.create(path, format="raw", size=1 << 20)
     last = (1 << 20) - PROBE_BYTES
     with diskwright.open(path, writable=True) as disk:
         footer = b"conectix".ljust(PROBE_BYTES, b"\0")
         for offset, data in ((last, b"koly"), (last - 4096, bytes(4096) + footer)):
             with pytest.raises(PermissionError, match="by guess"):
-                disk.write(offset, data)
-        disk.write(last, b"xkoly")
+                disk.write_at(offset, data)
+        disk.write_at(last, b"xkoly")
         with pytest.raises(PermissionError):
-            disk.write(last, b"kolykoly"[4:])
-        disk.write(last - 4096, b"koly")
+            disk.write_at(last, b"kolykoly"[4:])
+        disk.write_at(last - 4096, b"koly")
         with pytest.raises(PermissionError):  # a cut would make it the end
             disk.resize(last - 4096 + PROBE_BYTES, shrink=True)
         disk.zero(last - 4096, 4)
         disk.resize(last - 4096 + PROBE_BYTES, shrink=True)
-    with diskwright.open(path, "raw", writable=True) as disk:
-        disk.write(disk.size - PROBE_BYTES, b"koly")
+    with diskwright.open(path, format="raw", writable=True) as disk:
+        disk.write_at(disk.size - PROBE_BYTES, b"koly")
     with pytest.raises(ImageError, match="only its end"):
         diskwright.open(path, writable=True)

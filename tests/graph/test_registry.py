@@ -34,14 +34,14 @@ def imported(code: str) -> set[str]:
 
 def test_one_driver_is_imported_at_a_time() -> None:
     Path("a.raw").write_bytes(bytes(1 << 20))
-    diskwright.create("a.qcow2", "qcow2", 1 << 20)
+    diskwright.create("a.qcow2", format="qcow2", size=1 << 20)
     bare = imported("import diskwright")
     ours = {name for name in bare if name.startswith("diskwright")}
     assert ours == {"diskwright"}
-    raw = imported("import diskwright\nwith diskwright.open('a.raw') as d: d.read(0, 512)")
+    raw = imported("import diskwright\nwith diskwright.open('a.raw') as d: d.read_at(0, 512)")
     assert not [name for name in raw if "qcow2" in name or "memory" in name or "null" in name]
     assert not {"asyncio", "argparse", "importlib.metadata", "selectors"} & raw
-    qcow2 = imported("import diskwright\nwith diskwright.open('a.qcow2') as d: d.read(0, 512)")
+    qcow2 = imported("import diskwright\nwith diskwright.open('a.qcow2') as d: d.read_at(0, 512)")
     assert "diskwright.formats.raw" not in qcow2
     assert len([name for name in qcow2 if name.startswith("diskwright")]) < 82
 
@@ -78,8 +78,8 @@ def test_other_packages_offer_drivers_by_entry_point(monkeypatch: pytest.MonkeyP
     monkeypatch.syspath_prepend(str(Path.cwd()))
     try:
         with diskwright.open({"driver": "raw", "file": {"driver": "plugged"}}) as disk:
-            assert disk.read(0, 10) == b"plugged in"
+            assert disk.read_at(0, 10) == b"plugged in"
         with diskwright.open("plugged:whatever") as disk:
-            assert disk.read(0, 10) == b"plugged in"
+            assert disk.read_at(0, 10) == b"plugged in"
     finally:
         registry.forget("plugged")

@@ -42,7 +42,7 @@ DESCRIPTIONS: dict[str, Any] = {
 @pytest.mark.parametrize("which", DESCRIPTIONS)
 def test_back_and_forth(which: str, here: Path, peer: Any) -> None:
     for format in ("raw", "qcow2"):
-        diskwright.create(format, format, 1 << 20)
+        diskwright.create(format, format=format, size=1 << 20)
 
     async def work(driver: Driver) -> None:
         node = await open_disk(driver, DESCRIPTIONS[which], writable=True)
@@ -65,7 +65,7 @@ def test_back_and_forth(which: str, here: Path, peer: Any) -> None:
 
 
 def test_those_above_see_the_change() -> None:
-    diskwright.create("a", "raw", 1 << 20)
+    diskwright.create("a", format="raw", size=1 << 20)
     seen: list[bool] = []
 
     class Above(Node):
@@ -88,7 +88,7 @@ def test_those_above_see_the_change() -> None:
 
 
 def test_a_mode_that_cannot_be_had_leaves_the_old_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    diskwright.create("a", "qcow2", 1 << 20)
+    diskwright.create("a", format="qcow2", size=1 << 20)
 
     async def work(driver: Driver) -> None:
         node = await open_disk(driver, "a")
@@ -111,7 +111,7 @@ def test_a_mode_that_cannot_be_had_leaves_the_old_one(monkeypatch: pytest.Monkey
 
 
 def test_a_lock_that_cannot_be_had_leaves_the_old_mode() -> None:
-    diskwright.create("a", "qcow2", 1 << 20)
+    diskwright.create("a", format="qcow2", size=1 << 20)
 
     async def work(driver: Driver) -> None:
         node = await open_disk(driver, "a")
@@ -129,7 +129,7 @@ def test_a_lock_that_cannot_be_had_leaves_the_old_mode() -> None:
 
 
 def test_life_after_a_failed_flush(monkeypatch: pytest.MonkeyPatch) -> None:
-    diskwright.create("a", "qcow2", 1 << 20)
+    diskwright.create("a", format="qcow2", size=1 << 20)
 
     async def work(driver: Driver) -> None:
         node = await open_disk(driver, "a", writable=True)
@@ -155,12 +155,12 @@ def test_life_after_a_failed_flush(monkeypatch: pytest.MonkeyPatch) -> None:
 
     run(work)
     with diskwright.open("a") as disk:
-        assert disk.read(0, 4) == b"safe"
-        assert disk.read(140000, 3) == b"new"
+        assert disk.read_at(0, 4) == b"safe"
+        assert disk.read_at(140000, 3) == b"new"
 
 
 def test_resize_is_seen_above() -> None:
-    diskwright.create("a", "raw", 1 << 20)
+    diskwright.create("a", format="raw", size=1 << 20)
 
     async def work(driver: Driver) -> None:
         description = {"driver": "raw", "file": {"driver": "raw", "file.filename": "a"}}

@@ -161,7 +161,7 @@ def test_small_windows_tell_the_same(
 
 
 def test_one_call_is_bounded_and_says_something(here: Path) -> None:
-    diskwright.create("a", "qcow2", 64 << 40, {"cluster_size": 2 << 20})
+    diskwright.create("a", format="qcow2", size=64 << 40, options={"cluster_size": 2 << 20})
     with diskwright.open("a") as disk:
 
         async def once() -> list[Status]:
@@ -177,9 +177,9 @@ def test_one_call_is_bounded_and_says_something(here: Path) -> None:
 
 
 def test_parts_of_a_range(here: Path) -> None:
-    diskwright.create("a", "qcow2", 1 << 20)
+    diskwright.create("a", format="qcow2", size=1 << 20)
     with diskwright.open("a", writable=True) as disk:
-        disk.write(65536, b"x" * 65536)
+        disk.write_at(65536, b"x" * 65536)
         parts = disk.extents(100_000, 50_000)
         assert [(p.start, p.length, p.data) for p in parts] == [
             (100_000, 31072, True),
@@ -206,10 +206,10 @@ def test_through_translations(here: Path, peer: Any) -> None:
 def test_a_chain_below_a_translation_is_its_bytes() -> None:
     """The real tool calls what a deeper layer holds unallocated here, and convert would read
     zeroes; we tell it."""
-    diskwright.create("a", "qcow2", 1 << 20)
+    diskwright.create("a", format="qcow2", size=1 << 20)
     with diskwright.open("a", writable=True) as disk:
-        disk.write(0, b"x" * 65536)
-    diskwright.create("b", "qcow2", None, {"backing_file": "a", "backing_fmt": "qcow2"})
+        disk.write_at(0, b"x" * 65536)
+    diskwright.create("b", format="qcow2", options={"backing_file": "a", "backing_fmt": "qcow2"})
     (first, second) = ours({"driver": "raw", "offset": 512, "file": {
         "driver": "qcow2", "file.filename": "b"}})  # fmt: skip
     assert (first["start"], first["length"], first["depth"], first["data"]) == (0, 65024, 0, True)
@@ -217,12 +217,14 @@ def test_a_chain_below_a_translation_is_its_bytes() -> None:
 
 
 def test_what_lies_above_a_base() -> None:
-    diskwright.create("a", "qcow2", 1 << 20)
+    diskwright.create("a", format="qcow2", size=1 << 20)
     for name, base in (("b", "a"), ("c", "b")):
-        diskwright.create(name, "qcow2", None, {"backing_file": base, "backing_fmt": "qcow2"})
+        diskwright.create(
+            name, format="qcow2", options={"backing_file": base, "backing_fmt": "qcow2"}
+        )
     for i, name in enumerate("abc"):
         with diskwright.open(name, writable=True, policy="trusted") as disk:
-            disk.write(i * 65536, b"x" * 65536)
+            disk.write_at(i * 65536, b"x" * 65536)
             if name == "b":
                 disk.zero(5 * 65536, 65536)
 
@@ -254,5 +256,5 @@ def test_what_lies_above_a_base() -> None:
 
 def test_a_large_hole_is_one_answer(here: Path, peer: Any) -> None:
     """A map of a terabyte of nothing is one line and immediate."""
-    diskwright.create("a", "raw", 1 << 40)
+    diskwright.create("a", format="raw", size=1 << 40)
     assert ours("a", "raw") == theirs(here, peer("qemu-img"), "-f", "raw", "a")

@@ -117,7 +117,7 @@ def test_plain_names_do_without_json(image: Path, tmp_path: Path) -> None:
 
 
 def test_the_synchronous_api_does_without_asyncio(image: Path, tmp_path: Path) -> None:
-    code = f"import diskwright\nwith diskwright.open({str(image)!r}) as d: d.read(0, 512)"
+    code = f"import diskwright\nwith diskwright.open({str(image)!r}) as d: d.read_at(0, 512)"
     modules = imported(code, tmp_path)
     assert "asyncio" not in modules
     assert len(modules) <= 122, f"{len(modules)}: {sorted(modules)}"

@@ -72,7 +72,7 @@ def test_both_follow_the_same_writes(seed: int, tmp_path: Path) -> None:
         else:
             with diskwright.open(path, writable=True) as disk:
                 if what == "w":
-                    disk.write(offset, bytes(length))
+                    disk.write_at(offset, bytes(length))
                 elif what == "discard":
                     disk.discard(offset, length)
                 else:
@@ -89,14 +89,14 @@ def test_resize_and_merge_as_qemu_sees_them(tmp_path: Path) -> None:
     path = tmp_path / "disk.qcow2"
     with diskwright.open(_new(path), writable=True) as disk:
         disk.bitmaps.add("one", 65536)
-        disk.write(5 << 20, b"x" * 100_000)
+        disk.write_at(5 << 20, b"x" * 100_000)
         disk.bitmaps.add("two", 4096)
-        disk.write(9 << 20, b"y")
+        disk.write_at(9 << 20, b"y")
         disk.resize(20 << 20)
         disk.bitmaps.merge("two", "one")
         disk.resize((9 << 20) + 512, shrink=True)
         disk.bitmaps.disable("one")
-        disk.write(0, b"z")
+        disk.write_at(0, b"z")
         disk.bitmaps.add("off", enabled=False)
     assert theirs(path, "one") == [(5 << 20, 131072), (9 << 20, 512)]
     assert theirs(path, "two") == [(0, 4096), (5 << 20, 131072), (9 << 20, 512)]
@@ -111,7 +111,7 @@ def test_resize_and_merge_as_qemu_sees_them(tmp_path: Path) -> None:
 
 
 def _new(path: Path) -> Path:
-    diskwright.create(path, "qcow2", SIZE)
+    diskwright.create(path, format="qcow2", size=SIZE)
     return path
 
 
@@ -120,7 +120,7 @@ def test_one_that_was_not_stored_is_inconsistent_to_both(tmp_path: Path) -> None
     with diskwright.open(_new(path), writable=True) as disk:
         disk.bitmaps.add("b")
         disk.bitmaps.store()
-        disk.write(0, b"x")
+        disk.write_at(0, b"x")
         disk.flush()
         shutil.copy(path, killed)  # what is there when the program is killed
     assert "inconsistent" in run("qemu-img", "bitmap", "--clear", killed, "b").stderr
@@ -131,7 +131,7 @@ def test_one_that_was_not_stored_is_inconsistent_to_both(tmp_path: Path) -> None
             disk.bitmaps.dirty("b")
         with pytest.raises(BitmapError, match="inconsistent"):
             disk.resize(SIZE * 2)
-        disk.write(0, b"y")
+        disk.write_at(0, b"y")
         disk.bitmaps.remove("b")
     ok("qemu-img", "check", killed)
     assert '"bitmaps"' not in ok("qemu-img", "info", "--output=json", killed)
@@ -146,17 +146,17 @@ def test_written_by_a_program_that_knows_no_bitmaps(tmp_path: Path) -> None:
     with diskwright.open(path, writable=True) as disk:
         assert disk.bitmaps.list() == []
         disk.bitmaps.add("b")
-        disk.write(0, b"x")
+        disk.write_at(0, b"x")
     assert theirs(path, "b") == [(0, 65536)]
 
 
 def test_bitmaps_that_are_not_persistent(tmp_path: Path) -> None:
     for format in ("raw", "qcow2"):
         path = tmp_path / f"disk.{format}"
-        diskwright.create(path, format, SIZE)
-        with diskwright.open(path, format, writable=True) as disk:
+        diskwright.create(path, format=format, size=SIZE)
+        with diskwright.open(path, format=format, writable=True) as disk:
             disk.bitmaps.add("b", 4096, persistent=False)
-            disk.write(8192, b"x" * 5000)
+            disk.write_at(8192, b"x" * 5000)
             assert disk.bitmaps.dirty("b") == [(8192, 8192)]
             disk.resize(10240, shrink=True)
         if format == "qcow2":
@@ -166,7 +166,7 @@ def test_bitmaps_that_are_not_persistent(tmp_path: Path) -> None:
 async def _async_use(path: Path) -> None:
     async with aio.open(path, writable=True) as disk:
         await disk.bitmaps.add("b", 512)
-        await disk.write(1024, b"x")
+        await disk.write_at(1024, b"x")
         assert await disk.bitmaps.dirty("b") == [(1024, 512)]
         await disk.bitmaps.disable("b")
         await disk.bitmaps.add("c")

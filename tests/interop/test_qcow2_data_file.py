@@ -29,7 +29,7 @@ L2 = 0x40000  # of an image of this size with clusters of 64 KiB
 def made(folder: Path, **options: object) -> Path:
     path = folder / "image.qcow2"
     given = {"data_file": str(folder / "data"), **options}
-    diskwright.create(str(path), "qcow2", SIZE, options=given)
+    diskwright.create(str(path), format="qcow2", size=SIZE, options=given)
     return path
 
 
@@ -48,7 +48,7 @@ def step(rng: random.Random, disk: diskwright.Disk, model: bytearray) -> str:
     kind = rng.choice(["write", "write", "zero", "unmap", "discard"])
     if kind == "write":
         byte = rng.randrange(1, 255)
-        disk.write(offset, bytes([byte]) * length)
+        disk.write_at(offset, bytes([byte]) * length)
         model[offset : offset + length] = bytes([byte]) * length
         return f"write -q -P {byte} {offset} {length}"
     if kind == "discard":
@@ -93,7 +93,7 @@ def test_in_turns(options: dict[str, object], peer: Peer, tmp_path: Path) -> Non
                 disk.resize(SIZE - 300 * KIB, shrink=True)
                 del model[SIZE - 300 * KIB :]
         with diskwright.open(str(path), policy="trusted") as disk:
-            assert disk.read(0, disk.size) == model
+            assert disk.read_at(0, disk.size) == model
             assert disk.size == len(model) == data.stat().st_size
             ours = list(disk.extents())
         run([qemu_img, "check", "-q", path])
@@ -113,7 +113,7 @@ def test_in_turns(options: dict[str, object], peer: Peer, tmp_path: Path) -> Non
             byte = int(parts[parts.index("-P") + 1]) if "-P" in parts else 0
             model[offset : offset + length] = bytes([byte]) * length
         with diskwright.open(str(path), policy="trusted") as disk:
-            assert disk.read(0, disk.size) == model
+            assert disk.read_at(0, disk.size) == model
         assert not raw or data.read_bytes() == model
 
 
@@ -141,10 +141,10 @@ def test_what_is_made(peer: Peer, tmp_path: Path) -> None:
 def test_relative_to_the_image(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     path = tmp_path / "sub" / "image"
-    diskwright.create(str(path), "qcow2", SIZE, options={"data_file": "data"})
+    diskwright.create(str(path), format="qcow2", size=SIZE, options={"data_file": "data"})
     assert (tmp_path / "sub" / "data").stat().st_size == SIZE
     with diskwright.open(str(path), writable=True, policy="trusted") as disk:
-        disk.write(0, b"x")
+        disk.write_at(0, b"x")
     assert (tmp_path / "sub" / "data").read_bytes()[:2] == b"x\0"
 
 
@@ -167,7 +167,7 @@ def test_refused_at_creation(options: dict[str, object], text: str, tmp_path: Pa
     (tmp_path / "b").write_bytes(bytes(SIZE))
     before = sorted(tmp_path.iterdir())
     with pytest.raises((DiskError, OSError), match=text):
-        diskwright.create(str(tmp_path / "image"), "qcow2", SIZE, options=options)
+        diskwright.create(str(tmp_path / "image"), format="qcow2", size=SIZE, options=options)
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -177,7 +177,7 @@ def test_the_gate(tmp_path: Path) -> None:
         diskwright.open(str(path), policy="untrusted")
     named = {"data-file.driver": "file", "data-file.filename": str(tmp_path / "data")}
     with diskwright.open(str(path), options=named, writable=True, policy="untrusted") as disk:
-        disk.write(4096, b"there")
+        disk.write_at(4096, b"there")
     assert (tmp_path / "data").read_bytes()[4096:4101] == b"there"
     # What an image tells of itself needs no data file, and opens none.
     (tmp_path / "data").unlink()
@@ -192,7 +192,7 @@ def test_locks(tmp_path: Path) -> None:
     with diskwright.open(str(path), policy="trusted"):
         data = tmp_path / "data"
         with diskwright.open(str(data), format="raw", writable=True) as raw:
-            raw.write(0, b"it is shared")
+            raw.write_at(0, b"it is shared")
         text = run([*OURS, "resize", "-f", "raw", "--shrink", data, "512"], status=1)
     assert 'Failed to get "resize" lock' in text
 
@@ -208,18 +208,18 @@ ENTRY_ERRORS = [
 def test_broken_entries(entry: int, text: str, tmp_path: Path) -> None:
     path = made(tmp_path)
     with diskwright.open(str(path), writable=True, policy="trusted") as disk:
-        disk.write(0, b"x" * (256 * KIB))
+        disk.write_at(0, b"x" * (256 * KIB))
     patched(path, L2 + 16, struct.pack(">Q", entry))
     with diskwright.open(str(path), policy="trusted") as disk:
-        assert disk.read(64 * KIB, 10) == b"x" * 10
+        assert disk.read_at(64 * KIB, 10) == b"x" * 10
         with pytest.raises(CorruptImage, match=text):
-            disk.read(128 * KIB, 512)
+            disk.read_at(128 * KIB, 512)
     data = (tmp_path / "data").read_bytes()
     with (
         diskwright.open(str(path), writable=True, policy="trusted") as disk,
         pytest.raises(CorruptImage, match=text),
     ):
-        disk.write(100 * KIB, b"y" * (64 * KIB))
+        disk.write_at(100 * KIB, b"y" * (64 * KIB))
     assert (tmp_path / "data").read_bytes() == data
     assert path.read_bytes()[79] & 2  # it is marked
 
@@ -245,7 +245,7 @@ def test_hostile_names(name: str, tmp_path: Path) -> None:
     """Whatever an image calls its data file: it is no other format, and not the image itself."""
     (tmp_path / "loop").symlink_to("image.qcow2")
     path = tmp_path / "image.qcow2"
-    diskwright.create(str(path), "qcow2", SIZE, options={"data_file": "x" * len(name)})
+    diskwright.create(str(path), format="qcow2", size=SIZE, options={"data_file": "x" * len(name)})
     whole = path.read_bytes()
     path.write_bytes(whole.replace(b"x" * len(name), name.encode(), 1))
     before = path.read_bytes()
@@ -270,7 +270,7 @@ def test_commit_gives_back(tmp_path: Path) -> None:
     base.write_bytes(bytes([1]) * SIZE)
     path = made(tmp_path, backing_file=str(base), backing_fmt="raw")
     with diskwright.open(str(path), writable=True, policy="trusted") as disk:
-        disk.write(100 * KIB, b"z" * (200 * KIB))
+        disk.write_at(100 * KIB, b"z" * (200 * KIB))
     run([*OURS, "commit", path])
     assert base.read_bytes()[100 * KIB : 300 * KIB] == b"z" * (200 * KIB)
     with diskwright.open(str(path), policy="trusted") as disk:

@@ -31,9 +31,9 @@ QEMU_IO = (
 
 def made(folder: Path, **options: object) -> Path:
     path = folder / "image"
-    diskwright.create(str(path), "qcow2", SIZE, options=options)
+    diskwright.create(str(path), format="qcow2", size=SIZE, options=options)
     with diskwright.open(str(path), writable=True) as disk:
-        disk.write(0, b"\1" * (2 * CLUSTER))
+        disk.write_at(0, b"\1" * (2 * CLUSTER))
     return path
 
 
@@ -71,7 +71,7 @@ def test_no_write_over_metadata(
     before = path.read_bytes()
     with diskwright.open(str(path), writable=True) as disk:
         with pytest.raises(CorruptImage) as caught:
-            disk.write(0, b"x" * 4096)
+            disk.write_at(0, b"x" * 4096)
         theirs = (tmp_path / "theirs").write_bytes(before)
         assert theirs
         text = run([peer("qemu-io"), "-c", "write 0 4k", tmp_path / "theirs"], status=(0, 1))
@@ -83,7 +83,7 @@ def test_no_write_over_metadata(
         # It is durable, and nothing is written any more.
         assert corrupt(path)
         with pytest.raises(OSError, match="the image is corrupt"):
-            disk.write(40 * MIB, b"x")
+            disk.write_at(40 * MIB, b"x")
     after = bytearray(path.read_bytes())
     after[79] &= ~2
     assert bytes(after) == before
@@ -108,7 +108,7 @@ def test_no_metadata_are_taken_for_free(cluster: int, what: str, tmp_path: Path)
         diskwright.open(str(path), writable=True) as disk,
         pytest.raises(CorruptImage, match=f"overlaps with {what}"),
     ):
-        disk.write(MIB, b"x")
+        disk.write_at(MIB, b"x")
     assert corrupt(path)
 
 
@@ -131,9 +131,9 @@ def test_what_is_looked_after(options: dict[str, str], stopped: bool, tmp_path: 
     with diskwright.open(str(path), writable=True, options=options) as disk:
         if stopped:
             with pytest.raises(CorruptImage, match="refcount table"):
-                disk.write(4096, b"x" * 4096)
+                disk.write_at(4096, b"x" * 4096)
         else:
-            disk.write(4096, b"x" * 4096)
+            disk.write_at(4096, b"x" * 4096)
     assert corrupt(path) == stopped
 
 
@@ -142,7 +142,7 @@ def test_constant_leaves_tables_alone(tmp_path: Path) -> None:
     patched(path, L2, struct.pack(">Q", COPIED | BLOCK))
     options = {"overlap-check": "constant"}
     with diskwright.open(str(path), writable=True, options=options) as disk:
-        disk.write(32 * KIB, b"x" * 4096)
+        disk.write_at(32 * KIB, b"x" * 4096)
     assert path.read_bytes()[BLOCK + 32 * KIB] == ord("x")
 
 
@@ -165,10 +165,10 @@ def test_tables_of_snapshots(template: str, peer: Peer, tmp_path: Path) -> None:
         patched(copy, l2, struct.pack(">Q", COPIED | place))
         with diskwright.open(str(copy), writable=True, options=options) as disk:
             if what == "inactive L2 table" and template == "cached":
-                disk.write(0, b"x" * 512)
+                disk.write_at(0, b"x" * 512)
                 continue
             with pytest.raises(CorruptImage, match=f"overlaps with {what}"):
-                disk.write(0, b"x" * 512)
+                disk.write_at(0, b"x" * 512)
 
 
 @pytest.mark.parametrize(
@@ -183,13 +183,13 @@ def test_a_read_marks_too(place: int, entry: int, text: str, tmp_path: Path) -> 
     path = made(tmp_path)
     patched(path, place, struct.pack(">Q", entry))
     with diskwright.open(str(path)) as disk, pytest.raises(CorruptImage, match=text):
-        disk.read(0, 512)
+        disk.read_at(0, 512)
     assert not corrupt(path)
     with diskwright.open(str(path), writable=True) as disk:
         with pytest.raises(CorruptImage, match=f"Marking image as corrupt: {text}"):
-            disk.read(0, 512)
+            disk.read_at(0, 512)
         with pytest.raises((OSError, CorruptImage)):
-            disk.write(40 * MIB, b"x")
+            disk.write_at(40 * MIB, b"x")
     assert corrupt(path)
 
 
@@ -261,14 +261,14 @@ def test_a_corrupt_backing_file_marks_nothing_above(tmp_path: Path) -> None:
     patched(path, L2, struct.pack(">Q", COPIED | DATA | 512))
     top = tmp_path / "top"
     options = {"backing_file": str(path), "backing_fmt": "qcow2"}
-    diskwright.create(str(top), "qcow2", SIZE, options=options)
+    diskwright.create(str(top), format="qcow2", size=SIZE, options=options)
     with diskwright.open(str(top), writable=True, policy="trusted") as disk:
         for _ in range(2):
             with pytest.raises(CorruptImage, match="unaligned"):
-                disk.read(0, 512)
+                disk.read_at(0, 512)
         with pytest.raises(CorruptImage, match="unaligned"):
-            disk.write(4096, b"x")  # what is around it cannot be copied
-        disk.write(MIB, b"y")
+            disk.write_at(4096, b"x")  # what is around it cannot be copied
+        disk.write_at(MIB, b"y")
     assert not corrupt(top)
     assert not corrupt(path)
 
@@ -307,12 +307,12 @@ def test_what_a_discard_gives_back(pass_on: str, tmp_path: Path) -> None:
     options = {"pass-discard-request": pass_on}
     with diskwright.open(str(path), writable=True, options=options) as disk:
         disk.discard(0, CLUSTER)
-        assert disk.read(0, 1) == b"\0"
+        assert disk.read_at(0, 1) == b"\0"
     given = before - held(path)
     assert given >= CLUSTER - 8192 if pass_on == "on" else given < 8192
     with diskwright.open(str(path), writable=True, options=options) as disk:
-        disk.write(MIB, b"x")  # the space is used again, with nothing of what it held
-        assert disk.read(MIB, CLUSTER) == b"x".ljust(CLUSTER, b"\0")
+        disk.write_at(MIB, b"x")  # the space is used again, with nothing of what it held
+        assert disk.read_at(MIB, CLUSTER) == b"x".ljust(CLUSTER, b"\0")
     run_check(path)
 
 
@@ -323,16 +323,16 @@ def test_discard_without_unref(peer: Peer, tmp_path: Path) -> None:
     with diskwright.open(str(path), writable=True, options=options) as disk:
         disk.discard(0, CLUSTER)
         disk.zero(CLUSTER, CLUSTER, unmap=True)
-        assert disk.read(0, 2 * CLUSTER) == bytes(2 * CLUSTER)
+        assert disk.read_at(0, 2 * CLUSTER) == bytes(2 * CLUSTER)
     assert (at(path, L2), at(path, L2 + 8)) == (COPIED | DATA | 1, COPIED | DATA + CLUSTER | 1)
     assert before - held(path) >= 2 * CLUSTER - 8192
     with diskwright.open(str(path), writable=True, options=options) as disk:
-        disk.write(100, b"x")
-        assert disk.read(0, CLUSTER) == b"\0" * 100 + b"x" + b"\0" * (CLUSTER - 101)
+        disk.write_at(100, b"x")
+        assert disk.read_at(0, CLUSTER) == b"\0" * 100 + b"x" + b"\0" * (CLUSTER - 101)
     assert at(path, L2) == COPIED | DATA
     run([peer("qemu-img"), "check", "-q", path])
     old = tmp_path / "old"
-    diskwright.create(str(old), "qcow2", SIZE, options={"compat": "0.10"})
+    diskwright.create(str(old), format="qcow2", size=SIZE, options={"compat": "0.10"})
     with pytest.raises(UsageError, match="only supported since qcow2 version 3"):
         diskwright.open(str(old), options=options)
 
@@ -363,7 +363,7 @@ def test_layers_add_up(tmp_path: Path) -> None:
     for name in ("base", "middle", "top"):
         below = {"base": "", "middle": "base", "top": "middle"}[name]
         options = {"backing_file": str(tmp_path / below), "backing_fmt": "qcow2"} if below else {}
-        diskwright.create(str(tmp_path / name), "qcow2", SIZE, options=options)
+        diskwright.create(str(tmp_path / name), format="qcow2", size=SIZE, options=options)
     asked = {"l2-cache-size": "2M", "backing.refcount-cache-size": "1M", "backing.driver": "qcow2"}
     asked["backing.l2-cache-size"] = "1M"
     path = str(tmp_path / "top")
@@ -377,7 +377,7 @@ def test_unused_tables_are_forgotten(tmp_path: Path) -> None:
     with diskwright.open(str(path), options=options, writable=True) as disk:
         tables = disk.node.engine.tables  # type: ignore[attr-defined]
         for turn in range(3):
-            disk.read(0, 512)
+            disk.read_at(0, 512)
             assert tables.weight == CLUSTER
             time.sleep(1.05)  # the timer is due
             disk.flush()
@@ -385,8 +385,8 @@ def test_unused_tables_are_forgotten(tmp_path: Path) -> None:
         time.sleep(1.05)
         disk.flush()
         assert tables.weight == 0
-        disk.write(0, b"again")
-        assert disk.read(0, 5) == b"again"
+        disk.write_at(0, b"again")
+        assert disk.read_at(0, 5) == b"again"
     with diskwright.open(str(path), options={"cache-clean-interval": 0}) as disk:
         assert disk.node._cleaning is None  # type: ignore[attr-defined]
 
@@ -434,10 +434,10 @@ def test_what_the_first_write_says_when_the_header_counts_as_free(
         said = []
         for tool in ([peer("qemu-io")], ours):
             path = tmp_path / name
-            diskwright.create(str(path), "qcow2", SIZE)
+            diskwright.create(str(path), format="qcow2", size=SIZE)
             if filled:
                 with diskwright.open(str(path), writable=True) as disk:
-                    disk.write(0, b"x")
+                    disk.write_at(0, b"x")
             patched(path, BLOCK, bytes(8))
             said.append(run([*tool, "-c", "write 64k 64k", path], status=1))
             assert corrupt(path)
@@ -448,7 +448,7 @@ def test_what_the_first_write_says_when_the_header_counts_as_free(
 
 def test_a_bitmap_for_which_there_is_no_sound_place(tmp_path: Path) -> None:
     path = tmp_path / "image"
-    diskwright.create(str(path), "qcow2", SIZE)
+    diskwright.create(str(path), format="qcow2", size=SIZE)
     patched(path, BLOCK, bytes(8))
     before = path.read_bytes()
     text = run([*OURS, "bitmap", "--add", path, "one"], status=1)
@@ -466,7 +466,7 @@ def test_a_snapshot_that_points_behind_the_file_keeps_nobody_from_writing(tmp_pa
     patched(path, table, struct.pack(">Q", 64 * CLUSTER + 512))
     with diskwright.open(str(path), writable=True) as disk:
         for offset in (0, *range(MIB, 6 * MIB, CLUSTER)):
-            disk.write(offset, b"x" * CLUSTER)
+            disk.write_at(offset, b"x" * CLUSTER)
     assert not corrupt(path)
     entries = at(path, L1) & ~COPIED
     hosts = {at(path, entries + 8 * n) & ~COPIED for n in range(SIZE // CLUSTER)}

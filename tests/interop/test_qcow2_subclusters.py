@@ -71,7 +71,7 @@ def test_entries_are_those_of_qemu(kind: str, keep: bool, peer: Peer, tmp_path: 
         if kind in ("data-file", "raw-data-file", "over-a-base"):
             given["data_file"] = str(tmp_path / f"{name}.data")
             given["data_file_raw"] = kind == "raw-data-file"
-        diskwright.create(str(tmp_path / name), "qcow2", SIZE, options=given)
+        diskwright.create(str(tmp_path / name), format="qcow2", size=SIZE, options=given)
         paths.append(tmp_path / name)
     theirs, ours = paths
     more = ",discard-no-unref=on" if keep else ""
@@ -87,7 +87,7 @@ def test_entries_are_those_of_qemu(kind: str, keep: bool, peer: Peer, tmp_path: 
     ) as disk:
         for what, offset, length in WORK:
             if what == "write":
-                disk.write(offset, b"\7" * length)
+                disk.write_at(offset, b"\7" * length)
             elif what == "discard":
                 disk.discard(offset, length)
             else:
@@ -104,7 +104,7 @@ def test_entries_are_those_of_qemu(kind: str, keep: bool, peer: Peer, tmp_path: 
         run([peer("qemu-img"), "convert", "-O", "raw", path, tmp_path / "out"])
         read.append((tmp_path / "out").read_bytes())
         with diskwright.open(str(path), policy="trusted") as disk:
-            assert disk.read(0, SIZE) == read[-1]
+            assert disk.read_at(0, SIZE) == read[-1]
     assert read[0] == read[1]
     if kind == "raw-data-file":
         assert (tmp_path / "ours.data").read_bytes() == read[1]
@@ -114,15 +114,15 @@ def test_kept_space_is_given_back_to_the_host(tmp_path: Path) -> None:
     """Of what is discarded and stays reserved the blocks go, those around them stay."""
     path = tmp_path / "image"
     options: dict[str, object] = {"cluster_size": 1 << 20, "extended_l2": True}
-    diskwright.create(str(path), "qcow2", 4 << 20, options=options)
+    diskwright.create(str(path), format="qcow2", size=4 << 20, options=options)
     keep = {"discard-no-unref": True}
     with diskwright.open(str(path), writable=True, options=keep) as disk:
-        disk.write(0, b"x" * (2 << 20))
+        disk.write_at(0, b"x" * (2 << 20))
     before = path.stat().st_blocks
     with diskwright.open(str(path), writable=True, options=keep) as disk:
         disk.discard(32768, 10 * 32768)
         disk.discard(1 << 20, 1 << 20)
-        assert disk.read(0, 2 << 20) == b"x" * 32768 + bytes(10 * 32768) + b"x" * (
+        assert disk.read_at(0, 2 << 20) == b"x" * 32768 + bytes(10 * 32768) + b"x" * (
             21 * 32768
         ) + bytes(1 << 20)
     given = 512 * (before - path.stat().st_blocks)
@@ -143,25 +143,25 @@ def test_broken_entries(entry: int, bitmap: int, text: str, peer: Peer, tmp_path
     """None of them is gone by, all are found by a check and mended."""
     path = tmp_path / "image"
     options = {"cluster_size": CLUSTER, "extended_l2": True, "data_file": str(tmp_path / "data")}
-    diskwright.create(str(path), "qcow2", SIZE, options=options)
+    diskwright.create(str(path), format="qcow2", size=SIZE, options=options)
     with diskwright.open(str(path), writable=True, policy="trusted") as disk:
-        disk.write(0, b"a" * 3 * CLUSTER)
+        disk.write_at(0, b"a" * 3 * CLUSTER)
     whole = bytearray(path.read_bytes())
     table = struct.unpack_from(">Q", whole, struct.unpack_from(">Q", whole, 40)[0])[0] & OFFSET
     assert struct.unpack_from(">QQ", whole, table) == (1 << 63, 0xFFFF_FFFF)
     struct.pack_into(">QQ", whole, table + 16, entry, bitmap)
     path.write_bytes(whole)
     with diskwright.open(str(path), policy="trusted") as disk:
-        assert disk.read(0, CLUSTER) == b"a" * CLUSTER
+        assert disk.read_at(0, CLUSTER) == b"a" * CLUSTER
         with pytest.raises(CorruptImage, match=text):
-            disk.read(CLUSTER, SUB)
+            disk.read_at(CLUSTER, SUB)
     assert check(path).corruptions == 1
     found = check(path, repair="all")
     assert (found.corruptions, found.corruptions_fixed) == (0, 1)
     assert check(path).findings == []
     run([peer("qemu-img"), "check", "-q", path])
     with diskwright.open(str(path), policy="trusted") as disk:
-        data = disk.read(0, 3 * CLUSTER)
+        data = disk.read_at(0, 3 * CLUSTER)
     assert data[:CLUSTER] + data[2 * CLUSTER :] == b"a" * 2 * CLUSTER
     assert not data[CLUSTER + SUB : 2 * CLUSTER].strip(b"a\0")
 
@@ -171,9 +171,9 @@ def test_noise(word: int, tmp_path: Path) -> None:
     """Tables of noise: errors of ours alone, and a repair that a check has nothing to say of."""
     path = tmp_path / "image"
     options = {"cluster_size": CLUSTER, "extended_l2": True, "data_file": str(tmp_path / "data")}
-    diskwright.create(str(path), "qcow2", SIZE, options=options)
+    diskwright.create(str(path), format="qcow2", size=SIZE, options=options)
     with diskwright.open(str(path), writable=True, policy="trusted") as disk:
-        disk.write(0, b"a" * SIZE)
+        disk.write_at(0, b"a" * SIZE)
     clean = path.read_bytes()
     table = struct.unpack_from(">Q", clean, struct.unpack_from(">Q", clean, 40)[0])[0] & OFFSET
     rng = random.Random(word)
@@ -186,13 +186,13 @@ def test_noise(word: int, tmp_path: Path) -> None:
         with diskwright.open(str(path), policy="trusted") as disk:
             for at in range(0, SIZE, 3 * SUB):
                 try:
-                    assert not disk.read(at, SUB).strip(b"a\0")
+                    assert not disk.read_at(at, SUB).strip(b"a\0")
                 except CorruptImage:
                     pass
         check(path, repair="all")
         assert check(path).findings == []
         with diskwright.open(str(path), policy="trusted") as disk:
-            assert not disk.read(0, SIZE).strip(b"a\0")
+            assert not disk.read_at(0, SIZE).strip(b"a\0")
 
 
 @pytest.mark.parametrize("kind", ["extended", "plain"])
@@ -203,17 +203,17 @@ def test_rebase_compresses_what_it_can(kind: str, peer: Peer, tmp_path: Path) ->
     base.write_bytes(lines)
     options: dict[str, object] = {"cluster_size": CLUSTER, "extended_l2": kind == "extended"}
     options |= {"backing_file": str(base), "backing_fmt": "raw"}
-    diskwright.create(str(path), "qcow2", SIZE, options=options)
+    diskwright.create(str(path), format="qcow2", size=SIZE, options=options)
     model = bytearray(lines)
     with diskwright.open(str(path), writable=True, policy="trusted") as disk:
         for at, length in ((3 * SUB, SUB), (4 * CLUSTER - SUB, 2 * SUB), (9 * CLUSTER, CLUSTER)):
-            disk.write(at, b"\7" * length)
+            disk.write_at(at, b"\7" * length)
             model[at : at + length] = b"\7" * length
         disk.zero(6 * CLUSTER, 5 * SUB)
         model[6 * CLUSTER : 6 * CLUSTER + 5 * SUB] = bytes(5 * SUB)
     run([*OURS, "rebase", "-c", "--policy", "trusted", "-b", "", path])
     with diskwright.open(str(path)) as disk:
-        assert disk.read(0, SIZE) == model
+        assert disk.read_at(0, SIZE) == model
     assert check(path).findings == []
     run([peer("qemu-img"), "check", "-q", path])
     run([peer("qemu-img"), "convert", "-O", "raw", path, tmp_path / "out"])

@@ -30,25 +30,25 @@ def work(path: Path, model: bytearray, rng: random.Random, turns: int) -> None:
             old = bytes(model[offset : offset + length])
             if what < 0.55:
                 new = rng.randbytes(length)
-                disk.write(offset, new)
+                disk.write_at(offset, new)
             elif what < 0.8:
                 new = bytes(length)
                 disk.zero(offset, length, unmap=what < 0.7)
             elif what < 0.9:
                 disk.discard(offset, length)
-                new = disk.read(offset, length)
+                new = disk.read_at(offset, length)
                 assert all(a in (b, 0) for a, b in zip(new, old, strict=True))
             else:
                 disk.flush()
-                new = disk.read(offset, length)
+                new = disk.read_at(offset, length)
                 assert new == old
             model[offset : offset + length] = new
-        assert_bytes(disk.read(0, size), model, "ours")
+        assert_bytes(disk.read_at(0, size), model, "ours")
 
 
 def bytes_of(path: Path) -> bytes:
     with diskwright.open(path, policy="trusted") as disk:
-        return disk.read(0, disk.size)
+        return disk.read_at(0, disk.size)
 
 
 @pytest.mark.parametrize(

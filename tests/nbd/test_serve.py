@@ -69,11 +69,11 @@ def test_ends_with_its_client_and_says_nothing(image: Path) -> None:
 def test_an_internal_snapshot(tmp_path: Path) -> None:
     """As `qemu-nbd -l`: the disk as it was, for reading alone."""
     path = tmp_path / "a.qcow2"
-    diskwright.create(path, "qcow2", 1 << 20)
+    diskwright.create(path, format="qcow2", size=1 << 20)
     with diskwright.open(path, writable=True) as disk:
-        disk.write(0, b"before")
+        disk.write_at(0, b"before")
         disk.snapshots.create("one")
-        disk.write(0, b"behind")
+        disk.write_at(0, b"behind")
     for name in ("one", "snapshot.name=one", "snapshot.id=1"):
         server = Serve(path, "-l", name, format="qcow2")
         client = Client(str(server.socket))

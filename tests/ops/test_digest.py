@@ -18,6 +18,7 @@ from cli.support import ours
 from diskwright import aio
 from diskwright.errors import UsageError
 from diskwright.ops.digest import ALGORITHMS, BLOCK, Content, Tree
+from diskwright.ops.progress import Progress
 
 K = 1 << 10
 
@@ -57,23 +58,23 @@ def test_pieces_of_any_size_make_the_same_digests(pieces: Any, seed: int) -> Non
 @pytest.mark.parametrize("size", [0, 512, BLOCK, BLOCK + 512, (3 << 20) + 512])
 def test_of_an_image(size: int, tmp_path: Path) -> None:
     path = tmp_path / "a.qcow2"
-    diskwright.create(path, "qcow2", size)
+    diskwright.create(path, format="qcow2", size=size)
     data = bytearray(size)
     with diskwright.open(path, writable=True) as disk:
         for at in range(0, size, 700 * K):
             part = random.Random(at).randbytes(min(3000, size - at))
-            disk.write(at, part)
+            disk.write_at(at, part)
             data[at : at + len(part)] = part
         disk.zero(0, size // 1024)
         data[: size // 1024] = bytes(size // 1024)
-    seen: list[tuple[int, int]] = []
-    found = diskwright.digest(path, ALGORITHMS, on_progress=lambda *now: seen.append(now))
-    assert found.size == size and seen[-1] == (size, size)
+    seen: list[Progress] = []
+    found = diskwright.digest(path, algorithms=ALGORITHMS, progress=seen.append)
+    assert found.size == size and seen[-1] == (size, size, True)
     for name in ALGORITHMS:
         wanted = tree_of(data) if name == "tree" else hashlib.new(name, data).hexdigest()
         assert found.digests[name] == wanted
-    diskwright.convert(path, tmp_path / "a.raw", "raw")
-    assert diskwright.digest(tmp_path / "a.raw", ["tree"], format="raw") == (
+    diskwright.convert(path, tmp_path / "a.raw", target_format="raw")
+    assert diskwright.digest(tmp_path / "a.raw", algorithms=["tree"], format="raw") == (
         size, {"tree": found.digests["tree"]}
     )  # fmt: skip
     assert asyncio.run(aio.digest(path)).digests == {"sha256": found.digests["sha256"]}
@@ -81,10 +82,10 @@ def test_of_an_image(size: int, tmp_path: Path) -> None:
 
 def test_the_tree_of_a_huge_disk_costs_its_data(tmp_path: Path) -> None:
     path = tmp_path / "huge"
-    diskwright.create(path, "qcow2", 64 << 40)
+    diskwright.create(path, format="qcow2", size=64 << 40)
     with diskwright.open(path, writable=True) as disk:
-        disk.write(63 << 40, b"x" * BLOCK)
-    one, tree = diskwright.digest(path, ["tree"]).digests["tree"], Tree()
+        disk.write_at(63 << 40, b"x" * BLOCK)
+    one, tree = diskwright.digest(path, algorithms=["tree"]).digests["tree"], Tree()
     tree.zeroes(63 << 40)
     tree.update(memoryview(b"x" * BLOCK))
     tree.zeroes((1 << 40) - BLOCK)
@@ -107,4 +108,4 @@ def test_the_verb(tmp_path: Path) -> None:
     assert done.status == 1 and b"Unknown digest 'crc'" in done.err
     assert ours("digest", "none", cwd=tmp_path, name="diskwright").status == 1
     with pytest.raises(UsageError):
-        diskwright.digest(tmp_path / "a", ["crc"])
+        diskwright.digest(tmp_path / "a", algorithms=["crc"])

@@ -11,7 +11,7 @@ import diskwright
 from cli.support import ours
 from diskwright import aio
 from diskwright.errors import DiskError, Refused, UsageError
-from diskwright.ops.gates import from_environment, gate_of, pairs
+from diskwright.ops.gates import Policy, from_environment, gate_of, pairs
 
 
 def test_pairs() -> None:
@@ -26,7 +26,7 @@ def test_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert from_environment() == {}
     monkeypatch.setenv("DISKWRIGHT_MAP_PATH", "C:\\=/c;D:\\x=/with;;semicolon;")
     assert from_environment() == {"C:\\": "/c", "D:\\x": "/with;semicolon"}
-    gate = gate_of(map_paths={"C:\\": "/other"})
+    gate = gate_of(Policy(map_paths={"C:\\": "/other"}))
     assert gate.paths == {"C:\\": "/other", "D:\\x": "/with;semicolon"}
     monkeypatch.setenv("DISKWRIGHT_MAP_PATH", "C:\\")
     with pytest.raises(UsageError, match="DISKWRIGHT_MAP_PATH expects FROM=TO"):
@@ -44,23 +44,24 @@ def test_on_the_command_line(tmp_path: Path) -> None:
 def test_from_python(tmp_path: Path) -> None:
     base, child = tmp_path / "vms" / "base", tmp_path / "child"
     base.parent.mkdir()
-    diskwright.create(base, "vmdk", 1 << 20)
+    diskwright.create(base, format="vmdk", size=1 << 20)
     with diskwright.open(base, writable=True) as disk:
-        disk.write(0, b"base")
+        disk.write_at(0, b"base")
     options = {"backing_file": str(base), "backing_fmt": "vmdk"}
-    diskwright.create(child, "vmdk", options=options)
+    diskwright.create(child, format="vmdk", options=options)
     paths = {"C:\\VMs": str(base.parent)}
-    diskwright.rebase(child, "C:\\VMs\\base", "vmdk", unsafe=True, map_paths=paths)
+    policy = Policy("trusted", map_paths=paths)
+    diskwright.rebase(child, "C:\\VMs\\base", backing_format="vmdk", unsafe=True)
     with pytest.raises(DiskError, match="--map-path"):
         diskwright.open(child, policy="trusted")
     with pytest.raises(Refused):
-        diskwright.open(child, policy="untrusted", map_paths=paths)
-    with diskwright.open(child, policy="trusted", map_paths=paths) as disk:
-        assert disk.read(0, 4) == b"base"
-    assert len(diskwright.info_chain(child, policy="trusted", map_paths=paths)) == 2
+        diskwright.open(child, policy=Policy("untrusted", map_paths=paths))
+    with diskwright.open(child, policy=policy) as disk:
+        assert disk.read_at(0, 4) == b"base"
+    assert len(diskwright.info_chain(child, policy=policy)) == 2
 
     async def read() -> bytes:
-        async with aio.open(child, policy="trusted", map_paths=paths) as disk:
-            return await disk.read(0, 4)
+        async with aio.open(child, policy=policy) as disk:
+            return await disk.read_at(0, 4)
 
     assert asyncio.run(read()) == b"base"

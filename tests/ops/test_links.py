@@ -44,7 +44,7 @@ class Bench:
     def reads(self, name: str) -> list[int]:
         """The first byte of every MiB, which are all the same within one."""
         with diskwright.open(self.folder / name, policy="trusted") as disk:
-            data = disk.read(0, disk.size)
+            data = disk.read_at(0, disk.size)
         for start in range(0, len(data), MIB):
             assert len(set(data[start : start + MIB])) == 1, (name, start)
         return list(data[::MIB])

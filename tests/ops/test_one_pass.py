@@ -144,7 +144,7 @@ def test_other_options_go_the_ordinary_way(tmp_path: Path, source: bytes) -> Non
 
 
 def test_from_python(tmp_path: Path, source: bytes) -> None:
-    diskwright.convert(tmp_path / "a", tmp_path / "out", "listing", format="raw")
+    diskwright.convert(tmp_path / "a", tmp_path / "out", target_format="listing", format="raw")
     assert unlisted((tmp_path / "out").read_bytes(), len(source)) == source
 
 

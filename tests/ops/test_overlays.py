@@ -20,7 +20,9 @@ def folder(tmp_path: Path) -> Path:
         file.truncate(4 * MIB)
     (tmp_path / "raw").write_bytes(b"b" * 4 * MIB)
     for fmt in ("qcow2", "vhdx", "vmdk"):
-        diskwright.convert(tmp_path / "raw", tmp_path / f"base.{fmt}", fmt, format="raw")
+        diskwright.convert(
+            tmp_path / "raw", tmp_path / f"base.{fmt}", target_format=fmt, format="raw"
+        )
     return tmp_path
 
 
@@ -28,9 +30,11 @@ def folder(tmp_path: Path) -> Path:
 def test_from_python(folder: Path, fmt: str) -> None:
     """The backing file that the caller names needs no policy, and zeroes hide it."""
     options = {"backing_file": f"base.{fmt}", "backing_fmt": fmt}
-    diskwright.convert(folder / "a", folder / "out", fmt, format="raw", options=options)
+    diskwright.convert(
+        folder / "a", folder / "out", target_format=fmt, format="raw", options=options
+    )
     with diskwright.open(folder / "out", policy="trusted") as disk:
-        assert disk.read(0, disk.size) == (folder / "a").read_bytes()
+        assert disk.read_at(0, disk.size) == (folder / "a").read_bytes()
 
 
 def test_by_its_other_name(folder: Path) -> None:

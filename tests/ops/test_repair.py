@@ -144,9 +144,9 @@ def test_from_python(tmp_path: Path) -> None:
 
 def test_a_vhdx_with_space_that_nothing_uses(tmp_path: Path) -> None:
     path = tmp_path / "a"
-    diskwright.create(path, "vhdx", 32 << 20)
+    diskwright.create(path, format="vhdx", size=32 << 20)
     with diskwright.open(path, writable=True) as disk:
-        disk.write(0, b"data")
+        disk.write_at(0, b"data")
     whole = path.stat().st_size
     os.truncate(path, whole + (64 << 20))
     done = ours("check", "--output=json", "a", cwd=tmp_path)
@@ -157,14 +157,14 @@ def test_a_vhdx_with_space_that_nothing_uses(tmp_path: Path) -> None:
     assert done.status == 0 and done.out.decode().startswith(REPAIRED.format(leaks, 0) + CLEAN)
     assert path.stat().st_size <= whole
     with diskwright.open(path) as disk:
-        assert disk.read(0, 4) == b"data"
+        assert disk.read_at(0, 4) == b"data"
 
 
 def test_a_vmdk_whose_tables_differ(tmp_path: Path) -> None:
     path = tmp_path / "a"
-    diskwright.create(path, "vmdk", 4 << 20)
+    diskwright.create(path, format="vmdk", size=4 << 20)
     with diskwright.open(path, writable=True) as disk:
-        disk.write(0, b"data")
+        disk.write_at(0, b"data")
     image = bytearray(path.read_bytes())
     (copy,) = struct.unpack_from("<Q", image, 48)  # of the redundant grain directory
     (table,) = struct.unpack_from("<I", image, copy * 512)
@@ -175,4 +175,4 @@ def test_a_vmdk_whose_tables_differ(tmp_path: Path) -> None:
     done = ours("check", "-r", "all", "--output=json", "a", cwd=tmp_path)
     assert done.status == 0 and json.loads(done.out)["corruptions-fixed"] == 1
     with diskwright.open(path) as disk:
-        assert disk.read(0, 4) == b"data"
+        assert disk.read_at(0, 4) == b"data"

@@ -61,16 +61,16 @@ class Made:
 def make(folder: Path, seed: int = 1, in_order: bool = False, **options: Any) -> Made:
     """Random writes over half of the disk; in the order of the disk they are as a copy makes it."""
     path = folder / "a.qcow2"
-    diskwright.create(path, "qcow2", SIZE, {"cluster_size": CLUSTER, **options})
+    diskwright.create(path, format="qcow2", size=SIZE, options={"cluster_size": CLUSTER, **options})
     rng = random.Random(seed)
     places = sorted(rng.sample(range(SIZE // CLUSTER), 600))
     if not in_order:
         rng.shuffle(places)
     disk = bytearray(SIZE)
-    with diskwright.open(path, "qcow2", writable=True, policy="trusted") as image:
+    with diskwright.open(path, format="qcow2", writable=True, policy="trusted") as image:
         for place in places:
             data = rng.randbytes(rng.choice((CLUSTER, CLUSTER, 700)))
-            image.write(place * CLUSTER, data)
+            image.write_at(place * CLUSTER, data)
             disk[place * CLUSTER : place * CLUSTER + len(data)] = data
     return Made(path, bytes(disk))
 
@@ -83,9 +83,11 @@ def salvaged(made: Made, folder: Path, **named: Any) -> tuple[Any, bytes, list[i
     if "secrets" in named:
         keyed = {"driver": "qcow2", "file": {"driver": "file", "filename": str(made.path)}}
         source: Any = {**keyed, "encrypt": {"key-secret": "s"}}
-        done = diskwright.salvage(source, out, "raw", force=True, **named)
+        done = diskwright.salvage(source, out, target_format="raw", force=True, **named)
     else:
-        done = diskwright.salvage(made.path, out, "raw", format="qcow2", force=True, **named)
+        done = diskwright.salvage(
+            made.path, out, target_format="raw", format="qcow2", force=True, **named
+        )
     assert made.path.read_bytes() == made.file
     with out.open("rb") as file:
         back = file.read(SIZE).ljust(SIZE, b"\0")
@@ -276,10 +278,10 @@ def test_a_healthy_image(tmp_path: Path) -> None:
     done, _, wrong, _ = salvaged(made, tmp_path)
     assert not wrong and not done.map.parts and not done.remarks
     for fmt in ("qcow2", "vhdx", "vmdk"):
-        done = diskwright.salvage(made.path, tmp_path / fmt, fmt)
+        done = diskwright.salvage(made.path, tmp_path / fmt, target_format=fmt)
         assert not done.map.parts
         with diskwright.open(tmp_path / fmt) as image:
-            assert image.read(0, SIZE) == made.disk
+            assert image.read_at(0, SIZE) == made.disk
 
 
 @pytest.mark.parametrize("cluster", [512, 65536])
@@ -378,9 +380,9 @@ def test_snapshots_tell_where_a_table_belongs(tmp_path: Path) -> None:
     done = ours("snapshot", "-c", "one", "a.qcow2", cwd=tmp_path)
     assert not done.status
     disk = bytearray(made.disk)
-    with diskwright.open(made.path, "qcow2", writable=True) as image:
+    with diskwright.open(made.path, format="qcow2", writable=True) as image:
         for table in range(SIZE // CLUSTER // PER_TABLE):
-            image.write(table * PER_TABLE * CLUSTER, b"n" * CLUSTER)
+            image.write_at(table * PER_TABLE * CLUSTER, b"n" * CLUSTER)
             disk[table * PER_TABLE * CLUSTER : (table * PER_TABLE + 1) * CLUSTER] = b"n" * CLUSTER
     made = Made(made.path, bytes(disk))
     l1_zeroed(made)
@@ -394,9 +396,9 @@ def test_a_disk_in_the_disk(tmp_path: Path) -> None:
     inner = make(tmp_path)
     data = bytes(inner.file)
     path = tmp_path / "outer.qcow2"
-    diskwright.create(path, "qcow2", SIZE, {"cluster_size": CLUSTER})
-    with diskwright.open(path, "qcow2", writable=True) as image:
-        image.write(1 << 20, data)
+    diskwright.create(path, format="qcow2", size=SIZE, options={"cluster_size": CLUSTER})
+    with diskwright.open(path, format="qcow2", writable=True) as image:
+        image.write_at(1 << 20, data)
     disk = bytearray(SIZE)
     disk[1 << 20 : (1 << 20) + len(data)] = data
     for destroy in (l1_zeroed, header_zeroed):
@@ -413,8 +415,8 @@ def test_backing_files_pass_the_gate(tmp_path: Path) -> None:
     base.write_bytes(b"B" * SIZE)
     made = make(tmp_path, backing_file=str(base), backing_fmt="raw")
     disk = bytearray(b"B" * SIZE)
-    with diskwright.open(made.path, "qcow2", policy="trusted") as image:
-        disk[:] = image.read(0, SIZE)
+    with diskwright.open(made.path, format="qcow2", policy="trusted") as image:
+        disk[:] = image.read_at(0, SIZE)
     made = Made(made.path, bytes(disk))
     l2_random(made)
     with pytest.raises(DiskError, match="not opened"):
@@ -483,10 +485,10 @@ def test_the_command(tmp_path: Path) -> None:
 def test_other_formats(tmp_path: Path, fmt: str) -> None:
     """What their own second copies and their extents give; sectors that cannot be read are lost."""
     path = tmp_path / "a"
-    diskwright.create(path, fmt, SIZE)
+    diskwright.create(path, format=fmt, size=SIZE)
     disk = random.Random(4).randbytes(SIZE // 2) + bytes(SIZE // 2)
-    with diskwright.open(path, fmt, writable=True) as image:
-        image.write(0, disk[: SIZE // 2])
+    with diskwright.open(path, format=fmt, writable=True) as image:
+        image.write_at(0, disk[: SIZE // 2])
     place = path.read_bytes().find(disk[1 << 20 : (1 << 20) + 512]) // 512
     source = {
         "driver": fmt,
@@ -514,10 +516,10 @@ def test_entries_of_vhdx(
 ) -> None:
     """What a lost entry of the BAT named cannot be put back; the map says what it leaves open."""
     path, mib = tmp_path / "a", 1 << 20
-    diskwright.create(path, "vhdx", 16 * mib, {"block_size": mib})
+    diskwright.create(path, format="vhdx", size=16 * mib, options={"block_size": mib})
     disk = random.Random(4).randbytes(8 * mib) + bytes(8 * mib)
-    with diskwright.open(path, "vhdx", writable=True) as image:
-        image.write(0, disk[: 8 * mib])
+    with diskwright.open(path, format="vhdx", writable=True) as image:
+        image.write_at(0, disk[: 8 * mib])
     assert not diskwright.salvage(path, tmp_path / "out").map.parts
     raw = bytearray(path.read_bytes())
     first = raw.find(disk[:512])
@@ -538,9 +540,9 @@ def test_entries_of_vhdx(
 
 def test_vmdk_without_its_first_directory(tmp_path: Path) -> None:
     path = tmp_path / "a"
-    diskwright.create(path, "vmdk", SIZE)
-    with diskwright.open(path, "vmdk", writable=True) as image:
-        image.write(0, b"v" * 300_000)
+    diskwright.create(path, format="vmdk", size=SIZE)
+    with diskwright.open(path, format="vmdk", writable=True) as image:
+        image.write_at(0, b"v" * 300_000)
     raw = bytearray(path.read_bytes())
     struct.pack_into("<Q", raw, 56, 1 << 40)  # gdOffset
     path.write_bytes(raw)
@@ -567,7 +569,9 @@ def test_hostile_images(tmp_path: Path) -> None:
             )
         source.write_bytes(bad)
         try:
-            done = diskwright.salvage(source, out, "qcow2", format="qcow2", force=True)
+            done = diskwright.salvage(
+                source, out, target_format="qcow2", format="qcow2", force=True
+            )
         except (DiskError, OSError) as error:
             assert str(error) and not re.search("Traceback", str(error))
             continue
@@ -601,14 +605,14 @@ def test_images_with_features_are_searched(tmp_path: Path, kind: str, lost: str)
     if kind == "luks":
         pytest.importorskip("cryptography")
         named["secrets"] = {"s": "abc"}
-    diskwright.create(path, "qcow2", SIZE, more, secrets=named.get("secrets"))
+    diskwright.create(path, format="qcow2", size=SIZE, options=more, secrets=named.get("secrets"))
     opened = {"encrypt.key-secret": "s"} if kind == "luks" else {}
     rng = random.Random(6)
     disk = bytearray(SIZE)
-    with diskwright.open(path, "qcow2", writable=True, options=opened, **named) as image:
+    with diskwright.open(path, format="qcow2", writable=True, options=opened, **named) as image:
         for place in sorted(rng.sample(range(SIZE // unit), 300)):
             data = rng.randbytes(unit)
-            image.write(place * unit, data)
+            image.write_at(place * unit, data)
             disk[place * unit : (place + 1) * unit] = data
     made = Made(path, bytes(disk))
     width = 16 if "extended_l2" in more else 8
@@ -634,12 +638,12 @@ def test_images_with_features_are_searched(tmp_path: Path, kind: str, lost: str)
 def test_healthy_images_raise_no_doubt(tmp_path: Path) -> None:
     """What only snapshots, bitmaps or the encryption header name is no lost content."""
     made = make(tmp_path)
-    with diskwright.open(made.path, "qcow2", writable=True) as image:
+    with diskwright.open(made.path, format="qcow2", writable=True) as image:
         for name in ("one", "two"):
             image.bitmaps.add(name, granularity=4096, persistent=True)
-        image.write(0, b"y" * SIZE)
+        image.write_at(0, b"y" * SIZE)
         image.snapshots.create("s1")
-    with diskwright.open(made.path, "qcow2", writable=True) as image:
+    with diskwright.open(made.path, format="qcow2", writable=True) as image:
         image.discard(0, SIZE // 2)
     now = Made(made.path, bytes(SIZE // 2) + b"y" * (SIZE // 2))
     done, _, wrong, silent = salvaged(now, tmp_path)
@@ -658,17 +662,20 @@ def test_features_that_it_does_not_know(tmp_path: Path) -> None:
         salvaged(made, tmp_path)
     with pytest.raises(UsageError, match="one pass"):
         diskwright.salvage(
-            make(tmp_path).path, tmp_path / "s", "vmdk", options={"subformat": "streamOptimized"}
+            make(tmp_path).path,
+            tmp_path / "s",
+            target_format="vmdk",
+            options={"subformat": "streamOptimized"},
         )
 
 
 def test_a_large_image_in_bounded_memory(tmp_path: Path) -> None:
     """16 TiB, nearly all of it a hole, with an L1 table of noise."""
     path = tmp_path / "a"
-    diskwright.create(path, "qcow2", 16 << 40)
-    with diskwright.open(path, "qcow2", writable=True) as image:
+    diskwright.create(path, format="qcow2", size=16 << 40)
+    with diskwright.open(path, format="qcow2", writable=True) as image:
         for at in (0, 1 << 40, (16 << 40) - 65536):
-            image.write(at, b"x" * 65536)
+            image.write_at(at, b"x" * 65536)
     with path.open("r+b") as file:
         file.seek(40)
         (l1,) = struct.unpack(">Q", file.read(8))

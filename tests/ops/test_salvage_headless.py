@@ -41,17 +41,17 @@ def made(folder: Path, kind: str) -> tuple[Made, dict[str, Any], dict[str, Any]]
         pytest.importorskip("cryptography")
         keys = {"secrets": KEY}
     path, unit = folder / "a.qcow2", options["cluster_size"]
-    diskwright.create(path, "qcow2", SIZE, options, **keys)
+    diskwright.create(path, format="qcow2", size=SIZE, options=options, **keys)
     rng = random.Random(6)
     disk = bytearray(SIZE)
     opened = {"encrypt.key-secret": "s"} if keys else {}
     with diskwright.open(
-        path, "qcow2", writable=True, options=opened, policy="trusted", **keys
+        path, format="qcow2", writable=True, options=opened, policy="trusted", **keys
     ) as image:
         for place in sorted(rng.sample(range(SIZE // unit), 300)):
             part = rng.randrange(1, unit // 512) * 512 if "extended" in kind else unit
             data = rng.randbytes(part)
-            image.write(place * unit, data)
+            image.write_at(place * unit, data)
             disk[place * unit : place * unit + part] = data
     return Made(path, bytes(disk)), {k: v for k, v in options.items() if "iter" not in k}, keys
 
@@ -62,7 +62,13 @@ def saved(
     """The result; sectors that differ, and those of which nothing is said."""
     m.path.write_bytes(m.file)
     done = diskwright.salvage(
-        m.path, folder / "out", "raw", format="qcow2", force=True, assume=assume, **keys
+        m.path,
+        folder / "out",
+        target_format="raw",
+        format="qcow2",
+        force=True,
+        assume=assume,
+        **keys,
     )
     back = (folder / "out").read_bytes().ljust(SIZE, b"\0")
     told = bytearray(SIZE)
@@ -153,10 +159,12 @@ def test_a_backing_file_by_hand(tmp_path: Path) -> None:
     """Holes of an overlay without header are those of the backing file that is said."""
     base = tmp_path / "base"
     base.write_bytes(b"B" * SIZE)
-    diskwright.create(tmp_path / "a.qcow2", "qcow2", SIZE, {"cluster_size": 4096})
-    with diskwright.open(tmp_path / "a.qcow2", "qcow2", writable=True) as image:
-        image.write(4096, b"x" * 4096)
-        image.write(SIZE - 4096, b"y" * 4096)
+    diskwright.create(
+        tmp_path / "a.qcow2", format="qcow2", size=SIZE, options={"cluster_size": 4096}
+    )
+    with diskwright.open(tmp_path / "a.qcow2", format="qcow2", writable=True) as image:
+        image.write_at(4096, b"x" * 4096)
+        image.write_at(SIZE - 4096, b"y" * 4096)
     disk = b"B" * 4096 + b"x" * 4096 + b"B" * (SIZE - 12288) + b"y" * 4096
     m = Made(tmp_path / "a.qcow2", disk)
     header_zeroed(m)
@@ -179,10 +187,10 @@ def test_the_command_line(tmp_path: Path) -> None:
 
 def test_a_guests_own_encryption_is_not_taken_for_the_images(tmp_path: Path) -> None:
     m, _, _ = made(tmp_path, "extended")
-    with diskwright.open(m.path, "qcow2", writable=True) as image:
+    with diskwright.open(m.path, format="qcow2", writable=True) as image:
         for place in range(0, SIZE, 1 << 20):
-            image.write(place, b"LUKS\xba\xbe\0\1" + bytes(504))
-        disk = image.read(0, SIZE)
+            image.write_at(place, b"LUKS\xba\xbe\0\1" + bytes(504))
+        disk = image.read_at(0, SIZE)
     m = Made(m.path, disk)
     m.zero(0, 16384)
     done, wrong, _ = saved(m, tmp_path, {})
@@ -193,10 +201,10 @@ def test_a_guests_own_encryption_is_not_taken_for_the_images(tmp_path: Path) -> 
 def test_all_metadata_and_no_l1_table(tmp_path: Path, gib: int) -> None:
     """Tables are gone through by runs, and what the file has as holes is not read."""
     path = tmp_path / "a.qcow2"
-    diskwright.create(path, "qcow2", gib << 30, {"preallocation": "metadata"})
-    with diskwright.open(path, "qcow2", writable=True) as image:
-        image.write(1 << 30, b"first" * 1000)
-        image.write((gib << 30) - 8192, b"last" * 1000)
+    diskwright.create(path, format="qcow2", size=gib << 30, options={"preallocation": "metadata"})
+    with diskwright.open(path, format="qcow2", writable=True) as image:
+        image.write_at(1 << 30, b"first" * 1000)
+        image.write_at((gib << 30) - 8192, b"last" * 1000)
     with path.open("r+b") as file:
         file.seek(36)
         count, l1 = struct.unpack(">IQ", file.read(12))

@@ -178,8 +178,8 @@ def test_refused_when_written_to_since(repaired: tuple[Path, Path, bytes]) -> No
 
 def test_refused_after_a_guest_wrote(repaired: tuple[Path, Path, bytes]) -> None:
     image, kept, _ = repaired
-    with diskwright.open(image, "qcow2", writable=True) as disk:
-        disk.write(4096, b"later")
+    with diskwright.open(image, format="qcow2", writable=True) as disk:
+        disk.write_at(4096, b"later")
     with pytest.raises(ImageError, match="was changed by others"):
         diskwright.undo(image, kept)
 
@@ -273,7 +273,7 @@ def test_the_command(tmp_path: Path) -> None:
 
 
 def test_nothing_to_repair(tmp_path: Path) -> None:
-    diskwright.create(tmp_path / "a", "qcow2", 1 << 20)
+    diskwright.create(tmp_path / "a", format="qcow2", size=1 << 20)
     done = ours("check", "-r", "all", "--undo-file", "u", "a", cwd=tmp_path)
     assert done.status == 0 and b"'u' was not written" in done.out
     assert not (tmp_path / "u").exists()
@@ -310,9 +310,9 @@ def test_patches() -> None:
 def test_large_and_sparse(tmp_path: Path) -> None:
     """A long image costs what is in it: 8 TiB with a leak."""
     path = tmp_path / "a"
-    diskwright.create(path, "qcow2", 1 << 43)
-    with diskwright.open(path, "qcow2", writable=True) as disk:
-        disk.write(0, b"x")
+    diskwright.create(path, format="qcow2", size=1 << 43)
+    with diskwright.open(path, format="qcow2", writable=True) as disk:
+        disk.write_at(0, b"x")
     with path.open("r+b") as file:
         file.truncate(1 << 43)
         file.seek((2 << 16) + 2 * 100)  # the count of cluster 100
@@ -330,14 +330,14 @@ def test_large_and_sparse(tmp_path: Path) -> None:
 def test_vhdx(tmp_path: Path) -> None:
     """A file that is cut off gets its tail back, a log that was replayed its entries."""
     path = tmp_path / "a"
-    diskwright.create(path, "vhdx", 1 << 30)
-    with diskwright.open(path, "vhdx", writable=True) as disk:
-        disk.write(0, b"x" * 5000)
-        disk.write(1 << 28, b"y" * 5000)
+    diskwright.create(path, format="vhdx", size=1 << 30)
+    with diskwright.open(path, format="vhdx", writable=True) as disk:
+        disk.write_at(0, b"x" * 5000)
+        disk.write_at(1 << 28, b"y" * 5000)
     with path.open("ab") as file:
         file.write(random.Random(1).randbytes(3 << 20) + bytes(5 << 20))
     before = path.read_bytes()
-    plan = diskwright.plan_repair(path, "leaks").plan
+    plan = diskwright.plan_repair(path, repair="leaks").plan
     assert plan is not None and any(change.action == "resize" for change in plan.changes)
     assert path.read_bytes() == before
     diskwright.check(path, repair="leaks", undo_file=tmp_path / "u")
@@ -350,10 +350,12 @@ def test_vmdk_in_several_files(tmp_path: Path) -> None:
     folder = tmp_path / "d"
     folder.mkdir()
     path = folder / "a.vmdk"
-    diskwright.create(path, "vmdk", 5 << 30, {"subformat": "twoGbMaxExtentSparse"})
-    with diskwright.open(path, "vmdk", writable=True, policy="trusted") as disk:
+    diskwright.create(
+        path, format="vmdk", size=5 << 30, options={"subformat": "twoGbMaxExtentSparse"}
+    )
+    with diskwright.open(path, format="vmdk", writable=True, policy="trusted") as disk:
         for at in (0, 3 << 30, 9 << 29):
-            disk.write(at, b"x" * 100_000)
+            disk.write_at(at, b"x" * 100_000)
     extents = sorted(folder.glob("a-s*.vmdk"))
     assert len(extents) == 3
     for extent in extents[:2]:

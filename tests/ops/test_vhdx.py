@@ -127,12 +127,12 @@ def test_a_parent_has_one_of_the_recorded_identities(tmp_path: Path, known: int 
             diskwright.open(tmp_path / "child.vhdx", policy="trusted")
         return
     with diskwright.open(tmp_path / "child.vhdx", policy="trusted") as disk:
-        assert disk.read(0, 1536) == b"p" * 512 + b"c" * 512 + b"p" * 512
+        assert disk.read_at(0, 1536) == b"p" * 512 + b"c" * 512 + b"p" * 512
     assert ours("commit", "child.vhdx", cwd=tmp_path, policy="trusted").status == 0
     with diskwright.open(tmp_path / "child.vhdx", policy="trusted") as disk:
-        assert disk.read(0, 1536) == b"p" * 512 + b"c" * 512 + b"p" * 512
+        assert disk.read_at(0, 1536) == b"p" * 512 + b"c" * 512 + b"p" * 512
     with diskwright.open(tmp_path / "base.vhdx") as disk:
-        assert disk.read(512, 512) == b"c" * 512
+        assert disk.read_at(512, 512) == b"c" * 512
 
 
 def test_a_child_has_the_sectors_of_its_parent(tmp_path: Path) -> None:

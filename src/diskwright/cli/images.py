@@ -84,8 +84,8 @@ def gate(args: Args, *typed: str) -> Gate:
     from ..ops.gates import Policy, gate_of, pairs
 
     paths = pairs(args.all("map-path"), "--map-path")
-    policy = Policy(args.get("policy") or "", tuple(args.all("allow")))
-    return gate_of(policy, typed, paths)
+    policy = Policy(args.get("policy") or "", tuple(args.all("allow")), paths)
+    return gate_of(policy, typed)
 
 
 def secrets(args: Args) -> Secrets | None:

@@ -1,16 +1,17 @@
 """Whole-image operations called with plain arguments: what both Python APIs offer.
 
 A disk is given as the graph takes it: a file name, a ``json:`` or ``proto:`` name, or a dict of
-options.  ``policy`` is that of :func:`diskwright.ops.gates.gate_of`; ``map_paths``
-says what prefixes of paths mean here that images name, above all of Windows paths; ``secrets`` are
-what options such as ``key-secret`` name (id -> bytes or text).  What cannot be opened raises its
-own error (OSError, ImageError, Refused, ...).
+options.  ``format`` is that of the image that is named first; None: it is probed.  ``policy`` is
+a word or a :class:`~diskwright.ops.gates.Policy`; ``secrets`` are what options such as
+``key-secret`` name (id -> bytes or text).  ``progress`` is called with a
+:class:`~diskwright.ops.progress.Progress`; the operation stops (OperationCancelled) where it
+answers ``False``.  What cannot be opened raises its own error (OSError, ImageError, Refused, ...).
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from ..engine.kernel import BaseDriver
 from ..errors import UsageError
 from .gates import Path, Policy, Source, gate_of, kept, reference_of
 from .images import ImageSpec, OpenFailed, close_all
+from .progress import OnProgress, reporting
 
 if TYPE_CHECKING:
     from ..findings import CheckResult
@@ -29,24 +31,22 @@ if TYPE_CHECKING:
     from .salvage import Salvaged
     from .undo import Undone
 
-MapPaths = Mapping[str, str] | None
 Keys = Mapping[str, bytes | str] | None
-OnProgress = Callable[[int, int], None]
 
 
 def spec_of(
     source: Source,
     format: str | None = None,
     policy: str | Policy | None = None,
-    cache: str = "writeback",
-    force_share: bool = False,
-    map_paths: MapPaths = None,
     secrets: Keys = None,
+    *,
+    force_share: bool = False,
+    cache: str = "writeback",
 ) -> ImageSpec:
     """The description of a disk that the operations take."""
     reference = reference_of(source)
     name = reference if isinstance(reference, str) else str(dict(reference))
-    gate = gate_of(policy, map_paths=map_paths)
+    gate = gate_of(policy)
     return ImageSpec(name, reference, format, cache, force_share, gate, kept(secrets))
 
 
@@ -64,7 +64,6 @@ async def info(
     *,
     format: str | None = None,
     policy: str | Policy | None = None,
-    map_paths: MapPaths = None,
     secrets: Keys = None,
     force_share: bool = False,
 ) -> NodeInfo:
@@ -75,9 +74,7 @@ async def info(
     from .info import info
 
     with _plain_errors():
-        return await info(
-            driver, spec_of(source, format, policy, "writeback", force_share, map_paths, secrets)
-        )
+        return await info(driver, spec_of(source, format, policy, secrets, force_share=force_share))
 
 
 async def info_chain(
@@ -86,7 +83,6 @@ async def info_chain(
     *,
     format: str | None = None,
     policy: str | Policy | None = None,
-    map_paths: MapPaths = None,
     secrets: Keys = None,
     force_share: bool = False,
 ) -> list[NodeInfo]:
@@ -95,7 +91,7 @@ async def info_chain(
 
     with _plain_errors():
         return await info_chain(
-            driver, spec_of(source, format, policy, "writeback", force_share, map_paths, secrets)
+            driver, spec_of(source, format, policy, secrets, force_share=force_share)
         )
 
 
@@ -105,13 +101,12 @@ async def check(
     *,
     format: str | None = None,
     policy: str | Policy | None = None,
-    map_paths: MapPaths = None,
     secrets: Keys = None,
     force_share: bool = False,
     repair: str | None = None,
     dry_run: bool = False,
     undo_file: Path | None = None,
-    on_progress: OnProgress | None = None,
+    progress: OnProgress | None = None,
 ) -> CheckResult:
     """Check an image; returns what its format found (leaks, corruptions).
 
@@ -123,9 +118,9 @@ async def check(
     """
     done = await _check(
         driver,
-        spec_of(source, format, policy, "writeback", force_share, map_paths, secrets),
+        spec_of(source, format, policy, secrets, force_share=force_share),
         repair,
-        on_progress,
+        progress,
         dry_run,
         None if undo_file is None else os.fsdecode(undo_file),
     )
@@ -139,7 +134,7 @@ async def _check(
     driver: BaseDriver,
     spec: ImageSpec,
     repair: str | None,
-    on_progress: OnProgress | None,
+    progress: OnProgress | None,
     dry_run: bool,
     undo_file: str | None = None,
 ) -> Checked:
@@ -147,7 +142,7 @@ async def _check(
 
     if repair not in (None, *REPAIRS):
         raise UsageError(f"repair is one of {', '.join(REPAIRS)}, not '{repair}'")
-    with _plain_errors():
+    with _plain_errors(), reporting(progress) as on_progress:
         return await check(
             driver, spec, on_progress, repair=repair, dry_run=dry_run, undo_file=undo_file
         )
@@ -156,18 +151,17 @@ async def _check(
 async def plan_repair(
     driver: BaseDriver,
     source: Source,
-    repair: str = "all",
     *,
+    repair: str = "all",
     format: str | None = None,
     policy: str | Policy | None = None,
-    map_paths: MapPaths = None,
     secrets: Keys = None,
-    on_progress: OnProgress | None = None,
+    progress: OnProgress | None = None,
 ) -> Checked:
     """What a repair would find and write, without writing anything: ``found`` is wrong now,
     ``repaired`` what the repair would say, ``plan`` its writes, ``after`` what would be left."""
-    spec = spec_of(source, format, policy, map_paths=map_paths, secrets=secrets)
-    return await _check(driver, spec, repair, on_progress, True)
+    spec = spec_of(source, format, policy, secrets)
+    return await _check(driver, spec, repair, progress, True)
 
 
 async def undo(
@@ -176,7 +170,6 @@ async def undo(
     undo_file: Path,
     *,
     policy: str | Policy | None = None,
-    map_paths: MapPaths = None,
 ) -> Undone:
     """Take a repair back to the byte by the file that ``check(..., undo_file=...)`` wrote.
 
@@ -186,7 +179,7 @@ async def undo(
     from .undoing import undo
 
     with _plain_errors():
-        spec = spec_of(source, None, policy, map_paths=map_paths)
+        spec = spec_of(source, None, policy)
         return await undo(driver, spec, os.fsdecode(undo_file))
 
 
@@ -194,17 +187,16 @@ async def salvage(
     driver: BaseDriver,
     source: Source,
     target: Path,
-    target_format: str = "raw",
     *,
+    target_format: str = "raw",
     format: str | None = None,
     policy: str | Policy | None = None,
-    map_paths: MapPaths = None,
     secrets: Keys = None,
     options: Mapping[str, Any] | None = None,
     assume: Mapping[str, Any] | None = None,
     force: bool = False,
     force_share: bool = False,
-    on_progress: OnProgress | None = None,
+    progress: OnProgress | None = None,
 ) -> Salvaged:
     """Copy what can be read out of a damaged image into the new image ``target``.
 
@@ -214,11 +206,11 @@ async def salvage(
     """
     from .salvage import salvage
 
-    with _plain_errors():
+    with _plain_errors(), reporting(progress) as on_progress:
         return await salvage(
             driver,
-            spec_of(source, format, policy, "writeback", force_share, map_paths, secrets),
-            spec_of(target, target_format, policy, map_paths=map_paths, secrets=secrets),
+            spec_of(source, format, policy, secrets, force_share=force_share),
+            spec_of(target, target_format, policy, secrets),
             options,
             assume=assume,
             force=force,
@@ -230,11 +222,10 @@ async def convert(
     driver: BaseDriver,
     source: Source,
     target: Source,
-    target_format: str = "raw",
     *,
+    target_format: str = "raw",
     format: str | None = None,
     policy: str | Policy | None = None,
-    map_paths: MapPaths = None,
     secrets: Keys = None,
     options: Mapping[str, Any] | None = None,
     create: bool = True,
@@ -242,7 +233,7 @@ async def convert(
     force_share: bool = False,
     sparse: int | None = None,
     target_is_zero: bool = False,
-    on_progress: OnProgress | None = None,
+    progress: OnProgress | None = None,
 ) -> int:
     """Copy a disk to ``target``, which is made (or, with ``create=False``, written into).
 
@@ -258,11 +249,11 @@ async def convert(
         sparse=SPARSE if sparse is None else sparse,
         target_is_zero=target_is_zero,
     )
-    with _plain_errors():
+    with _plain_errors(), reporting(progress) as on_progress:
         return await convert(
             driver,
-            [spec_of(source, format, policy, "writeback", force_share, map_paths, secrets)],
-            spec_of(target, target_format, policy, cache, map_paths=map_paths, secrets=secrets),
+            [spec_of(source, format, policy, secrets, force_share=force_share)],
+            spec_of(target, target_format, policy, secrets, cache=cache),
             settings,
             on_progress=on_progress,
         )
@@ -276,10 +267,9 @@ async def compare(
     format: str | None = None,
     other_format: str | None = None,
     policy: str | Policy | None = None,
-    map_paths: MapPaths = None,
     secrets: Keys = None,
     strict: bool = False,
-    on_progress: OnProgress | None = None,
+    progress: OnProgress | None = None,
 ) -> Comparison:
     """Compare what two disks read as; a shorter one counts as followed by zeroes.
 
@@ -289,11 +279,10 @@ async def compare(
 
     nodes = []
     try:
-        with _plain_errors():
+        with _plain_errors(), reporting(progress) as on_progress:
             for source, kind in ((one, format), (other, other_format)):
-                spec = spec_of(source, kind, policy, map_paths=map_paths, secrets=secrets)
-                nodes.append(await spec.open(driver))
-        return await compare(*nodes, strict=strict, on_progress=on_progress)
+                nodes.append(await spec_of(source, kind, policy, secrets).open(driver))
+            return await compare(*nodes, strict=strict, on_progress=on_progress)
     finally:
         await close_all(nodes)
 
@@ -301,26 +290,25 @@ async def compare(
 async def digest(
     driver: BaseDriver,
     source: Source,
-    algorithms: Sequence[str] = ("sha256",),
     *,
+    algorithms: Sequence[str] = ("sha256",),
     format: str | None = None,
     policy: str | Policy | None = None,
-    map_paths: MapPaths = None,
     secrets: Keys = None,
     force_share: bool = False,
-    on_progress: OnProgress | None = None,
+    progress: OnProgress | None = None,
 ) -> Digests:
     """Digests of a disk's content by each of ``algorithms``: ``sha256`` (that of the raw disk),
     ``sha512``, ``sha1``, ``md5``, ``blake2b``, and ``tree`` (see docs/digest.md)."""
     from .digest import digest
 
-    with _plain_errors():
-        spec = spec_of(source, format, policy, "writeback", force_share, map_paths, secrets)
+    with _plain_errors(), reporting(progress) as on_progress:
+        spec = spec_of(source, format, policy, secrets, force_share=force_share)
         node = await spec.open(driver)
-    try:
-        return await digest(driver, node, algorithms, on_progress)
-    finally:
-        await close_all([node])
+        try:
+            return await digest(driver, node, algorithms, on_progress)
+        finally:
+            await close_all([node])
 
 
 async def commit(
@@ -331,16 +319,15 @@ async def commit(
     keep: bool = False,
     format: str | None = None,
     policy: str | Policy | None = None,
-    map_paths: MapPaths = None,
     secrets: Keys = None,
-    on_progress: OnProgress | None = None,
+    progress: OnProgress | None = None,
 ) -> None:
     """Write what an overlay holds into its backing file (or into ``base`` further down), and
     empty it unless ``keep`` is set or ``base`` is named."""
     from .commit import commit
 
-    with _plain_errors():
-        spec = spec_of(source, format, policy, map_paths=map_paths, secrets=secrets)
+    with _plain_errors(), reporting(progress) as on_progress:
+        spec = spec_of(source, format, policy, secrets)
         await commit(driver, spec, base=base, keep=keep, on_progress=on_progress)
 
 
@@ -352,9 +339,8 @@ async def amend(
     force: bool = False,
     format: str | None = None,
     policy: str | Policy | None = None,
-    map_paths: MapPaths = None,
     secrets: Keys = None,
-    on_progress: OnProgress | None = None,
+    progress: OnProgress | None = None,
 ) -> None:
     """Change creation options of an image in place (``{"compat": "1.1"}``).
 
@@ -363,8 +349,8 @@ async def amend(
     """
     from .amend import amend
 
-    with _plain_errors():
-        spec = spec_of(source, format, policy, map_paths=map_paths, secrets=secrets)
+    with _plain_errors(), reporting(progress) as on_progress:
+        spec = spec_of(source, format, policy, secrets)
         await amend(driver, spec, options, force=force, on_progress=on_progress)
 
 
@@ -372,14 +358,13 @@ async def rebase(
     driver: BaseDriver,
     source: Source,
     backing: str | None,
-    backing_format: str | None = None,
     *,
+    backing_format: str | None = None,
     unsafe: bool = False,
     format: str | None = None,
     policy: str | Policy | None = None,
-    map_paths: MapPaths = None,
     secrets: Keys = None,
-    on_progress: OnProgress | None = None,
+    progress: OnProgress | None = None,
 ) -> None:
     """Give an image another backing file (None: none) without changing what the disk reads.
 
@@ -387,8 +372,8 @@ async def rebase(
     """
     from .rebase import rebase
 
-    with _plain_errors():
-        spec = spec_of(source, format, policy, map_paths=map_paths, secrets=secrets)
+    with _plain_errors(), reporting(progress) as on_progress:
+        spec = spec_of(source, format, policy, secrets)
         await rebase(driver, spec, backing, backing_format, unsafe=unsafe, on_progress=on_progress)
 
 

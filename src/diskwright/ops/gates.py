@@ -1,4 +1,4 @@
-"""What a call of the Python API is given beside its options: a disk's name, its gate (policy,
+"""What a call of the Python API is given beside its options: a disk's name, its policy (with the
 folders that are open, and what paths of other machines mean here), and its secrets.
 
 The nearest place wins that says something of the policy: the call, the environment, the user's
@@ -31,10 +31,12 @@ CONFIG_VARIABLE = "DISKWRIGHT_CONFIG"
 class Policy(NamedTuple):
     """What images may make us open: ``name`` is ``untrusted``, ``local`` or ``trusted`` (empty: as
     the environment says); ``allow`` are folders that are open under ``local`` beside an image's
-    own."""
+    own; ``map_paths`` says which folders here stand for prefixes of the paths that images name
+    (``{"D:/VMs": "/srv/vms"}``), before those of the environment."""
 
     name: str = ""
     allow: tuple[str, ...] = ()
+    map_paths: Mapping[str, str] = {}
 
 
 class Settings(NamedTuple):
@@ -50,24 +52,16 @@ def reference_of(source: Source) -> str | Mapping[str, Any]:
     return source if isinstance(source, Mapping) else os.fsdecode(source)
 
 
-def gate_of(
-    policy: str | Policy | None = None,
-    typed: Iterable[str] = (),
-    map_paths: Mapping[str, str] | None = None,
-) -> Gate:
+def gate_of(policy: str | Policy | None = None, typed: Iterable[str] = ()) -> Gate:
     """The gate with ``policy`` (None: what the variable DISKWRIGHT_POLICY or else the configuration
-    file says, otherwise ``local``), which admits ``typed`` references.
-
-    ``map_paths``: prefixes of paths that images may name, and the directories that stand for them;
-    they win over those of the variable DISKWRIGHT_MAP_PATH.  Raises UsageError.
-    """
+    file says, otherwise ``local``), which admits ``typed`` references.  Raises UsageError."""
     given = policy if isinstance(policy, Policy) else Policy(policy or "")
     user = settings()
     environment = os.environ.get(ALLOW_VARIABLE, "").split(os.pathsep)
     return Gate(
         given.name or os.environ.get(POLICY_VARIABLE) or user.policy or "local",
         typed,
-        {**user.map_paths, **from_environment(), **(map_paths or {})},
+        {**user.map_paths, **from_environment(), **given.map_paths},
         (*given.allow, *filter(None, environment), *user.allow),
     )
 
