@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from diskwright.engine.kernel import Driver
-from diskwright.engine.pool import processors
 from diskwright.engine.transform import _MOST_SPARE, JOB
 from diskwright.graph.mapped import MappedNode
 from diskwright.protocols.memory import MemoryNode
@@ -65,4 +64,3 @@ def test_requests_jobs_and_buffers(driver: Driver, monkeypatch: pytest.MonkeyPat
     assert data == pattern(2, 0, SIZE)
     assert len(jobs) == 6 and len(spare) == 3 <= _MOST_SPARE
     assert bytes(driver.run(node.read([0], [SIZE]))[0]) == data
-    assert driver._workers is not None and len(driver._workers.threads) <= processors()

@@ -140,7 +140,6 @@ class BaseDriver:
         """What all that runs here may use."""
         self.tasks: set[Task[Any]] = set()
         self._pool: Pool | None = None
-        self._workers: Pool | None = None
 
     def in_time(self, work: Coroutine[Any, Any, T]) -> Coroutine[Any, Any, T]:
         """``work``, held to the budget of time; see :func:`.budget.within`."""
@@ -227,27 +226,25 @@ class BaseDriver:
 
     def call(self, function: Callable[..., T], *arguments: Any) -> Future[T]:
         """Run a blocking function in the pool; it should give up the GIL once."""
+        return self._threads().submit(function, arguments)
+
+    def compute(self, function: Callable[..., T], *arguments: Any) -> Future[T]:
+        """Run what is a lot of work for a processor in the pool; no more of it at once than there
+        are processors."""
+        return self._threads().submit(function, arguments, computes=True)
+
+    def _threads(self) -> Pool:
         if self._pool is None:
             from .pool import Pool
 
             self._pool = Pool(self)
-        return self._pool.submit(function, arguments)
-
-    def compute(self, function: Callable[..., T], *arguments: Any) -> Future[T]:
-        """Run what is a lot of work for a processor in threads of which there are no more than
-        processors: more would only wait for each other, most of all for the GIL."""
-        if self._workers is None:
-            from .pool import Pool, processors
-
-            self._workers = Pool(self, processors())
-        return self._workers.submit(function, arguments)
+        return self._pool
 
     def stop_pool(self) -> None:
-        """End the pools' threads; jobs that were submitted still run."""
-        for pool in (self._pool, self._workers):
-            if pool is not None:
-                pool.stop()
-        self._pool = self._workers = None
+        """Give the pool's threads up; jobs that were submitted still run."""
+        if self._pool is not None:
+            self._pool.stop()
+        self._pool = None
 
     def stuck(self) -> str:
         """The chains of waiters of all unfinished tasks, for a deadlock's message."""

@@ -246,7 +246,7 @@ class Driver(BaseDriver):
             self._poll(timeout)
 
     def _pool_busy(self) -> bool:
-        return any(pool is not None and pool.busy > 0 for pool in (self._pool, self._workers))
+        return self._pool is not None and self._pool.busy > 0
 
     def close(self) -> None:
         """End the pool and close the driver's own descriptors."""
