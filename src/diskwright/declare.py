@@ -11,8 +11,8 @@ from .abilities import StreamWriter
 
 class Option(NamedTuple):
     """One option.  ``type``: ``str``, ``int``, ``size`` (bytes, with suffixes), ``bool``
-    (on/off) or ``enum`` (one of ``choices``).  ``own``: QEMU has none like it, so it is not listed
-    under the names of its tools."""
+    (on/off), ``enum`` (one of ``choices``) or ``object`` (what only a program can give).  ``own``:
+    QEMU has none like it, so it is not listed under the names of its tools."""
 
     name: str
     type: str

@@ -44,6 +44,8 @@ def strong_options(node: Node) -> dict[str, Any]:
 def plain_name(node: Node) -> str | None:
     """The file name that opens the same disk (given the same format); None if there is none."""
     strong = strong_options(node)
+    if node.driver_name == "file-object":
+        return str(node.options.get("label", "a file object"))
     if "filename" in node.options and not node.children:
         name = str(node.options["filename"])
         return f"./{name}" if protocol_of(name) and node.driver_name == "file" else name

@@ -188,6 +188,8 @@ def checked(driver: Driver, options: Mapping[str, Any]) -> Options:
 
 def convert(option: Option, value: Any) -> Any:
     """One value in the type that its declaration gives."""
+    if option.type == "object":
+        return value
     if option.type == "bool":
         return boolean(option.name, value)
     if option.type == "size":

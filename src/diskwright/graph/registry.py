@@ -32,6 +32,7 @@ BUILTIN: dict[str, Entry] = {
     "vmdk": Entry("format", "diskwright.formats.vmdk"),
     "file": Entry("protocol", "diskwright.protocols.file"),
     "host_device": Entry("protocol", "diskwright.protocols.file"),
+    "file-object": Entry("protocol", "diskwright.protocols.fileobject"),
     "memory": Entry("protocol", "diskwright.protocols.memory"),
     "null-co": Entry("protocol", "diskwright.protocols.null"),
     "null-aio": Entry("protocol", "diskwright.protocols.null"),

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..engine.kernel import BaseDriver
 from ..errors import UsageError
-from .gates import Path, Policy, Source, gate_of, kept, reference_of
+from .gates import Path, Policy, Source, gate_of, kept, name_of, reference_of
 from .images import ImageSpec, OpenFailed, close_all
 from .progress import OnProgress, reporting
 
@@ -44,10 +44,8 @@ def spec_of(
     cache: str = "writeback",
 ) -> ImageSpec:
     """The description of a disk that the operations take."""
-    reference = reference_of(source)
-    name = reference if isinstance(reference, str) else str(dict(reference))
-    gate = gate_of(policy)
-    return ImageSpec(name, reference, format, cache, force_share, gate, kept(secrets))
+    reference, gate = reference_of(source), gate_of(policy)
+    return ImageSpec(name_of(source), reference, format, cache, force_share, gate, kept(secrets))
 
 
 @contextmanager

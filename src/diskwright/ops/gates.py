@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from ..errors import UsageError
 from ..graph.gate import VARIABLE as POLICY_VARIABLE
@@ -19,8 +19,18 @@ if TYPE_CHECKING:
     from ..secrets import Secrets
 
 Path = str | bytes | os.PathLike[str] | os.PathLike[bytes]
-Source = Path | Mapping[str, Any]
-"""A path, a ``json:`` or ``proto:`` name, or a dict of options."""
+
+
+class FileObject(Protocol):
+    """An open, seekable file of bytes: what ``open(..., "rb")``, :class:`io.BytesIO` and fsspec
+    make.  To be written to it needs ``write``, ``flush`` and ``truncate``, too."""
+
+    def read(self, size: int, /) -> bytes: ...
+    def seek(self, offset: int, whence: int = ..., /) -> int: ...
+
+
+Source = Path | Mapping[str, Any] | FileObject
+"""A path, a ``json:`` or ``proto:`` name, a dict of options, or an open file."""
 
 VARIABLE = "DISKWRIGHT_MAP_PATH"
 ALLOW_VARIABLE = "DISKWRIGHT_ALLOW"
@@ -48,8 +58,31 @@ class Settings(NamedTuple):
 
 
 def reference_of(source: Source) -> str | Mapping[str, Any]:
-    """A caller's path, name or dict of options as the graph takes it."""
-    return source if isinstance(source, Mapping) else os.fsdecode(source)
+    """A caller's path, name, dict of options or open file as the graph takes it.
+
+    Raises TypeError for anything else."""
+    if isinstance(source, Mapping):
+        return source
+    if isinstance(source, str | bytes | os.PathLike):
+        return os.fsdecode(source)
+    if not (hasattr(source, "read") and hasattr(source, "seek")):
+        raise TypeError(f"a disk is a path, a dict of options or an open file, not {source!r}")
+    return {"file": {"driver": "file-object", "object": source, "label": _label(source)}}
+
+
+def name_of(source: Source) -> str:
+    """What messages call it."""
+    if isinstance(source, Mapping):
+        return str(dict(source))
+    return os.fsdecode(source) if isinstance(source, str | bytes | os.PathLike) else _label(source)
+
+
+def _label(file: FileObject) -> str:
+    for attribute in ("full_name", "path", "name"):
+        name = getattr(file, attribute, None)
+        if isinstance(name, str) and name:
+            return name
+    return f"<{type(file).__name__}>"
 
 
 def gate_of(policy: str | Policy | None = None, typed: Iterable[str] = ()) -> Gate:

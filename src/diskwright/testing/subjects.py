@@ -15,6 +15,7 @@ from ..engine.node import Node
 from ..errors import NotSupported, UnsupportedFeature
 from ..graph.gate import Gate
 from ..graph.opener import close_disk, create_image, open_disk
+from ..protocols.fileobject import FileObjectNode
 from ..protocols.memory import MemoryNode
 from ..protocols.null import NullNode
 from .conformance import Subject, Unavailable
@@ -186,11 +187,28 @@ async def _null(driver: BaseDriver, folder: Path, fresh: bool) -> Node:
     return NullNode(driver, SIZE, read_zeroes=True)
 
 
+class _Held(FileObjectNode):
+    """A file that the program has open, and closes behind the disk."""
+
+    async def close(self) -> None:
+        await super().close()
+        self._file.close()
+
+
+async def _object(driver: BaseDriver, folder: Path, fresh: bool) -> Node:
+    node = _Held(driver, open(folder / "disk", "w+b" if fresh else "r+b"), "disk")
+    if fresh:
+        await node.truncate(SIZE)
+    await node.begin(writable=True)
+    return node
+
+
 def subjects() -> list[Subject]:
     """Every driver, in the configurations that differ in what they do."""
     out = [
         Subject("memory", _memory, _close, SIZE, keeps=False, leaf=True),
         Subject("null", _null, _close, SIZE, keeps=False, stores=False, leaf=True, resizes=False),
+        Subject("file object", _object, _close, SIZE, leaf=True),
     ]
     for portable in (False, True):
         out += [
