@@ -31,9 +31,8 @@ from .graph.node import Buffer, Node
 from .graph.opener import close_disk, create_image, open_disk
 from .graph.status import Status, all_status
 from .ops.gates import Path, Policy, Source, gate_of, kept, reference_of
-from .ops.progress import Progress
 
-__all__ = ["Disk", "Policy", "Progress", "create", "open"]
+__all__ = ["Disk", "Policy", "create", "open"]
 
 P = ParamSpec("P")
 T = TypeVar("T")

@@ -68,11 +68,11 @@ def scribble(disk: Any, model: bytearray, seed: int) -> None:
         offset = rng.randrange(len(model) - length + 1)
         data = rng.randbytes(length) if rng.random() < 0.8 else bytes(length)
         if any(data):
-            disk.write(offset, data)
+            disk.write_at(offset, data)
         else:
             disk.zero(offset, length, unmap=rng.random() < 0.5)
         model[offset : offset + length] = data
-        assert disk.read(offset, length) == data
+        assert disk.read_at(offset, length) == data
 
 
 # qemu-img measures for seconds how fast it hashes whenever it makes a disk.
@@ -315,6 +315,6 @@ def test_what_is_empty_reads_as_zeroes_in_a_new_encrypted_disk(
     model = bytearray(SIZE)
     model[300_000:300_005] = b"bytes"
     plain.write_bytes(model)
-    how(plain, path, fmt, format="raw", options=options(fmt, {}), secrets=SECRETS)
+    how(plain, path, target_format=fmt, format="raw", options=options(fmt, {}), secrets=SECRETS)
     with diskwright.open(source(path, fmt), secrets=SECRETS) as disk:
         assert disk.read_at(0, SIZE) == model

@@ -684,7 +684,7 @@ def test_a_large_image_in_bounded_memory(tmp_path: Path) -> None:
         file.truncate(1 << 43)
     script = (
         "import diskwright\n"
-        "done = diskwright.salvage('a', 'out', 'qcow2')\n"
+        "done = diskwright.salvage('a', 'out', target_format='qcow2')\n"
         "status = open('/proc/self/status').read()\n"
         "print(done.lost > 0, status.split('VmHWM:')[1].split()[0])\n"
     )

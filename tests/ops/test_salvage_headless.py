@@ -212,7 +212,7 @@ def test_all_metadata_and_no_l1_table(tmp_path: Path, gib: int) -> None:
         file.write(bytes(8 * count))
     script = (
         "import diskwright, resource, time\n"
-        "done = diskwright.salvage('a.qcow2', 'out', 'raw')\n"
+        "done = diskwright.salvage('a.qcow2', 'out', target_format='raw')\n"
         "status = open('/proc/self/status').read()\n"
         "print(done.lost, status.split('VmHWM:')[1].split()[0], time.process_time())\n"
     )
