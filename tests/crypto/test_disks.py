@@ -271,8 +271,8 @@ def test_no_slot_is_made_that_would_not_be_tried(
         )
     with pytest.raises(UsageError, match="iter-time is too long"):
         diskwright.create(
-            tmp_path / "other", "luks", SIZE, {"key-secret": "s0", "iter-time": 500},
-            secrets=SECRETS,
+            tmp_path / "other", format="luks", size=SIZE,
+            options={"key-secret": "s0", "iter-time": 500}, secrets=SECRETS,
         )  # fmt: skip
 
 

@@ -252,7 +252,7 @@ def test_what_is_wrong_with_a_snapshot_marks_nothing(tmp_path: Path) -> None:
     with diskwright.open(str(path), writable=True) as disk:
         with pytest.raises(CorruptImage, match="outside of the file"):
             disk.snapshots.apply("one")
-        disk.write(0, b"x")
+        disk.write_at(0, b"x")
     assert not corrupt(path)
 
 
