@@ -16,6 +16,7 @@ if TYPE_CHECKING:
         Disk,
         Inspector,
         Policy,
+        Progress,
         amend,
         check,
         commit,
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
         salvage,
         undo,
     )
-    from .ops.progress import Progress
 
 __version__ = "0.1.0"
 
@@ -69,10 +69,6 @@ def __getattr__(name: str) -> Any:
         from importlib import import_module
 
         return import_module(f"{__name__}.{name}")
-    if name == "Progress":
-        from .ops.progress import Progress
-
-        return Progress
     if name in __all__:
         from . import api
 

@@ -32,7 +32,7 @@ from .graph.opener import close_disk, create_image, open_disk
 from .graph.status import Status, all_status
 from .ops.gates import Path, Policy, Source, gate_of, kept, reference_of
 
-__all__ = ["Disk", "Policy", "create", "open"]
+__all__ = ["Disk", "Policy", "Progress", "create", "open"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -132,6 +132,7 @@ if TYPE_CHECKING:
     from .ops import calls
     from .ops.bitmap_list import Bitmaps
     from .ops.inspect import Inspector as Inspector
+    from .ops.progress import Progress
     from .ops.snapshot_list import Snapshots
 
     info = blocking(calls.info)
@@ -158,6 +159,10 @@ def __getattr__(name: str) -> Any:
         from .ops.inspect import Inspector
 
         return Inspector
+    if name == "Progress":
+        from .ops.progress import Progress
+
+        return Progress
     if name not in OPERATIONS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from .ops import calls

@@ -18,9 +18,9 @@ MIB = 1 << 20
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    diskwright.create("image", "qcow2", 64 * MIB)
+    diskwright.create("image", format="qcow2", size=64 * MIB)
     with diskwright.open("image", writable=True) as disk:
-        disk.write(0, b"x" * (8 * MIB))
+        disk.write_at(0, b"x" * (8 * MIB))
     return tmp_path
 
 

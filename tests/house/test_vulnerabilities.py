@@ -66,21 +66,21 @@ def embedded_descriptor(image: Path, secret: Path) -> None:
 def data_file(image: Path, secret: Path) -> None:
     """CVE-2024-32498: a qcow2 image whose external data file is a file of the host."""
     options = {"data_file": str(secret), "data_file_raw": "on"}
-    diskwright.create(image, "qcow2", SIZE, options)
+    diskwright.create(image, format="qcow2", size=SIZE, options=options)
     secret.write_bytes(SECRET)
 
 
 def backing_file(image: Path, secret: Path) -> None:
     """A qcow2 image whose backing file is one of the host, called raw so that all of it shows."""
-    diskwright.create(image, "qcow2", SIZE)
-    diskwright.rebase(image, str(secret), "raw", unsafe=True, policy="trusted")
+    diskwright.create(image, format="qcow2", size=SIZE)
+    diskwright.rebase(image, str(secret), backing_format="raw", unsafe=True, policy="trusted")
 
 
 def json_backing_file(image: Path, secret: Path) -> None:
     """The same by a name that is a description of nodes."""
     name = f'json:{{"driver":"raw","file":{{"driver":"file","filename":"{secret}"}}}}'
-    diskwright.create(image, "qcow2", SIZE)
-    diskwright.rebase(image, name, "raw", unsafe=True, policy="trusted")
+    diskwright.create(image, format="qcow2", size=SIZE)
+    diskwright.rebase(image, name, backing_format="raw", unsafe=True, policy="trusted")
 
 
 def guest_header(image: Path, secret: Path) -> None:
@@ -204,7 +204,7 @@ def test_a_guest_cannot_write_such_a_header_to_a_disk_that_was_guessed_raw(tmp_p
         diskwright.open(tmp_path / "disk", writable=True) as disk,
         pytest.raises(PermissionError, match="qcow2"),
     ):
-        disk.write(0, header)
+        disk.write_at(0, header)
     assert diskwright.inspect(tmp_path / "disk").verdict == "raw"
 
 

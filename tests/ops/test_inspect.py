@@ -65,7 +65,7 @@ SHAPES: dict[str, tuple[str, dict[str, str]]] = {
 def test_a_whole_image_is_self_contained(shape: str, folder: Path) -> None:
     format, options = SHAPES[shape]
     Path("raw").write_bytes(b"disk" * (MIB // 2))
-    diskwright.convert("raw", "image", format, format="raw", options=options)
+    diskwright.convert("raw", "image", target_format=format, format="raw", options=options)
     found = both(Path("image").read_bytes(), step=70001)
     assert (found.verdict, found.format, found.virtual_size) == ("self-contained", format, 2 * MIB)
     assert not (found.references or found.violations or found.not_seen)
@@ -86,18 +86,22 @@ def test_pieces_of_any_length_say_the_same(data: bytes, step: int) -> None:
 
 
 def test_all_names_are_told(folder: Path) -> None:
-    diskwright.create("base.qcow2", "qcow2", MIB)
-    diskwright.create("top", "qcow2", None, {"backing_file": "base.qcow2", "backing_fmt": "qcow2"})
+    diskwright.create("base.qcow2", format="qcow2", size=MIB)
+    diskwright.create(
+        "top", format="qcow2", options={"backing_file": "base.qcow2", "backing_fmt": "qcow2"}
+    )
     (reference,) = both(Path("top").read_bytes()).references
     assert reference == ("backing file", "base.qcow2", "qcow2")
-    diskwright.create("data", "qcow2", MIB, {"data_file": "d.raw"})
+    diskwright.create("data", format="qcow2", size=MIB, options={"data_file": "d.raw"})
     assert names(both(Path("data").read_bytes())) == ["d.raw"]
-    diskwright.create("parent.vhdx", "vhdx", MIB)
-    diskwright.create("child", "vhdx", None, {"backing_file": "parent.vhdx", "backing_fmt": "vhdx"})
+    diskwright.create("parent.vhdx", format="vhdx", size=MIB)
+    diskwright.create(
+        "child", format="vhdx", options={"backing_file": "parent.vhdx", "backing_fmt": "vhdx"}
+    )
     found = both(Path("child").read_bytes())
     assert (found.verdict, names(found)) == ("refers", ["parent.vhdx"])
     options = {"subformat": "twoGbMaxExtentSparse"}
-    diskwright.create("split.vmdk", "vmdk", 5 << 30, options)
+    diskwright.create("split.vmdk", format="vmdk", size=5 << 30, options=options)
     found = both(Path("split.vmdk").read_bytes())
     assert names(found) == [f"split-s00{i}.vmdk" for i in (1, 2, 3)]
     text = Path("split.vmdk").read_text() + 'changeTrackPath="split-ctk.vmdk"\n'
@@ -111,7 +115,7 @@ def test_an_encrypted_image_is_told_without_its_key(folder: Path) -> None:
         options = {f"{prefix}key-secret": "s", f"{prefix}iter-time": "10"}
         if prefix:
             options["encrypt.format"] = "luks"
-        diskwright.create("image", format, MIB, options, secrets=secrets)
+        diskwright.create("image", format=format, size=MIB, options=options, secrets=secrets)
         found = both(Path("image").read_bytes())
         assert (found.verdict, found.virtual_size) == ("self-contained", MIB)
         assert found.features["encrypted"] is True
@@ -146,7 +150,7 @@ def _mbr(*kinds: int) -> bytes:
 
 
 def test_what_can_be_read_in_two_ways_is_ambiguous(folder: Path) -> None:
-    diskwright.create("image", "qcow2", MIB)
+    diskwright.create("image", format="qcow2", size=MIB)
     data = Path("image").read_bytes()
     iso = both(_iso(data))
     assert iso.verdict == "ambiguous"
@@ -234,7 +238,9 @@ def test_luks_2_is_told_from_luks_1() -> None:
 # -- streams
 def test_tables_that_are_still_to_come_are_kept(folder: Path) -> None:
     """The L1 table is moved behind what is kept of the beginning, and far from the end."""
-    diskwright.create("image", "qcow2", MIB, {"backing_file": "", "cluster_size": "65536"})
+    diskwright.create(
+        "image", format="qcow2", size=MIB, options={"backing_file": "", "cluster_size": "65536"}
+    )
     data = bytearray(Path("image").read_bytes())
     (old,) = struct.unpack_from(">Q", data, 40)
     table = data[old : old + 65536].ljust(65536, b"\0")
@@ -268,7 +274,7 @@ def test_memory_is_bounded_whatever_goes_by() -> None:
 
 # -- the command
 def test_the_command_as_a_gate(folder: Path) -> None:
-    diskwright.create("image", "qcow2", MIB)
+    diskwright.create("image", format="qcow2", size=MIB)
     for words, status in (
         ((), 0),
         (("--require", "self-contained"), 0),
@@ -290,7 +296,7 @@ def test_the_command_as_a_gate(folder: Path) -> None:
 
 
 def test_standard_input(folder: Path) -> None:
-    diskwright.create("image", "qcow2", MIB)
+    diskwright.create("image", format="qcow2", size=MIB)
     done = subprocess.run(
         [*command("diskwright"), "inspect", "--json", "-"],
         input=Path("image").read_bytes(), capture_output=True, env=environment(), check=True,
@@ -299,8 +305,10 @@ def test_standard_input(folder: Path) -> None:
 
 
 def test_names_cannot_write_to_the_terminal(folder: Path) -> None:
-    diskwright.create("image", "qcow2", MIB)
-    diskwright.rebase("image", "a\x1b[2J\nverdict: raw", "raw", unsafe=True, policy="trusted")
+    diskwright.create("image", format="qcow2", size=MIB)
+    diskwright.rebase(
+        "image", "a\x1b[2J\nverdict: raw", backing_format="raw", unsafe=True, policy="trusted"
+    )
     shown = ours("inspect", "image", name="diskwright").out
     assert b"\x1b" not in shown and shown.count(b"\nverdict:") == 1
 
@@ -310,7 +318,7 @@ def test_asyncio(folder: Path) -> None:
 
     from diskwright import aio
 
-    diskwright.create("image", "qcow2", MIB)
+    diskwright.create("image", format="qcow2", size=MIB)
     assert asyncio.run(aio.inspect("image")).verdict == "self-contained"
 
 
@@ -323,7 +331,7 @@ def stopped(what: str) -> Iterator[None]:
 
 
 def test_budgets_of_an_inspection(folder: Path) -> None:
-    diskwright.create("image", "qcow2", MIB)
+    diskwright.create("image", format="qcow2", size=MIB)
     with stopped("metadata"), diskwright.limited(diskwright.Budget(metadata=1000)):
         diskwright.inspect("image")
     with stopped("metadata"):
