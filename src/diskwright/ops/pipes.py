@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from ..abilities import StreamWriter
 from ..engine.buffers import page_buffer
@@ -179,11 +179,8 @@ class ToPipe(Output):
         self.outlet = Outlet(driver, pipe.fd, pipe.name)
 
     async def take(self, segments: Segments, moved: OnMoved = unseen) -> None:
-        await self.until_cancelled(self._send(segments, moved))
-
-    async def until_cancelled(self, work: Any) -> None:
-        """Do ``work``, which waits for the other end of the pipe; not beyond a cancellation."""
-        task = self.driver.spawn(work, "to a pipe")
+        """Send it; who is cancelled does not wait for the other end of the pipe."""
+        task = self.driver.spawn(self._send(segments, moved), "to a pipe")
         try:
             await task
         except Cancelled:
@@ -191,6 +188,10 @@ class ToPipe(Output):
             task.cancel()
             with suppress(Exception, Cancelled):
                 await wait_all([task])
+            raise
+        except CopyFailed as error:
+            if error.side == "write":
+                error.name = self.name
             raise
 
     async def _send(self, segments: Segments, moved: OnMoved) -> None:
@@ -208,16 +209,13 @@ class ToPipe(Output):
                 yield segment
 
         await copy(self.driver, self.outlet, watched(), options, moved)
-        await self._last(self.outlet.pad(align_up(end, SECTOR) if self.size is None else self.size))
-
-    async def _last(self, work: Any) -> None:
         try:
-            await work
+            await self.outlet.pad(align_up(end, SECTOR) if self.size is None else self.size)
         except OSError as error:
             raise CopyFailed("write", self.outlet.size, error) from error
 
     async def finish(self) -> None:
-        await self._last(self.outlet.close())
+        await self.outlet.close()
 
     async def discard(self) -> None:
         await self.outlet.close()
@@ -234,15 +232,17 @@ class Spooled(ToPipe):
         await self.image.take(segments, moved)
 
     async def finish(self) -> None:
-        await self.image.finish()
-        node = await open_disk(self.driver, {"driver": "file", "filename": self.path})
         try:
-            self.size = node.size
-            source = Sources([node], SPARSE, None, 0, False, None)
-            await super().take(source.segments())
+            await self.image.finish()
+            node = await open_disk(self.driver, {"driver": "file", "filename": self.path})
+            try:
+                self.size = node.size
+                source = Sources([node], SPARSE, None, 0, False, None)
+                await super().take(source.segments())
+            finally:
+                await close_disk(node)
         finally:
-            await close_disk(node)
-        await super().finish()
+            await super().finish()
 
     async def discard(self) -> None:
         await self.image.discard()
