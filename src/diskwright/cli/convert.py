@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from ..ops.digest import Digests
     from ..ops.images import ImageSpec
     from ..ops.pipes import Pipe
+    from ..ops.resume import Resumed
     from ..ops.snapshots import Selector
 
 OPTIONS = (
@@ -50,6 +51,8 @@ OPTIONS = (
     Opt("", "also", "FMT:FILE", "another target, made by the same reading (repeatable)"),
     Opt("", "digest", "ALGO", "print a digest of the disk: sha256 (default) or ... (repeatable)",
         ("sha256", "sha512", "sha1", "md5", "blake2b", "tree")),
+    Opt("", "resume", "WHEN", "keep a journal, TARGET.resume, and go on by it where an earlier run "
+        "stopped ('--resume=verify': compare digests of the source)", ("verify",)),
     *GATE,
     OBJECT,
 )
@@ -158,9 +161,10 @@ def _convert(call: Call, args: Args, fmt: str, options: dict[str, Any], progress
     to_stdout = target_name == "-" and "target-image-opts" not in args
     also = [_further(args, text) for text in args.all("also")]
     digests = list(dict.fromkeys(name or "sha256" for name in args.all("digest")))
+    resume = "resume" in args
     call.on_interrupt = (
         f"interrupted: '{target_name}' is a valid image, but not complete; "
-        "run the command again to make it anew"
+        + ("run the command again to go on" if resume else "run the command again to make it anew")
     )
     if to_stdout:
         call.on_interrupt = "interrupted: what was written to standard output is not complete"
@@ -196,7 +200,7 @@ def _convert(call: Call, args: Args, fmt: str, options: dict[str, Any], progress
             target_name,
             format_key="" if "target-image-opts" in args else "target-format",
             opts_key="target-image-opts",
-            cache=args.get("target-cache") or "unsafe",
+            cache=args.get("target-cache") or ("writeback" if resume else "unsafe"),
         )
         typed = gate(args, *filter(None, [args.get("backing")]))
         target = target._replace(force_share=False, gate=typed)
@@ -215,6 +219,8 @@ def _convert(call: Call, args: Args, fmt: str, options: dict[str, Any], progress
             bitmaps="bitmaps" in args,
             skip_broken_bitmaps="skip-broken-bitmaps" in args,
             snapshot=snapshot,
+            resume=resume,
+            verify=args.get("resume") == "verify",
             **numbers,
         )
         await ops.convert(
@@ -225,13 +231,15 @@ def _convert(call: Call, args: Args, fmt: str, options: dict[str, Any], progress
             also=also,
             digests=digests,
             on_sources=prepared,
-            on_progress=None if progress.mode == "off" else progress,
+            on_progress=progress,
             on_lost=lost,
             on_unknown=unknown,
             on_one_pass=one_pass,
             on_skipped_bitmap=skipped,
             on_digests=digested,
             on_spool=call.error,
+            on_resumed=resumed,
+            estimate=progress.mode == "off",
         )
         return 0
 
@@ -255,6 +263,17 @@ def _convert(call: Call, args: Args, fmt: str, options: dict[str, Any], progress
             "run the command again to make it anew"
         )
 
+    def resumed(used: Resumed) -> None:
+        if used.finished:
+            call.out(f"'{target_name}' is complete: it holds all of the source")
+            return
+        progress.begun(used.data)
+        call.out(
+            f"Going on with '{target_name}': {used.offset} bytes of the disk are used again "
+            f"({used.data} bytes of data)"
+        )
+        sys.stdout.flush()
+
     def skipped(name: str) -> None:
         call.error(f"warning: Skipping inconsistent bitmap '{name}'")
 
@@ -276,8 +295,9 @@ def _convert(call: Call, args: Args, fmt: str, options: dict[str, Any], progress
     except ops.CopyFailed as error:
         doing = "reading" if error.side == "read" else "writing"
         which = f"{error.name}: " if error.name else ""
+        kept = "; run the command again to go on where it stopped" if resume else ""
         raise call.fail(
-            f"{which}error while {doing} at byte {error.offset}: {_plain(error.cause)}"
+            f"{which}error while {doing} at byte {error.offset}: {_plain(error.cause)}{kept}"
         ) from error
 
 

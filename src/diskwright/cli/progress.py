@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TextIO
+from contextlib import suppress
+from typing import Any, TextIO
 
 from .options import Args
 from .output import Call
@@ -20,7 +21,7 @@ class Progress:
 
     ``mode``: ``off``, ``percent`` (the line of ``qemu-img -p`` on standard output), ``live``
     (percent, rate and time left on standard error) or ``json`` (lines there).  A reader that goes
-    away ends the reports, not the work.
+    away ends the reports, not the work.  SIGUSR1 (and SIGINFO) has it reported once.
     """
 
     def __init__(self, call: Call, mode: str, stream: TextIO | None = None) -> None:
@@ -31,8 +32,10 @@ class Progress:
         self.total = 0
         self._shown = 0.0
         self._started = time.monotonic()
+        self._before = 0
         self._last = 0.0
         self._width = 0
+        self._handlers: dict[int, Any] = {}
         if mode == "percent":
             self._percent(0.0)
 
@@ -41,17 +44,43 @@ class Progress:
         """The mode that ``-p``, ``-q`` and the terminal ask for; ``stream`` takes qemu-img's line
         instead of standard output."""
         if "progress" in args:
-            how = "json" if args.get("progress") == "json" else "percent"
-            return cls(call, "off" if call.quiet and how == "percent" else how, stream)
-        try:
-            live = not call.quiet and sys.stderr.isatty()
-        except ValueError:
-            live = False
-        return cls(call, "live" if live else "off")
+            mode = "json" if args.get("progress") == "json" else "percent"
+            if call.quiet and mode == "percent":
+                mode = "off"
+        else:
+            try:
+                mode = "live" if not call.quiet and sys.stderr.isatty() else "off"
+            except ValueError:
+                mode = "off"
+        progress = cls(call, mode, stream)
+        progress._hear()
+        return progress
+
+    def _hear(self) -> None:
+        import signal
+
+        for name in ("SIGUSR1", "SIGINFO"):
+            number = getattr(signal, name, None)
+            if number is not None:
+                with suppress(ValueError):  # this is not the main thread
+                    self._handlers[number] = signal.signal(number, self._asked)
+
+    def _asked(self, number: int, frame: object) -> None:
+        """Tell once how far it is, where nobody is told anyway."""
+        if self.mode == "off":
+            percent = self.done * 100 / self.total if self.total else 0.0
+            with suppress(OSError, ValueError, RuntimeError):  # closed, or being written to
+                sys.stderr.write(f"    ({percent:3.2f}/100%)\n")
+                sys.stderr.flush()
+
+    def begun(self, done: int) -> None:
+        """So much was done before: the rate is that of what comes now."""
+        self._before = done
+        self._started = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
         if done < self.done:  # another part of the work begins
-            self._started = time.monotonic()
+            self.begun(0)
         self.done, self.total = done, total
         if self.mode == "off":
             return
@@ -67,6 +96,11 @@ class Progress:
 
     def finish(self, complete: bool = True) -> None:
         """End: on success everything is done."""
+        if self._handlers:
+            import signal
+
+            while self._handlers:
+                signal.signal(*self._handlers.popitem())
         if self.mode == "percent":
             if complete:
                 self._percent(100.0)
@@ -85,7 +119,7 @@ class Progress:
 
     def _report(self, now: float) -> None:
         seconds = max(now - self._started, 1e-6)
-        rate = self.done / seconds
+        rate = (self.done - self._before) / seconds
         left = (self.total - self.done) / rate if rate and self.total else None
         if self.mode == "json":
             eta = "null" if left is None else f"{left:.1f}"

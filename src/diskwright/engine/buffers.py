@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import mmap
+from collections.abc import Iterator
 
 from ..units import align_down
 
@@ -74,3 +75,28 @@ def zero_runs(view: memoryview, block: int) -> list[tuple[int, int, bool]]:
     if done < count:
         runs.append((done * block, length, False))
     return runs
+
+
+def joined(
+    held: list[tuple[int, int, memoryview | None]], buffer: memoryview | None
+) -> Iterator[tuple[int, int, memoryview | None]]:
+    """Parts of a copy, (offset, length, view), with those that continue each other as one: their
+    bytes follow each other in ``buffer``.  A view of None, for zeroes, stays as it is."""
+    place = 0
+    first = length = 0
+    for offset, count, view in held:
+        if view is not None and length and first + length == offset:
+            length += count
+            continue
+        if length:
+            assert buffer is not None
+            yield first, length, buffer[place : place + length]
+            place += length
+            length = 0
+        if view is None:
+            yield offset, count, None
+        else:
+            first, length = offset, count
+    if length:
+        assert buffer is not None
+        yield first, length, buffer[place : place + length]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ..contract import MAY_UNMAP
 from ..errors import CorruptImage, DiskError, words
-from .buffers import page_buffer, zero_runs
+from .buffers import joined, page_buffer, zero_runs
 from .kernel import BaseDriver, Cancelled, Future, wait_all
 from .node import Node
 
@@ -80,7 +80,7 @@ class CopyOptions(NamedTuple):
 class Batch:
     """Segments that are read, searched for zeroes and written together."""
 
-    __slots__ = ("buffer", "held", "length", "parts")
+    __slots__ = ("buffer", "end", "held", "length", "parts", "written")
 
     def __init__(self) -> None:
         self.parts: list[Segment] = []
@@ -89,10 +89,14 @@ class Batch:
         self.held: list[tuple[Segment, memoryview | None]] = []
         """The parts with what was read of them."""
         self.buffer: memoryview | None = None
+        self.end = 0
+        """Where it ends in the target."""
+        self.written = False
 
     def add(self, part: Segment) -> None:
         """Take ``part``; one that continues the last one becomes a part of it."""
         last = self.parts[-1] if self.parts else None
+        self.end = part.target_offset + part.length
         if not part.zero:
             self.length += part.length
         if (
@@ -109,7 +113,9 @@ class Batch:
 
 class Copier:
     """One copy into ``target``.  ``on_progress`` is told the bytes just finished, and whether they
-    were told to be zeroes (which takes no time)."""
+    were told to be zeroes (which takes no time); ``on_covered`` (of segments in order) the offset
+    in the target before which everything has been written, and how many of these bytes were
+    data."""
 
     def __init__(
         self,
@@ -118,12 +124,17 @@ class Copier:
         options: CopyOptions,
         on_progress: Callable[[int, bool], None] | None = None,
         on_lost: Callable[[int, int, OSError | CorruptImage], None] | None = None,
+        on_covered: Callable[[int, int], None] | None = None,
     ) -> None:
         self.driver = driver
         self.target = target
         self.options = options
         self.on_progress = on_progress
         self.on_lost = on_lost
+        self.on_covered = on_covered
+        self._open: deque[Batch] = deque()
+        """Batches that are not written, or behind one that is not."""
+        self._covered = 0
         self._free: list[memoryview] = []
         self._reading: deque[tuple[Batch, Future[None]]] = deque()
         self._writing: deque[Future[None]] = deque()
@@ -193,6 +204,8 @@ class Copier:
                 await self._pass_on()
             else:
                 await self._writing.popleft()
+        if self.on_covered is not None:
+            self._open.append(batch)
         if self.options.in_order:
             self._reading.append(
                 (batch, self.driver.start(self._read(batch), name="copy read", io=True))
@@ -337,12 +350,24 @@ class Copier:
         if self.on_progress is not None:
             for part in batch.parts:
                 self.on_progress(part.length, part.zero)
+        if self.on_covered is not None:
+            batch.written = True
+            self._cover(self.on_covered)
+
+    def _cover(self, on_covered: Callable[[int, int], None]) -> None:
+        end = -1
+        while self._open and self._open[0].written:
+            batch = self._open.popleft()
+            end = batch.end
+            self._covered += batch.length
+        if end >= 0:
+            on_covered(end, self._covered)
 
     def _runs(self, batch: Batch) -> Iterator[tuple[int, int, memoryview | None]]:
         """What the target has to be told, in order: (offset, length, bytes or None for zeroes)."""
         sparse, leave_out = self.options.sparse, self.options.target_zero
         held = [(part.target_offset, part.length, view) for part, view in batch.held]
-        for at, length, view in _whole(held, batch.buffer) if self.options.units else held:
+        for at, length, view in joined(held, batch.buffer) if self.options.units else held:
             if view is None:
                 if not leave_out:
                     yield at, length, None
@@ -354,30 +379,6 @@ class Copier:
                     yield at + start, end - start, None
 
 
-def _whole(
-    held: list[tuple[int, int, memoryview | None]], buffer: memoryview | None
-) -> Iterator[tuple[int, int, memoryview | None]]:
-    """Parts that continue each other as one: a unit may have come in pieces."""
-    place = 0
-    first = length = 0
-    for offset, count, view in held:
-        if view is not None and length and first + length == offset:
-            length += count
-            continue
-        if length:
-            assert buffer is not None
-            yield first, length, buffer[place : place + length]
-            place += length
-            length = 0
-        if view is None:
-            yield offset, count, None
-        else:
-            first, length = offset, count
-    if length:
-        assert buffer is not None
-        yield first, length, buffer[place : place + length]
-
-
 async def copy(
     driver: BaseDriver,
     target: Node,
@@ -385,6 +386,8 @@ async def copy(
     options: CopyOptions | None = None,
     on_progress: Callable[[int, bool], None] | None = None,
     on_lost: Callable[[int, int, OSError | CorruptImage], None] | None = None,
+    on_covered: Callable[[int, int], None] | None = None,
 ) -> None:
-    """Copy ``segments`` into ``target``; see :class:`CopyOptions`."""
-    await Copier(driver, target, options or CopyOptions(), on_progress, on_lost).run(segments)
+    """Copy ``segments`` into ``target``; see :class:`CopyOptions` and :class:`Copier`."""
+    options = options or CopyOptions()
+    await Copier(driver, target, options, on_progress, on_lost, on_covered).run(segments)

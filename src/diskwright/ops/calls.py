@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from ..engine.kernel import BaseDriver
 from ..errors import UsageError
@@ -231,22 +231,22 @@ async def convert(
     force_share: bool = False,
     sparse: int | None = None,
     target_is_zero: bool = False,
+    resume: bool | Literal["verify"] = False,
     progress: OnProgress | None = None,
 ) -> int:
     """Copy a disk to ``target``, which is made (or, with ``create=False``, written into).
 
     ``options`` are creation options; ``sparse`` is the size in bytes of the blocks in which zeroes
-    are looked for (0: allocate everything).  Returns the bytes of data that were copied.  File and
+    are looked for (0: allocate everything).  ``resume`` goes on with a conversion that was stopped
+    (``"verify"``: see docs/resume.md).  Returns the bytes of data that were copied.  File and
     directory are durable when it returns, unless ``cache`` is ``unsafe``.
     """
     from .convert import SPARSE, Settings, convert
 
     settings = Settings(
-        options=options or {},
-        create=create,
-        sparse=SPARSE if sparse is None else sparse,
-        target_is_zero=target_is_zero,
-    )
+        options=options or {}, create=create, sparse=SPARSE if sparse is None else sparse,
+        target_is_zero=target_is_zero, resume=bool(resume), verify=resume == "verify",
+    )  # fmt: skip
     with _plain_errors(), reporting(progress) as on_progress:
         return await convert(
             driver,

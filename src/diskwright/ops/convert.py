@@ -13,7 +13,14 @@ from ..graph.node import Node
 from ..graph.perms import CONSISTENT_READ, WRITE_UNCHANGED
 from ..units import SECTOR, align_up
 from .images import ImageSpec, close_all
-from .making import Making, TargetFailed, backing_of, check_together
+from .making import (
+    Making,
+    TargetFailed,
+    backing_of,
+    check_together,
+    opened_with,
+    typed_names,
+)
 from .outputs import BUFFER, OnMoved, Output, Segments, Settings, ToImage, unseen
 from .sources import SPARSE, Sources
 
@@ -21,6 +28,7 @@ if TYPE_CHECKING:
     from ..engine.held import Taker
     from .digest import Digests
     from .pipes import FromPipe, Pipe, Spool
+    from .resume import Resumed, Resumption
     from .snapshots import Selector
 
 ONE_SOURCE = (
@@ -50,6 +58,8 @@ async def convert(
     on_skipped_bitmap: Callable[[str], None] | None = None,
     on_digests: Callable[[Digests], None] | None = None,
     on_spool: Callable[[str], None] | None = None,
+    on_resumed: Callable[[Resumed], None] | None = None,
+    estimate: bool = False,
 ) -> int:
     """Copy ``sources``, one behind the other, to ``target``; returns the bytes of data copied.
 
@@ -58,6 +68,8 @@ async def convert(
     CopyFailed, UsageError; a target that was not there before is taken back then.  ``on_sources``
     is called when the sources are open, ``on_one_pass`` when the target is one that is written in
     one pass: it is whole at the end or not there, also when this is cancelled.
+    With ``estimate`` progress counts holes as well, for which nobody has to look through the
+    source first.  ``on_resumed`` is told what of an earlier run is used again.
     While salvaging, ``on_lost`` is told each sector that could not be read, ``on_unknown`` each of
     which nobody could say what it is.
 
@@ -72,6 +84,7 @@ async def convert(
     making: Making | None = None
     spool: Spool | None = None
     pipe: FromPipe | None = None
+    resumption: Resumption | None = None
     try:
         if not all(isinstance(spec, ImageSpec) for spec in (*sources, target)):
             from .pipes import Spool
@@ -96,10 +109,21 @@ async def convert(
             check_together(settings, [target, *also])
         size = pipe.size if pipe is not None else sum(align_up(n.size, SECTOR) for n in nodes)
         making = Making(driver, nodes, size, on_lost, on_one_pass or _nothing, spool)
+        if settings.resume:
+            from .resume import begin, only_target
+
+            only = only_target(target, also, digests, pipe is not None)
+            target = only._replace(gate=only.gate.allowing(*typed_names(settings)))
+            resumption = making.resumption = await begin(
+                driver, nodes, target, size or 0, settings, opened_with(target, settings),
+                on_resumed, on_progress,
+            )  # fmt: skip
+            if resumption is None:
+                return 0
         outputs.append(await making.output(target, settings))
         for other in also:
-            alone = Settings(sparse=settings.sparse, workers=settings.workers)
-            outputs.append(await making.output(other, alone))
+            plain = Settings(sparse=settings.sparse, workers=settings.workers)
+            outputs.append(await making.output(other, plain))
         first = outputs[0]
         if settings.bitmaps:
             if not isinstance(first, ToImage):
@@ -108,9 +132,16 @@ async def convert(
         unknown = on_unknown if settings.salvage else None
         base, covered = first.below(nodes)
         source = pipe or Sources(nodes, settings.sparse, base, covered, first.offload, unknown)
-        looked = on_progress is not None or unknown is not None
-        count = _Count(await source.data() if looked else 0, on_progress)
-        segments = source.segments()
+        looked = (on_progress is not None and not estimate) or unknown is not None
+        data = await source.data() if looked else 0
+        count = _Count(size or 0 if estimate else data, on_progress, estimate)
+        already = 0
+        if resumption is not None and isinstance(source, Sources):
+            begun, already, _ = resumption.start
+            count.begin(begun, already)
+            segments = source.segments(begun)
+        else:
+            segments = source.segments()
         if settings.salvage and (also or digests or not isinstance(first, ToImage)):
             from .streaming import salvaged
 
@@ -127,15 +158,20 @@ async def convert(
             await outputs.pop(0).finish()
         if digests and on_digests is not None:
             on_digests(digesting.result())
-        return count.done
+        return count.done - already
     except BaseException as error:
         for output in outputs:
             await output.discard()
-        if making is not None and isinstance(error, OSError | DiskError):
+        kept = resumption is not None and resumption.made
+        if making is not None and isinstance(error, OSError | DiskError) and not kept:
             for path in making.new:
                 remove(path)
+            if resumption is not None:
+                await resumption.journal.remove()
         raise
     finally:
+        if resumption is not None:
+            await resumption.journal.close()
         if pipe is not None:
             pipe.close()
         await close_all(nodes)
@@ -184,19 +220,27 @@ async def _feed(
 
 
 class _Count:
-    """The bytes of data that were copied, of ``total`` (0: nobody knows, or wants to)."""
+    """The bytes of data that were copied (``done``), and how far that is of ``total`` (0: nobody
+    knows, or wants to), in which ``holes`` are counted or not."""
 
-    def __init__(self, total: int, on_progress: Callable[[int, int], None] | None) -> None:
-        self.total, self.on_progress = total, on_progress
-        self.done = 0
+    def __init__(
+        self, total: int, on_progress: Callable[[int, int], None] | None, holes: bool
+    ) -> None:
+        self.total, self.on_progress, self.holes = total, on_progress, holes
+        self.done = self.passed = 0
+
+    def begin(self, passed: int, done: int) -> None:
+        """An earlier run has come so far, and copied so much."""
+        self.done, self.passed = done, passed if self.holes else done
 
     def moved(self, length: int, zero: bool) -> None:
         """So many bytes were copied, or told to be zeroes."""
         if not zero:
             self.done += length
-            if self.on_progress is not None:
-                done = min(self.done, self.total) if self.total else self.done
-                self.on_progress(done, self.total)
+        if self.on_progress is not None and (self.holes or not zero):
+            self.passed += length
+            passed = min(self.passed, self.total) if self.total else self.passed
+            self.on_progress(passed, self.total)
 
 
 __all__ = ["BUFFER", "SPARSE", "CopyFailed", "Settings", "TargetFailed", "convert"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -13,6 +14,9 @@ from ..graph.create import prepare, write_image
 from ..graph.gate import Gate
 from ..graph.names import parse
 from ..units import SECTOR, align_up
+
+JOURNAL = ".resume"
+"""What the journal of a conversion that can be resumed is called behind the name of its target."""
 
 # What `Formatting` lines show, in qemu-img's order (measured with 10.0).
 _COMMON = (
@@ -121,11 +125,14 @@ async def create(
     on_ready: Callable[[dict[str, Any]], None] | None = None,
     on_new: Callable[[str], None] | None = None,
     secrets: Mapping[str, bytes] | None = None,
+    keep_journal: bool = False,
 ) -> tuple[str, ...]:
     """Make an image; returns the names of the other files that were made for it.
 
     ``on_ready`` is told the complete options before anything is written, ``on_new`` each file that
-    was not there before.  See :func:`diskwright.graph.create.create_image`.
+    was not there before.  Unless ``keep_journal``, a journal of how an older image of this name was
+    converted is removed: what it says would be believed of the new one.  See
+    :func:`diskwright.graph.create.create_image`.
     """
     found, given, beside = await prepare(
         driver, filename, fmt, size, options, gate=gate, check_backing=look_at_backing
@@ -133,6 +140,11 @@ async def create(
     if on_ready is not None:
         on_ready({**given, **beside})
     given["size"] = align_up(given["size"], SECTOR)
+    path = str(parse(filename)[0].get("filename", ""))
+    if not keep_journal and path and os.path.lexists(path + JOURNAL):
+        from .journal import forget
+
+        forget(path)
     return await write_image(
         driver, filename, found, given, beside, on_new, secrets=secrets
     )

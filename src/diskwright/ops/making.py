@@ -20,6 +20,7 @@ from .outputs import OnLost, Output, Settings, ToImage
 
 if TYPE_CHECKING:
     from .pipes import Pipe, Spool
+    from .resume import Resumption
     from .streaming import Pass
 
 
@@ -50,12 +51,15 @@ class Making:
         self.driver, self.nodes, self.size = driver, nodes, size
         self.on_lost, self.on_made, self.spool = on_lost, on_made, spool
         self.new: list[str] = []
+        self.resumption: Resumption | None = None
+        """How an earlier run is gone on with, or a later one will be."""
 
     async def output(self, target: ImageSpec | Pipe, settings: Settings) -> Output:
         """``target``, ready to take the disk.  Raises OpenFailed, TargetFailed, UsageError."""
         if not isinstance(target, ImageSpec):
             return await self._pipe(target, settings)
-        if settings.create:
+        resumption = self.resumption
+        if settings.create and (resumption is None or not resumption.again):
             plan, others = await self._make(target, settings)
             # What the caller named, and what was just made, needs nobody's leave to be opened.
             target = target._replace(gate=target.gate.allowing(*others, *backing_of(settings)))
@@ -71,7 +75,9 @@ class Making:
                     self.new.append,
                     self.on_made,
                 )
-        elif isinstance(target.reference, str):
+            if resumption is not None:
+                await resumption.target_made()
+        elif not settings.create and isinstance(target.reference, str):
             try:
                 refuse_itself(self.nodes, target.reference, target.name)
             except ImageInUse as error:
@@ -109,14 +115,13 @@ class Making:
                 look_at_backing=False,
                 on_new=self.new.append,
                 secrets=target.secrets,
+                keep_journal=settings.resume,
             )
         except (OSError, DiskError) as error:
             raise TargetFailed(target.name, fmt, error) from error
 
     async def _open(self, target: ImageSpec, settings: Settings) -> ToImage:
-        # A target that was just made encrypted is opened by the secret that it was made with.
-        keys = {k: v for k, v in settings.options.items() if k.endswith("key-secret")}
-        given = {**keys, **_level(target, settings)} if settings.create else {}
+        given = opened_with(target, settings)
         node = await target.open(self.driver, writable=True, options=given or None)
         try:
             if not settings.create and node.size < (self.size or 0):
@@ -133,7 +138,12 @@ class Making:
             raise
         durable = target.cache != "unsafe"
         grows = self.size is None
-        return ToImage(self.driver, target.name, node, settings, zero, durable, grows, self.on_lost)
+        image = ToImage(
+            self.driver, target.name, node, settings, zero, durable, grows, self.on_lost
+        )
+        if self.resumption is not None:
+            image.journal = self.resumption
+        return image
 
     async def _pipe(self, pipe: Pipe, settings: Settings) -> Output:
         from .pipes import Spooled, ToPipe
@@ -175,6 +185,19 @@ def backing_of(settings: Settings) -> tuple[str, ...]:
     """The backing file that the options of a new target name."""
     named = [settings.options.get(name) for name in ("backing_file", "parent")]
     return tuple(str(name) for name in named if name) if settings.create else ()
+
+
+def typed_names(settings: Settings) -> tuple[str, ...]:
+    """All files beside a new target that its options name."""
+    data = settings.options.get("data_file")
+    return (*backing_of(settings), *([str(data)] if data else []))
+
+
+def opened_with(target: ImageSpec, settings: Settings) -> dict[str, Any]:
+    """The options that open a target which is made: if encrypted, by the secret that it is made
+    with."""
+    keys = {k: v for k, v in settings.options.items() if k.endswith("key-secret")}
+    return {**keys, **_level(target, settings)} if settings.create else {}
 
 
 def _level(target: ImageSpec, settings: Settings) -> dict[str, Any]:

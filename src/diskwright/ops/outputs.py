@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..contract import COMPRESSED
@@ -18,6 +19,7 @@ from ..units import SECTOR, align_up
 from .sources import SPARSE
 
 if TYPE_CHECKING:
+    from .resume import Resumption
     from .snapshots import Selector
 
 BUFFER = 4 << 20
@@ -42,7 +44,8 @@ class Settings(NamedTuple):
     caller vouches for it.  ``offload``: let the host copy between plain files.  ``rate``: bytes a
     second, 0 for no limit.  ``compress``: only into a format that can hold compressed data
     (whether it does, its options say).  ``snapshot``: copy this internal snapshot of the only
-    source.
+    source.  ``resume``: keep a journal beside the target, or go on by the one that is there;
+    ``verify``: compare digests of the source then, not only when it was changed.
     """
 
     options: Mapping[str, Any] = {}
@@ -59,6 +62,8 @@ class Settings(NamedTuple):
     snapshot: Selector | None = None
     bitmaps: bool = False
     skip_broken_bitmaps: bool = False
+    resume: bool = False
+    verify: bool = False
 
 
 def unseen(length: int, zero: bool) -> None:
@@ -112,6 +117,7 @@ class ToImage(Output):
         self.offload = self.target is not node
         self.cut: int | None = None
         """The size that the image gets at the end."""
+        self.journal: Resumption | None = None
 
     def below(self, nodes: Sequence[Node]) -> tuple[Node | None, int]:
         """What the image's backing file stands for."""
@@ -150,7 +156,14 @@ class ToImage(Output):
             )
         told = self.on_lost
         lost = None if told is None else (lambda offset, _, error: told(offset, error))
-        await copy(driver, self.target, segments, options, moved, lost)
+        covered = None
+        if self.journal is not None:
+            if self.zero or settings.compress:
+                await self.journal.clear(node, settings)
+            covered = partial(self.journal.reached, node)
+        await copy(driver, self.target, segments, options, moved, lost, covered)
+        if self.journal is not None:
+            await self.journal.ended()
 
     async def _with_room(self, segments: Segments) -> Segments:
         """``segments``; the image grows where they go on behind its end."""
@@ -176,8 +189,12 @@ class ToImage(Output):
             await self.discard()
             raise
         await close_disk(self.node)
+        if self.journal is not None:
+            await self.journal.journal.remove()
 
     async def discard(self) -> None:
+        if self.journal is not None:
+            await self.journal.stop(self.node)
         await discard_disk(self.node)
 
 

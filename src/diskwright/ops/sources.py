@@ -25,7 +25,7 @@ class Sources:
         base: Node | None,
         covered: int,
         deep: bool,
-        on_unknown: Callable[[int, OSError], None] | None,
+        on_unknown: Callable[[int, OSError], None] | None = None,
     ) -> None:
         self.nodes = nodes
         self.sparse = sparse > 0
@@ -43,11 +43,11 @@ class Sources:
         """Bytes that will be read."""
         return sum([part.length async for part in self.segments() if not part.zero])
 
-    async def segments(self) -> AsyncIterator[Segment]:
-        """What to copy, in order."""
+    async def segments(self, begin: int = 0) -> AsyncIterator[Segment]:
+        """What to copy from byte ``begin`` on, in order."""
         start = 0
         for node in self.nodes:
-            offset = 0
+            offset = max(begin - start, 0)
             most = node.size
             while offset < node.size:
                 inside = self.base is not None and offset < self.covered
