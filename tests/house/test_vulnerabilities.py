@@ -22,6 +22,7 @@ POLICIES = ("untrusted", "local")
 
 # What reads, or changes, the disk.  The first ones look at the image alone.
 LOOKS = ("info", "snapshot -l")
+HEADER_ALONE = ("info --backing-chain",)
 VERBS = (
     "info --backing-chain",
     "map",
@@ -149,6 +150,22 @@ def test_nothing_of_the_host_is_opened_shown_or_changed(
         Path("upload").write_bytes(upload)
     after = secret.stat()
     assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+
+
+def test_each_of_these_verbs_would_open_it_if_it_was_trusted(
+    attacked: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = attacked(data_file)
+    upload = Path("upload").read_bytes()
+    for words in VERBS:
+        with monkeypatch.context() as patched:
+            opened = spied(patched)
+            run(words, "trusted")
+        assert (secret.name in map(os.path.basename, opened)) == (words not in HEADER_ALONE), words
+        Path("upload").write_bytes(upload)
+        secret.write_bytes(SECRET)
+        for made in Path().glob("out.*"):
+            made.unlink()
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -18,6 +18,7 @@ import pytest
 import diskwright
 from cli.support import command, environment, ours
 from diskwright.errors import OverBudget
+from diskwright.graph.probe import SIGNATURES, Signature
 from diskwright.ops.inspect import VERDICTS, Inspection
 from house.tinyqcow2 import Tiny
 from house.tinyvhdx import TinyVhdx
@@ -233,6 +234,23 @@ def test_luks_2_is_told_from_luks_1() -> None:
     found = both((head.ljust(4096, b"\0") + area).ljust(MIB, b"\0"))
     assert (found.verdict, found.features["version"]) == ("self-contained", 2)
     assert both(head.ljust(MIB, b"\0")).verdict == "damaged"
+
+
+@pytest.mark.parametrize("signature", SIGNATURES, ids=lambda s: f"{s.name} {s.offset}")
+def test_noise_behind_a_signature_ends_in_a_result(signature: Signature) -> None:
+    rng = random.Random(signature.offset)
+    for length in (*range(len(signature.magic) + 64, 600, 67), *[1024, 5000, 20000] * 20):
+        data = bytearray(rng.randbytes(length))
+        for _ in range(rng.randrange(40)):  # small numbers pass more of the bounds
+            at = rng.randrange(length)
+            data[at : at + 8] = bytes(8)[: length - at]
+        start = signature.offset + (length if signature.offset < 0 else 0)
+        if start < 0 or start + len(signature.magic) > length:
+            continue
+        data[start : start + len(signature.magic)] = signature.magic
+        found = both(bytes(data), step=300)
+        assert found.verdict != "raw"
+        json.dumps(found.to_dict())
 
 
 # -- streams

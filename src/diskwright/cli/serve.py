@@ -8,14 +8,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import DiskError, UsageError
-from .images import (
-    READ_CACHES,
-    arguments,
-    gate,
-    new_driver,
-    secrets,
-    warn_if_guessed,
-)
+from .images import READ_CACHES, arguments, gate, new_driver, secrets, warn_if_guessed
 from .options import FORCE_SHARE, FORMAT, GATE, IMAGE_OPTS, OBJECT, Args, Opt
 from .output import Call, UsageProblem, reason, to_stderr
 
@@ -40,13 +33,8 @@ OPTIONS = (
     Opt("p", "port", "PORT", "listen on a TCP port (default 10809)"),
     Opt("b", "bind", "ADDRESS", "address to listen on"),
     Opt("r", "read-only", "", "let nobody write"),
-    Opt(
-        "l",
-        "load-snapshot",
-        "SNAPSHOT",
-        "serve an internal snapshot, read-only: an id or name, "
-        "or snapshot.id=ID,snapshot.name=NAME",
-    ),
+    Opt("l", "load-snapshot", "SNAPSHOT", "serve an internal snapshot, read-only: an id or name, "
+        "or snapshot.id=ID,snapshot.name=NAME"),
     Opt("t", "persistent", "", "go on when the last client has left"),
     Opt("e", "shared", "NUM", "clients at a time (default 1, 0 for any number)"),
     Opt("x", "export-name", "NAME", "name of the export (default: empty)"),

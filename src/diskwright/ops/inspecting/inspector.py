@@ -136,5 +136,6 @@ class _Counted:
         self._budget = budget
 
     def read(self, offset: int, length: int) -> bytes:
+        offset = max(offset, 0)  # a file that is shorter than what should be at its end
         self._budget.read(min(length, max(self.length - offset, 0)))
         return self._view.read(offset, length)
