@@ -52,7 +52,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     found = tmp_path_factory.mktemp("pipes")
     (found / "a.raw").write_bytes(content())
     (found / "a.raw.gz").write_bytes(gzip.compress(content(), 1))
-    diskwright.convert(found / "a.raw", found / "a.qcow2", "qcow2", format="raw")
+    diskwright.convert(found / "a.raw", found / "a.qcow2", target_format="qcow2", format="raw")
     return found
 
 
@@ -64,7 +64,7 @@ def reads(path: Path, fmt: str) -> bytes:
         subprocess.run(command, check=True)
         return raw.read_bytes()
     with diskwright.open(path, format=fmt) as disk:
-        return disk.read(0, disk.size)
+        return disk.read_at(0, disk.size)
 
 
 @pytest.mark.parametrize(
@@ -239,6 +239,16 @@ def test_digests_of_what_ends_within_a_sector_are_those_of_the_target(tmp_path: 
     found = shell("head -c 1000 /dev/zero | dw convert -f raw --digest=md5 - b; md5sum b", tmp_path)
     ours_, theirs = found.stdout.splitlines()
     assert ours_ == theirs
+
+
+def test_from_python(folder: Path, tmp_path: Path) -> None:
+    told: list[Any] = []
+    diskwright.convert(
+        folder / "a.qcow2", tmp_path / "b", also={str(tmp_path / "c"): "qcow2"},
+        digests=["sha256"], on_digests=told.append,
+    )  # fmt: skip
+    assert told[0].digests == {"sha256": hashlib.sha256(content()).hexdigest()}
+    assert (tmp_path / "b").read_bytes() == content() == reads(tmp_path / "c", "qcow2")
 
 
 def test_a_further_target_that_fails_fails_all(folder: Path, tmp_path: Path) -> None:

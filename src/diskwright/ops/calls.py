@@ -11,7 +11,7 @@ answers ``False``.  What cannot be opened raises its own error (OSError, ImageEr
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -232,6 +232,9 @@ async def convert(
     sparse: int | None = None,
     target_is_zero: bool = False,
     resume: bool | Literal["verify"] = False,
+    also: Mapping[str, str] | None = None,
+    digests: Sequence[str] = (),
+    on_digests: Callable[[Digests], None] | None = None,
     progress: OnProgress | None = None,
 ) -> int:
     """Copy a disk to ``target``, which is made (or, with ``create=False``, written into).
@@ -240,6 +243,8 @@ async def convert(
     are looked for (0: allocate everything).  ``resume`` goes on with a conversion that was stopped
     (``"verify"``: see docs/resume.md).  Returns the bytes of data that were copied.  File and
     directory are durable when it returns, unless ``cache`` is ``unsafe``.
+    ``also`` are further targets (file name -> format) made by the same reading; ``on_digests`` is
+    told the ``digests`` (see :func:`digest`) of what was copied.
     """
     from .convert import SPARSE, Settings, convert
 
@@ -253,6 +258,12 @@ async def convert(
             [spec_of(source, format, policy, secrets, force_share=force_share)],
             spec_of(target, target_format, policy, secrets, cache=cache),
             settings,
+            also=[
+                spec_of(name, kind, policy, secrets, cache=cache)
+                for name, kind in (also or {}).items()
+            ],
+            digests=digests,
+            on_digests=on_digests,
             on_progress=on_progress,
         )
 
