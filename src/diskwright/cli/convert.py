@@ -164,7 +164,8 @@ def _convert(call: Call, args: Args, fmt: str, options: dict[str, Any], progress
     resume = "resume" in args
     call.on_interrupt = (
         f"interrupted: '{target_name}' is a valid image, but not complete; "
-        + ("run the command again to go on" if resume else "run the command again to make it anew")
+        + "run the command again to "
+        + ("go on" if resume else "make it anew (with --resume it could go on)")
     )
     if to_stdout:
         call.on_interrupt = "interrupted: what was written to standard output is not complete"

@@ -75,7 +75,7 @@ class Progress:
 
     def begun(self, done: int) -> None:
         """So much was done before: the rate is that of what comes now."""
-        self._before = done
+        self._before = self.done = done
         self._started = time.monotonic()
 
     def __call__(self, done: int, total: int) -> None:
