@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import diskwright
+from cli.support import ours
 from diskwright.errors import DiskError, MalformedImage, UnsupportedFeature, UsageError
 from diskwright.formats import luks1
 
@@ -318,3 +319,21 @@ def test_what_is_empty_reads_as_zeroes_in_a_new_encrypted_disk(
     how(plain, path, target_format=fmt, format="raw", options=options(fmt, {}), secrets=SECRETS)
     with diskwright.open(source(path, fmt), secrets=SECRETS) as disk:
         assert disk.read_at(0, SIZE) == model
+
+
+@pytest.mark.parametrize("spec", [{}, AES], ids=["luks", "aes"])
+def test_nothing_is_compressed_into_an_encrypted_overlay(
+    tmp_path: Path, spec: dict[str, Any]
+) -> None:
+    """It would stand there as it is, unencrypted."""
+    base, path = tmp_path / "base", tmp_path / "disk"
+    base.write_bytes(b"in plain " * 1000)
+    given = {**options("qcow2", spec), "backing_file": str(base), "backing_fmt": "raw"}
+    diskwright.create(path, "qcow2", SIZE, given, secrets=SECRETS)
+    before = path.read_bytes()
+    done = ours(
+        "rebase", "-c", "-b", "", *OBJECT, "--image-opts", image_opts(path, "qcow2")
+    )
+    assert done.status == 1
+    assert b"Compression and encryption not supported at the same time" in done.err
+    assert path.read_bytes() == before

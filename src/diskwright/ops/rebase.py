@@ -72,6 +72,8 @@ async def rebase(
         if not unsafe:
             if compress and not hasattr(top.format, "pack_codec"):
                 raise UsageError("Compression not supported for this file format")
+            if compress and getattr(top.format, "encrypted", False):
+                raise UsageError("Compression and encryption not supported at the same time")
             if backing is not None:
                 new = await _open_new(driver, top, spec, backing, backing_format, backing_cache)
             await _keep(driver, top, new, compress, on_progress)
