@@ -329,7 +329,7 @@ def test_nothing_is_compressed_into_an_encrypted_overlay(
     base, path = tmp_path / "base", tmp_path / "disk"
     base.write_bytes(b"in plain " * 1000)
     given = {**options("qcow2", spec), "backing_file": str(base), "backing_fmt": "raw"}
-    diskwright.create(path, "qcow2", SIZE, given, secrets=SECRETS)
+    diskwright.create(path, format="qcow2", size=SIZE, options=given, secrets=SECRETS)
     before = path.read_bytes()
     done = ours(
         "rebase", "-c", "-b", "", *OBJECT, "--image-opts", image_opts(path, "qcow2")
