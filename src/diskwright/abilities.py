@@ -122,6 +122,19 @@ class SnapshotInfo(NamedTuple):
     icount: int | None = None
     disk_size: int | None = None
 
+    def to_dict(self) -> dict[str, int | str]:
+        """The keys of ``qemu-img info --output=json``, in its order."""
+        out: dict[str, int | str] = {} if self.icount is None else {"icount": self.icount}
+        return out | {
+            "vm-clock-nsec": self.vm_clock_nsec % 1_000_000_000,
+            "name": self.name,
+            "date-sec": self.date_sec,
+            "date-nsec": self.date_nsec,
+            "vm-clock-sec": self.vm_clock_nsec // 1_000_000_000,
+            "id": self.id,
+            "vm-state-size": self.vm_state_size,
+        }
+
 
 class Snapshots(Protocol):
     """A format whose images hold snapshots of themselves, and VM state with them.

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import asyncio
 import functools
-import os
 from collections.abc import Callable, Coroutine, Generator, Mapping
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
@@ -24,9 +23,8 @@ from .engine.aio_driver import AsyncioDriver
 from .engine.kernel import BaseDriver
 from .errors import UsageError
 from .graph.node import Buffer, Node
-from .graph.opener import close_disk, create_image, discard_disk, open_disk
-from .graph.status import Status, all_status
-from .ops.gates import Path, Policy, Source, gate_of, kept, reference_of
+from .graph.opener import close_disk, discard_disk, open_disk
+from .ops.gates import Policy, Source, gate_of, kept, reference_of
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -65,24 +63,6 @@ def open(
     return _Opening(source, named)
 
 
-async def create(
-    path: Path,
-    *,
-    format: str,
-    size: int | None = None,
-    options: Mapping[str, Any] | None = None,
-    policy: str | Policy | None = None,
-    secrets: Mapping[str, bytes | str] | None = None,
-) -> int:
-    """Make an image; see :func:`diskwright.api.create`."""
-    gate = gate_of(policy)
-    name = os.fsdecode(path)
-    keys = kept(secrets)
-    return await run(
-        lambda driver: create_image(driver, name, format, size, options, gate=gate, secrets=keys)
-    )
-
-
 def awaitable(
     call: Callable[Concatenate[BaseDriver, P], Coroutine[Any, Any, T]],
 ) -> Callable[P, Coroutine[Any, Any, T]]:
@@ -96,8 +76,11 @@ def awaitable(
 
 
 if TYPE_CHECKING:
-    from .ops import calls
+    from _typeshed import WriteableBuffer
+
+    from .ops import calls, morecalls
     from .ops.bitmap_list import AsyncBitmaps
+    from .ops.map import Extent
     from .ops.snapshot_list import AsyncSnapshots
 
     info = awaitable(calls.info)
@@ -113,14 +96,19 @@ if TYPE_CHECKING:
     amend = awaitable(calls.amend)
     digest = awaitable(calls.digest)
     inspect = awaitable(calls.inspect)
+    create = awaitable(morecalls.create)
+    overlay = awaitable(morecalls.overlay)
+    measure = awaitable(morecalls.measure)
+    map = awaitable(morecalls.map)
 
 
 def __getattr__(name: str) -> Any:
     if name not in OPERATIONS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .ops import calls
+    from .ops import calls, morecalls
 
-    found = globals()[name] = awaitable(getattr(calls, name))
+    home = morecalls if hasattr(morecalls, name) else calls
+    found = globals()[name] = awaitable(getattr(home, name))
     return found
 
 
@@ -196,6 +184,14 @@ class Disk(OpenDisk):
             return b""
         return bytes((await self._driver.bridge(node.read([offset], [length])))[0])
 
+    async def readinto_at(self, offset: int, buffer: WriteableBuffer) -> int:
+        """Fill ``buffer`` with the bytes from ``offset``; returns how many that are."""
+        view = memoryview(buffer).cast("B")
+        node = self._inside(offset, len(view))
+        if len(view):
+            await self._driver.bridge(node.read([offset], [len(view)], [view]))
+        return len(view)
+
     async def write_at(self, offset: int, data: Buffer, *, fua: bool = False) -> None:
         """Write; ``fua``: durable when it returns."""
         view = memoryview(data).cast("B")
@@ -229,14 +225,11 @@ class Disk(OpenDisk):
             raise UsageError("The new size is smaller: shrink=True allows it")
         await self._driver.bridge(node.truncate(size, preallocation))
 
-    async def extents(self, offset: int = 0, length: int | None = None) -> list[Status]:
+    async def extents(self, offset: int = 0, length: int | None = None) -> list[Extent]:
         """What the ranges of the disk are, through its whole chain."""
-        node = self.node
+        from .ops.map import extents
 
-        async def collect() -> list[Status]:
-            return [part async for part in all_status(node, offset, length)]
-
-        return await self._driver.bridge(collect())
+        return await self._driver.bridge(extents(self.node, offset, length))
 
     @property
     def snapshots(self) -> AsyncSnapshots:

@@ -20,28 +20,29 @@ import threading
 import warnings
 from collections.abc import Callable, Coroutine, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, TypeVar
 from weakref import WeakSet
 
 from .contract import FUA, MAY_UNMAP
 from .engine.kernel import BaseDriver, Driver
 from .errors import NodeClosed, UsageError
 from .graph.display import display_name
+from .graph.graph import chain as layers
 from .graph.node import Buffer, Node
-from .graph.opener import close_disk, create_image, open_disk
-from .graph.status import Status, all_status
-from .ops.gates import Path, Policy, Source, gate_of, kept, reference_of
+from .graph.opener import close_disk, open_disk
+from .ops.gates import Policy, Source, gate_of, kept, reference_of
 
-__all__ = ["Disk", "Policy", "Progress", "create", "open"]
+__all__ = ["Disk", "Policy", "Progress", "open"]
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 OPERATIONS = (
     "info", "info_chain", "check", "plan_repair", "undo", "convert", "compare", "commit", "rebase",
-    "amend", "salvage", "digest", "inspect",
+    "amend", "salvage", "digest", "inspect", "create", "overlay", "measure", "map",
 )  # fmt: skip
-"""Functions of :mod:`diskwright.ops.calls`, which is imported with the first of them."""
+"""Functions of :mod:`diskwright.ops.calls` and :mod:`diskwright.ops.morecalls`, which are imported
+with the first of them."""
 
 def open(
     source: Source,
@@ -91,29 +92,6 @@ def open(
     return Disk(node, driver)
 
 
-def create(
-    path: Path,
-    *,
-    format: str,
-    size: int | None = None,
-    options: Mapping[str, Any] | None = None,
-    policy: str | Policy | None = None,
-    secrets: Mapping[str, bytes | str] | None = None,
-) -> int:
-    """Make an image of ``size`` bytes (rounded up to 512) and return its virtual size.
-
-    ``options`` are the format's creation options.  With ``backing_file`` and ``backing_fmt``
-    among them ``size`` may be left out; what that file names in turn passes the gate, as in
-    :func:`open`.  ``secrets`` are those that the options name.  An existing file is overwritten.
-    """
-    gate = gate_of(policy)
-    name = os.fsdecode(path)
-    keys = kept(secrets)
-    return run(
-        lambda driver: create_image(driver, name, format, size, options, gate=gate, secrets=keys)
-    )
-
-
 def blocking(
     call: Callable[Concatenate[BaseDriver, P], Coroutine[Any, Any, T]],
 ) -> Callable[P, T]:
@@ -127,12 +105,16 @@ def blocking(
 
 
 if TYPE_CHECKING:
+    from _typeshed import WriteableBuffer
+
     from .engine.budget import Budget as Budget
     from .engine.budget import limited as limited
-    from .ops import calls
+    from .ops import calls, morecalls
     from .ops.bitmap_list import Bitmaps
     from .ops.inspect import Inspector as Inspector
+    from .ops.map import Extent
     from .ops.progress import Progress
+    from .ops.rawfile import RawDisk
     from .ops.snapshot_list import Snapshots
 
     info = blocking(calls.info)
@@ -148,6 +130,10 @@ if TYPE_CHECKING:
     amend = blocking(calls.amend)
     digest = blocking(calls.digest)
     inspect = blocking(calls.inspect)
+    create = blocking(morecalls.create)
+    overlay = blocking(morecalls.overlay)
+    measure = blocking(morecalls.measure)
+    map = blocking(morecalls.map)
 
 
 def __getattr__(name: str) -> Any:
@@ -165,9 +151,10 @@ def __getattr__(name: str) -> Any:
         return Progress
     if name not in OPERATIONS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .ops import calls
+    from .ops import calls, morecalls
 
-    found = globals()[name] = blocking(getattr(calls, name))
+    home = morecalls if hasattr(morecalls, name) else calls
+    found = globals()[name] = blocking(getattr(home, name))
     return found
 
 
@@ -178,6 +165,14 @@ def run(make: Callable[[Driver], Coroutine[Any, Any, T]]) -> T:
         return driver.run(driver.in_time(make(driver)))
     finally:
         driver.close()
+
+
+class Layer(NamedTuple):
+    """One image of a chain; ``size`` is its virtual size in bytes."""
+
+    name: str
+    format: str
+    size: int
 
 
 class OpenDisk:
@@ -222,6 +217,13 @@ class OpenDisk:
         return self.node.size
 
     @property
+    def chain(self) -> tuple[Layer, ...]:
+        """The image and what is below it, the topmost first."""
+        return tuple(
+            Layer(display_name(node), node.driver_name, node.size) for node in layers(self.node)
+        )
+
+    @property
     def writable(self) -> bool:
         """Whether it was opened for writing (and could be)."""
         return not self.node.read_only
@@ -260,6 +262,14 @@ class Disk(OpenDisk):
             return b""
         return bytes(self._call(lambda: node.read([offset], [length]))[0])
 
+    def readinto_at(self, offset: int, buffer: WriteableBuffer) -> int:
+        """Fill ``buffer`` with the bytes from ``offset``; returns how many that are."""
+        view = memoryview(buffer).cast("B")
+        node = self._inside(offset, len(view))
+        if len(view):
+            self._call(lambda: node.read([offset], [len(view)], [view]))
+        return len(view)
+
     def write_at(self, offset: int, data: Buffer, *, fua: bool = False) -> None:
         """Write; ``fua``: durable when it returns."""
         view = memoryview(data).cast("B")
@@ -293,14 +303,19 @@ class Disk(OpenDisk):
             raise UsageError("The new size is smaller: shrink=True allows it")
         self._call(lambda: node.truncate(size, preallocation))
 
-    def extents(self, offset: int = 0, length: int | None = None) -> list[Status]:
-        """What the ranges of the disk are, through its whole chain."""
+    def extents(self, offset: int = 0, length: int | None = None) -> list[Extent]:
+        """What the ranges of the disk are (None: to its end), through its whole chain."""
+        from .ops.map import extents
+
         node = self.node
+        return self._call(lambda: extents(node, offset, length))
 
-        async def collect() -> list[Status]:
-            return [part async for part in all_status(node, offset, length)]
+    def raw(self) -> RawDisk:
+        """The disk's bytes as an unbuffered file, with a position of its own."""
+        from .ops.rawfile import RawDisk
 
-        return self._call(collect)
+        self.node  # noqa: B018 - raises when it is closed
+        return RawDisk(self)
 
     @property
     def snapshots(self) -> Snapshots:
@@ -344,11 +359,8 @@ class Disk(OpenDisk):
 
     def __del__(self) -> None:
         if getattr(self, "_node", None) is not None and not self.closed:
+            # Nothing is written by whichever thread and call happens to collect what was dropped.
             warnings.warn(f"disk {self._node!r} was never closed", ResourceWarning, stacklevel=2)
-            try:
-                self.close()
-            except Exception:  # noqa: S110 - nobody is left to be told
-                pass
 
     # -- inside
     def _call(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:

@@ -44,6 +44,11 @@ class CheckResult:
         self.findings: list[str] = []
         self.uncovered: list[str] = []
 
+    @property
+    def ok(self) -> bool:
+        """Nothing is wrong, and all could be looked at."""
+        return not (self.corruptions or self.leaks or self.check_errors)
+
     def say(self, text: str) -> None:
         """Add a finding."""
         if len(self.findings) < _MOST_FINDINGS:
@@ -54,7 +59,7 @@ class CheckResult:
         self.corruptions += 1
         self.say(f"ERROR {text}")
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The keys of ``qemu-img check --output=json``; counts of zero are left out as there."""
         out: dict[str, Any] = {
             "image-end-offset": self.image_end_offset,

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import io
+import json
 import os
 import subprocess
 import sys
@@ -17,7 +20,7 @@ from hypothesis import strategies as st
 
 import diskwright
 from diskwright import aio, api
-from diskwright.errors import NodeClosed, Refused, UsageError
+from diskwright.errors import NodeClosed, OperationCancelled, Refused, UsageError
 
 from .tools import shell
 
@@ -62,7 +65,7 @@ def test_a_disk_from_beginning_to_end(format: str, here: Path, peer: Any) -> Non
             disk.resize(1 << 20)
         disk.resize(1 << 20, shrink=True)
         parts = disk.extents()
-        assert parts[0].start == 0 and sum(part.length for part in parts) == disk.size
+        assert parts[0].offset == 0 and sum(part.length for part in parts) == disk.size
     assert disk.closed and repr(disk) == "<closed Disk>"
     disk.close()
     for call in (lambda: disk.read_at(0, 1), disk.flush, lambda: disk.size, disk.__enter__):
@@ -152,14 +155,99 @@ def test_a_forked_child_has_no_disk() -> None:
         assert disk.read_at(0, 12) == b"parent lives"
 
 
-def test_a_disk_that_was_forgotten_is_closed_with_a_warning() -> None:
+def test_a_disk_that_was_forgotten_is_not_written_to_but_warned_of() -> None:
     diskwright.create("a", format="qcow2", size=1 << 20)
     disk = diskwright.open("a", writable=True)
     disk.write_at(0, b"kept")
+    disk.flush()
+    disk.write_at(70_000, b"lost")
     with pytest.warns(ResourceWarning, match="never closed"):
         del disk
-    with diskwright.open("a") as again:
-        assert again.read_at(0, 4) == b"kept"
+    gc.collect()
+    with diskwright.open("a", writable=True) as again:
+        assert again.read_at(0, 4) == b"kept" and again.read_at(70_000, 4) == bytes(4)
+    assert not diskwright.check("a").corruptions
+
+
+def test_a_disk_as_a_file() -> None:
+    diskwright.create("a", format="qcow2", size=1 << 20)
+    with diskwright.open("a", writable=True) as disk, disk.raw() as raw:
+        assert (raw.readable(), raw.writable(), raw.seekable(), raw.name) == (True,) * 3 + ("a",)
+        assert raw.seek(-4, os.SEEK_END) == (1 << 20) - 4 and raw.write(b"the end") == 4
+        with pytest.raises(OSError, match="ends here"):
+            raw.write(b"x")
+        assert raw.read(1) == b"" and raw.seek(-4, 1) and raw.read() == b"the "
+        buffered = io.BufferedRandom(raw)
+        buffered.seek(1000)
+        buffered.write(b"by way of a buffer")
+        buffered.flush()
+        into = bytearray(6)
+        assert disk.readinto_at(1000, into) == 6 and into == b"by way"
+        with diskwright.open(disk.raw(), format="raw") as inside:
+            assert inside.size == disk.size and inside.read_at(1000, 6) == b"by way"
+        assert buffered.detach() is raw
+    with diskwright.open("a") as disk, pytest.raises(io.UnsupportedOperation):
+        disk.raw().write(b"x")
+    with pytest.raises(ValueError, match="closed file"):
+        raw.read(1)
+
+
+def test_maps_and_measures() -> None:
+    diskwright.create("a", format="qcow2", size=1 << 20)
+    with diskwright.open("a", writable=True) as disk:
+        disk.write_at(65536, b"x" * 65536)
+        (layer,) = disk.chain
+        assert layer == ("a", "qcow2", 1 << 20)
+        parts = disk.extents()
+    assert diskwright.map("a") == parts and [part.offset for part in parts] == [0, 65536, 131072]
+    assert parts[1].host == "a" and parts[1].host_offset and parts[1].data
+    done = subprocess.run(
+        [sys.executable, "-m", "diskwright", "map", "--output=json", "a"],
+        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
+        capture_output=True,
+        check=True,
+    )
+    assert json.loads(done.stdout) == [part.to_dict() for part in parts]
+    assert diskwright.measure("a").to_dict() == {"required": 1 << 20, "fully-allocated": 1 << 20}
+    assert diskwright.measure(size=1 << 30, target_format="qcow2").required < 1 << 20
+    with pytest.raises(UsageError, match="a disk or a size"):
+        diskwright.measure()
+    assert diskwright.check("a").ok and diskwright.info("a").to_dict()["virtual-size"] == 1 << 20
+
+
+def test_overlays_name_their_base_so_that_both_can_be_moved(here: Path) -> None:
+    (here / "farm" / "deep").mkdir(parents=True)
+    diskwright.create("farm/base", format="raw", size=1 << 20)
+    assert diskwright.overlay("farm/base", "farm/one") == 1 << 20
+    assert diskwright.overlay("farm/base", here / "farm/deep/two", size=2 << 20) == 2 << 20
+    assert diskwright.info("farm/one").backing_name == "base"
+    two = diskwright.info("farm/deep/two")
+    assert (two.backing_name, two.backing_format) == (str(here / "farm" / "base"), "raw")
+    (here / "farm").rename(here / "moved")
+    with diskwright.open("moved/one") as disk:
+        assert [layer.format for layer in disk.chain] == ["qcow2", "raw"]
+    with pytest.raises(UsageError, match="the base itself"):
+        diskwright.overlay("moved/base", "moved/base")
+
+
+def test_progress_begins_ends_and_stops() -> None:
+    diskwright.create("a", format="qcow2", size=4 << 20)
+    with diskwright.open("a", writable=True) as disk:
+        disk.write_at(0, b"x" * (4 << 20))
+    seen: list[diskwright.Progress] = []
+    diskwright.convert("a", "b", progress=seen.append)
+    assert seen[0] == (0, 0, False) and seen[0].fraction == 0.0
+    assert seen[-1] == (4 << 20, 4 << 20, True) and seen[-1].fraction == 1.0 and len(seen) > 2
+    for most in (0, 1):
+        calls: list[diskwright.Progress] = []
+
+        def stop(now: diskwright.Progress, calls: Any = calls, most: int = most) -> bool:
+            calls.append(now)
+            return len(calls) <= most
+
+        with pytest.raises(OperationCancelled):
+            diskwright.convert("a", "c", progress=stop)
+        assert not os.path.exists("c") and not calls[-1].finished
 
 
 def test_a_program_that_ends_with_open_disks_loses_nothing() -> None:
@@ -358,6 +446,6 @@ def test_against_a_model(operations: list[Any], cluster_size: int, overlay: bool
         assert disk.read_at(0, size) == model
         for part in disk.extents():
             if part.zero:
-                assert not any(model[part.start : part.start + part.length])
+                assert not any(model[part.offset : part.offset + part.length])
     finally:
         disk.close()

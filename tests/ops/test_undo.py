@@ -45,7 +45,7 @@ def test_undone_to_the_byte(tmp_path: Path, row: Damage) -> None:
     planned = diskwright.plan_repair(tmp_path / "a", format="qcow2")
     assert (tmp_path / "a").read_bytes() == before
     done = diskwright.check(tmp_path / "a", format="qcow2", repair="all", undo_file=tmp_path / "u")
-    assert done.as_dict() == plain.as_dict()
+    assert done.to_dict() == plain.to_dict()
     after = (tmp_path / "a").read_bytes()
     assert after == (tmp_path / "b").read_bytes()
     assert planned.plan is not None and planned.after is not None

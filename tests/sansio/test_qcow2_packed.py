@@ -55,7 +55,7 @@ def agrees(tmp_path: Path, file: bytes, model: bytes) -> None:
     report = oracle.check(path)
     mine = own_check(file)
     assert (mine.corruptions, mine.leaks, mine.findings) == (0, 0, [])
-    assert {key: report[key] for key in mine.as_dict()} == mine.as_dict()
+    assert {key: report[key] for key in mine.to_dict()} == mine.to_dict()
     assert oracle.raw(path, tmp_path / "out.raw") == model
 
 

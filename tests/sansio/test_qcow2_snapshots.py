@@ -99,7 +99,7 @@ class Disk:
         path.write_bytes(self.machine.close())
         if "backing" in self.machine.slots:
             (tmp_path / "base.raw").write_bytes(self.machine.slots["backing"])
-        report, mine = oracle.check(path), own_check(path.read_bytes()).as_dict()
+        report, mine = oracle.check(path), own_check(path.read_bytes()).to_dict()
         for key in mine:
             assert mine[key] == report[key], key
         out = tmp_path / "out.raw"

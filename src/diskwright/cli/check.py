@@ -164,7 +164,7 @@ def _undo(call: Call, image: Any, undo_file: str, wanted: str) -> int:
 
 
 def _as_dict(done: Checked) -> dict[str, Any]:
-    known = done.found.as_dict()
+    known = done.found.to_dict()
     if done.repaired is not None and done.plan is None:
         counts = done.repaired.corruptions_fixed, done.repaired.leaks_fixed
         for key, count in zip(("corruptions-fixed", "leaks-fixed"), counts, strict=True):
@@ -191,7 +191,7 @@ def _as_dict(done: Checked) -> dict[str, Any]:
         out["findings"] = list(done.repaired.findings)
         out["planned"] = [change._asdict() for change in done.plan.changes]
         out["planned-writes"], out["planned-bytes"] = done.plan.writes, done.plan.bytes
-        after = done.after.as_dict()
+        after = done.after.to_dict()
         out["after"] = {key: after.get(key, 0) for key in ("corruptions", "leaks", "check-errors")}
     return out
 

@@ -36,47 +36,16 @@ def main(call: Call, argv: list[str]) -> int:
     if "backing-chain" in args:
         found = run(lambda driver: ops.info_chain(driver, image))
         if wanted == "json":
-            call.out(dumps([as_dict(entry) for entry in found]))
+            call.out(dumps([entry.to_dict() for entry in found]))
         else:
             call.out("\n".join(text(entry) for entry in found), "")
         return 0
     entry = run(lambda driver: ops.info(driver, image))
     if wanted == "json":
-        call.out(dumps(as_dict(entry)))
+        call.out(dumps(entry.to_dict()))
     else:
         call.out(text(entry), "")
     return 0
-
-
-def as_dict(info: NodeInfo) -> dict[str, Any]:
-    """The keys of ``qemu-img info --output=json``, in its order (measured with 10.0)."""
-    out: dict[str, Any] = {
-        "children": [{"name": slot, "info": as_dict(child)} for slot, child in info.children]
-    }
-    if info.backing_name is not None and info.backing_format:
-        out["backing-filename-format"] = info.backing_format
-    if info.snapshots:
-        from .snapshot_list import snapshot_dict
-
-        out["snapshots"] = [snapshot_dict(found) for found in info.snapshots]
-    out["virtual-size"] = info.virtual_size
-    out["filename"] = info.filename
-    if info.cluster_size:
-        out["cluster-size"] = info.cluster_size
-    out["format"] = info.format
-    if info.actual_size is not None:
-        out["actual-size"] = info.actual_size
-    if info.specific is not None:
-        out["format-specific"] = {"type": info.format, "data": info.specific}
-    if info.full_backing_name is not None:
-        out["full-backing-filename"] = info.full_backing_name
-    if info.encrypted:
-        out["encrypted"] = True
-    if info.backing_name is not None:
-        out["backing-filename"] = info.backing_name
-    if info.dirty is not None:
-        out["dirty-flag"] = info.dirty
-    return out
 
 
 def text(info: NodeInfo, path: str = "", indent: str = "") -> str:

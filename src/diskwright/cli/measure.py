@@ -63,9 +63,7 @@ def main(call: Call, argv: list[str]) -> int:
         image = source
         found = run(lambda driver: ops.measure(driver, fmt, options, image, snapshot))
     if wanted == "json":
-        told = {} if found.bitmaps is None else {"bitmaps": found.bitmaps}
-        told |= {"required": found.required, "fully-allocated": found.fully_allocated}
-        call.out(dumps(told))
+        call.out(dumps(found.to_dict()))
     else:
         call.out(f"required size: {found.required}")
         call.out(f"fully allocated size: {found.fully_allocated}")

@@ -4,28 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
-from typing import Any
 
 from ..abilities import SnapshotInfo
 from .sizes import human
 
 _SECOND = 1_000_000_000
-
-
-def snapshot_dict(snapshot: SnapshotInfo) -> dict[str, Any]:
-    """The keys of ``info --output=json``, in its order."""
-    out: dict[str, Any] = {}
-    if snapshot.icount is not None:
-        out["icount"] = snapshot.icount
-    return out | {
-        "vm-clock-nsec": snapshot.vm_clock_nsec % _SECOND,
-        "name": snapshot.name,
-        "date-sec": snapshot.date_sec,
-        "date-nsec": snapshot.date_nsec,
-        "vm-clock-sec": snapshot.vm_clock_nsec // _SECOND,
-        "id": snapshot.id,
-        "vm-state-size": snapshot.vm_state_size,
-    }
 
 
 def snapshot_lines(snapshots: Iterable[SnapshotInfo]) -> list[str]:

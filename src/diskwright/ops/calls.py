@@ -49,7 +49,8 @@ def spec_of(
 
 
 @contextmanager
-def _plain_errors() -> Iterator[None]:
+def plain_errors() -> Iterator[None]:
+    """The own error of what could not be opened."""
     try:
         yield
     except OpenFailed as error:
@@ -71,7 +72,7 @@ async def info(
     """
     from .info import info
 
-    with _plain_errors():
+    with plain_errors():
         return await info(driver, spec_of(source, format, policy, secrets, force_share=force_share))
 
 
@@ -87,7 +88,7 @@ async def info_chain(
     """:func:`info` of an image and of everything below it, which passes the gate."""
     from .info import info_chain
 
-    with _plain_errors():
+    with plain_errors():
         return await info_chain(
             driver, spec_of(source, format, policy, secrets, force_share=force_share)
         )
@@ -140,7 +141,7 @@ async def _check(
 
     if repair not in (None, *REPAIRS):
         raise UsageError(f"repair is one of {', '.join(REPAIRS)}, not '{repair}'")
-    with _plain_errors(), reporting(progress) as on_progress:
+    with plain_errors(), reporting(progress) as on_progress:
         return await check(
             driver, spec, on_progress, repair=repair, dry_run=dry_run, undo_file=undo_file
         )
@@ -176,7 +177,7 @@ async def undo(
     """
     from .undoing import undo
 
-    with _plain_errors():
+    with plain_errors():
         spec = spec_of(source, None, policy)
         return await undo(driver, spec, os.fsdecode(undo_file))
 
@@ -204,7 +205,7 @@ async def salvage(
     """
     from .salvage import salvage
 
-    with _plain_errors(), reporting(progress) as on_progress:
+    with plain_errors(), reporting(progress) as on_progress:
         return await salvage(
             driver,
             spec_of(source, format, policy, secrets, force_share=force_share),
@@ -252,7 +253,7 @@ async def convert(
         options=options or {}, create=create, sparse=SPARSE if sparse is None else sparse,
         target_is_zero=target_is_zero, resume=bool(resume), verify=resume == "verify",
     )  # fmt: skip
-    with _plain_errors(), reporting(progress) as on_progress:
+    with plain_errors(), reporting(progress) as on_progress:
         return await convert(
             driver,
             [spec_of(source, format, policy, secrets, force_share=force_share)],
@@ -288,7 +289,7 @@ async def compare(
 
     nodes = []
     try:
-        with _plain_errors(), reporting(progress) as on_progress:
+        with plain_errors(), reporting(progress) as on_progress:
             for source, kind in ((one, format), (other, other_format)):
                 nodes.append(await spec_of(source, kind, policy, secrets).open(driver))
             return await compare(*nodes, strict=strict, on_progress=on_progress)
@@ -311,7 +312,7 @@ async def digest(
     ``sha512``, ``sha1``, ``md5``, ``blake2b``, and ``tree`` (see docs/digest.md)."""
     from .digest import digest
 
-    with _plain_errors(), reporting(progress) as on_progress:
+    with plain_errors(), reporting(progress) as on_progress:
         spec = spec_of(source, format, policy, secrets, force_share=force_share)
         node = await spec.open(driver)
         try:
@@ -335,7 +336,7 @@ async def commit(
     empty it unless ``keep`` is set or ``base`` is named."""
     from .commit import commit
 
-    with _plain_errors(), reporting(progress) as on_progress:
+    with plain_errors(), reporting(progress) as on_progress:
         spec = spec_of(source, format, policy, secrets)
         await commit(driver, spec, base=base, keep=keep, on_progress=on_progress)
 
@@ -358,7 +359,7 @@ async def amend(
     """
     from .amend import amend
 
-    with _plain_errors(), reporting(progress) as on_progress:
+    with plain_errors(), reporting(progress) as on_progress:
         spec = spec_of(source, format, policy, secrets)
         await amend(driver, spec, options, force=force, on_progress=on_progress)
 
@@ -381,7 +382,7 @@ async def rebase(
     """
     from .rebase import rebase
 
-    with _plain_errors(), reporting(progress) as on_progress:
+    with plain_errors(), reporting(progress) as on_progress:
         spec = spec_of(source, format, policy, secrets)
         await rebase(driver, spec, backing, backing_format, unsafe=unsafe, on_progress=on_progress)
 

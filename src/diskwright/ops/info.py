@@ -39,6 +39,10 @@ class NodeInfo(NamedTuple):
     snapshots: tuple[SnapshotInfo, ...] = ()
     children: tuple[tuple[str, NodeInfo], ...] = ()
 
+    def to_dict(self) -> dict[str, Any]:
+        """The keys of ``qemu-img info --output=json``, in its order."""
+        return info_dict(self)
+
 
 async def info(driver: BaseDriver, spec: ImageSpec) -> NodeInfo:
     """Information about one image; its backing file is not opened."""
@@ -120,6 +124,35 @@ def describe(node: Node) -> NodeInfo:
         specific=format.info() or None,
         snapshots=tuple(getattr(format, "snapshots", ())),
     )
+
+
+def info_dict(info: NodeInfo) -> dict[str, Any]:
+    """The keys of ``qemu-img info --output=json``, in its order (measured with 10.0)."""
+    out: dict[str, Any] = {
+        "children": [{"name": slot, "info": info_dict(child)} for slot, child in info.children]
+    }
+    if info.backing_name is not None and info.backing_format:
+        out["backing-filename-format"] = info.backing_format
+    if info.snapshots:
+        out["snapshots"] = [found.to_dict() for found in info.snapshots]
+    out["virtual-size"] = info.virtual_size
+    out["filename"] = info.filename
+    if info.cluster_size:
+        out["cluster-size"] = info.cluster_size
+    out["format"] = info.format
+    if info.actual_size is not None:
+        out["actual-size"] = info.actual_size
+    if info.specific is not None:
+        out["format-specific"] = {"type": info.format, "data": info.specific}
+    if info.full_backing_name is not None:
+        out["full-backing-filename"] = info.full_backing_name
+    if info.encrypted:
+        out["encrypted"] = True
+    if info.backing_name is not None:
+        out["backing-filename"] = info.backing_name
+    if info.dirty is not None:
+        out["dirty-flag"] = info.dirty
+    return out
 
 
 def full_backing_name(node: Node, name: str) -> str | None:

@@ -3,9 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from typing import Any, NamedTuple
 
+from ..graph.display import display_name
 from ..graph.node import Node
 from ..graph.status import Status, all_status
+
+
+class Extent(NamedTuple):
+    """``length`` bytes of a disk from ``offset``.
+
+    ``depth`` is the layer of the chain that says so: 0 for the image itself, 1 for its backing
+    file, and so on.  ``present``: that layer holds it (as data or as zeroes).  ``data``: bytes are
+    stored for it.  ``zero``: it reads as zeroes.  ``host_offset`` is where the bytes are in the
+    file ``host``; None where they stand nowhere as they are (compressed, encrypted, no data).
+    """
+
+    offset: int
+    length: int
+    depth: int
+    present: bool
+    data: bool
+    zero: bool
+    compressed: bool
+    host_offset: int | None
+    host: str | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys of ``qemu-img map --output=json``, in its order."""
+        out: dict[str, Any] = {
+            "start": self.offset,
+            "length": self.length,
+            "depth": self.depth,
+            "present": self.present,
+            "zero": self.zero,
+            "data": self.data,
+            "compressed": self.compressed,
+        }
+        if self.host_offset is not None:
+            out["offset"] = self.host_offset
+        return out
 
 
 async def map_disk(node: Node, offset: int = 0, length: int | None = None) -> AsyncIterator[Status]:
@@ -19,3 +56,27 @@ async def map_disk(node: Node, offset: int = 0, length: int | None = None) -> As
         yield part
     if not found:
         yield Status(offset, 0, 0, False, False, False)
+
+
+async def extents(node: Node, offset: int = 0, length: int | None = None) -> list[Extent]:
+    """The same as a program is told it; a range with nothing in it is none."""
+    names: dict[Node, str] = {}
+    out = []
+    async for part in all_status(node, offset, length):
+        host = None
+        if part.offset >= 0 and part.node is not None:
+            host = names.get(part.node) or names.setdefault(part.node, display_name(part.node))
+        out.append(
+            Extent(
+                part.start,
+                part.length,
+                part.depth,
+                part.present,
+                part.data,
+                part.zero,
+                part.compressed,
+                part.offset if part.offset >= 0 else None,
+                host,
+            )
+        )
+    return out

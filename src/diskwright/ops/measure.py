@@ -27,6 +27,11 @@ class Measured(NamedTuple):
     fully_allocated: int
     bitmaps: int | None = None
 
+    def to_dict(self) -> dict[str, int]:
+        """The keys of ``qemu-img measure --output=json``, in its order."""
+        out = {} if self.bitmaps is None else {"bitmaps": self.bitmaps}
+        return out | {"required": self.required, "fully-allocated": self.fully_allocated}
+
 
 def check(
     fmt: str, options: Mapping[str, Any], secrets: Mapping[str, bytes] | None = None
