@@ -76,8 +76,6 @@ def awaitable(
 
 
 if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
-
     from .ops import calls, morecalls
     from .ops.bitmap_list import AsyncBitmaps
     from .ops.map import Extent
@@ -184,7 +182,7 @@ class Disk(OpenDisk):
             return b""
         return bytes((await self._driver.bridge(node.read([offset], [length])))[0])
 
-    async def readinto_at(self, offset: int, buffer: WriteableBuffer) -> int:
+    async def readinto_at(self, offset: int, buffer: bytearray | memoryview) -> int:
         """Fill ``buffer`` with the bytes from ``offset``; returns how many that are."""
         view = memoryview(buffer).cast("B")
         node = self._inside(offset, len(view))

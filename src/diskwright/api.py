@@ -105,8 +105,6 @@ def blocking(
 
 
 if TYPE_CHECKING:
-    from _typeshed import WriteableBuffer
-
     from .engine.budget import Budget as Budget
     from .engine.budget import limited as limited
     from .ops import calls, morecalls
@@ -262,7 +260,7 @@ class Disk(OpenDisk):
             return b""
         return bytes(self._call(lambda: node.read([offset], [length]))[0])
 
-    def readinto_at(self, offset: int, buffer: WriteableBuffer) -> int:
+    def readinto_at(self, offset: int, buffer: bytearray | memoryview) -> int:
         """Fill ``buffer`` with the bytes from ``offset``; returns how many that are."""
         view = memoryview(buffer).cast("B")
         node = self._inside(offset, len(view))

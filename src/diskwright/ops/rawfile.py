@@ -5,10 +5,7 @@ from __future__ import annotations
 import errno
 import io
 import os
-from typing import TYPE_CHECKING, Protocol
-
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer, WriteableBuffer
+from typing import Any, Protocol
 
 
 class SeekableDisk(Protocol):
@@ -22,7 +19,7 @@ class SeekableDisk(Protocol):
     def writable(self) -> bool: ...
     @property
     def closed(self) -> bool: ...
-    def readinto_at(self, offset: int, buffer: WriteableBuffer) -> int: ...
+    def readinto_at(self, offset: int, buffer: memoryview) -> int: ...
     def write_at(self, offset: int, data: memoryview) -> None: ...
     def flush(self) -> None: ...
 
@@ -66,7 +63,7 @@ class RawDisk(io.RawIOBase):
         self._position = start[whence] + offset
         return self._position
 
-    def readinto(self, buffer: WriteableBuffer, /) -> int:
+    def readinto(self, buffer: Any, /) -> int:
         self._check()
         view = memoryview(buffer).cast("B")
         length = max(0, min(len(view), self._disk.size - self._position))
@@ -75,7 +72,7 @@ class RawDisk(io.RawIOBase):
             self._position += length
         return length
 
-    def write(self, data: ReadableBuffer, /) -> int:
+    def write(self, data: Any, /) -> int:
         self._check()
         if not self.writable():
             raise io.UnsupportedOperation("the disk is open for reading")
