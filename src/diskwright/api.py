@@ -20,7 +20,7 @@ import threading
 import warnings
 from collections.abc import Callable, Coroutine, Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Concatenate, NamedTuple, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 from weakref import WeakSet
 
 from .contract import FUA, MAY_UNMAP
@@ -31,6 +31,7 @@ from .graph.graph import chain as layers
 from .graph.node import Buffer, Node
 from .graph.opener import close_disk, open_disk
 from .ops.gates import Policy, Source, gate_of, kept, reference_of
+from .records import NamedTuple
 
 __all__ = ["Disk", "Policy", "Progress", "open"]
 

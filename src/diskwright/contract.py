@@ -13,9 +13,10 @@ Offsets and lengths are bytes.  A *slot* names a child node: ``file``, ``backing
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Protocol
 
 from .extents import Extent
+from .records import NamedTuple
 
 # What is asked of `plan`.
 # WRITE_ZERO keeps the space that a range has, ZERO_UNMAP may give it back.

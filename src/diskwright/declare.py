@@ -4,9 +4,10 @@ monitors' schema and the documentation are all made from."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from .abilities import StreamWriter
+from .records import NamedTuple
 
 
 class Option(NamedTuple):

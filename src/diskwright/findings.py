@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
+
+from .records import NamedTuple
 
 _MOST_FINDINGS = 10_000
 LOST, GUESSED = "lost", "guessed"

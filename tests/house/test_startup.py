@@ -71,7 +71,7 @@ def image(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize(
     ("words", "most"),
-    [(["--version"], 40), (["info"], 134), (["check"], 141), (["map"], 134)],
+    [(["--version"], 40), (["info"], 134), (["check"], 142), (["map"], 134)],
     ids=lambda v: v[0] if isinstance(v, list) else "",
 )
 def test_a_command_imports_little(

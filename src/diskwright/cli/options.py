@@ -7,7 +7,8 @@ Written by hand because the standard library's parsers cost more at start-up tha
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+
+from ..records import NamedTuple
 
 
 class Opt(NamedTuple):

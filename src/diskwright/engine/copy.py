@@ -7,10 +7,10 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import suppress
 from itertools import groupby
-from typing import NamedTuple
 
 from ..contract import MAY_UNMAP
 from ..errors import CorruptImage, DiskError, words
+from ..records import NamedTuple
 from .buffers import joined, page_buffer, zero_runs
 from .kernel import BaseDriver, Cancelled, Future, wait_all
 from .node import Node

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Iterable
-from typing import NamedTuple
 
 from ..abilities import Codec, StreamWriter
 from ..errors import DiskError
+from ..records import NamedTuple
 from ..units import align_down
 from .copy import CopyFailed, Segment
 from .kernel import BaseDriver, Task, wait_all

@@ -6,9 +6,9 @@ import socket
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 from ..engine.kernel import BaseDriver, Future
+from ..records import NamedTuple
 
 Buffer = bytes | bytearray | memoryview
 

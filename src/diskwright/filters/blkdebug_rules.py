@@ -6,9 +6,8 @@ qemu-io 10.0 where that leaves it open.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from ..engine.kernel import Future
+from ..records import NamedTuple
 
 _EVENTS = """
     l1_update l1_grow_alloc_table l1_grow_write_table l1_grow_activate_table l2_load l2_update

@@ -12,13 +12,13 @@ import tempfile
 from array import array
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import suppress
-from typing import NamedTuple
 
 from ..contract import FUA, MAY_UNMAP
 from ..engine.kernel import Future
 from ..engine.node import Buffer, Node
 from ..errors import DiskError, NodeClosed
 from ..extents import Data, Extent, Zero
+from ..records import NamedTuple
 from .patches import KEPT, ZEROES, Patches
 
 WRITE, ZERO, LENGTH, FLUSH = range(4)

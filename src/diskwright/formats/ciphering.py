@@ -7,11 +7,12 @@ The names are those of Linux's dm-crypt, as LUKS1 headers have them: ``aes`` and
 from __future__ import annotations
 
 import hashlib
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from ..abilities import Buffer, Places
 from ..codecs.aes import KEY_BYTES, SECTOR, Cbc, Essiv, Plain, Runs, Vectors
 from ..errors import UnsupportedFeature, UsageError
+from ..records import NamedTuple
 
 HASHES = ("sha1", "sha224", "sha256", "sha384", "sha512", "ripemd160")
 """Hashes that LUKS1 headers may name; the last one only where the system's library has it."""

@@ -13,10 +13,11 @@ import hmac
 import struct
 from itertools import pairwise
 from secrets import token_bytes
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..codecs.aes import SECTOR
 from ..errors import MalformedImage, UnsupportedFeature
+from ..records import NamedTuple
 from ..units import align_up
 from .ciphering import Spec, digest_bytes, parse_spec
 

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from ..errors import DiskError, Outside, Refused, UsageError
+from ..records import NamedTuple
 
 if TYPE_CHECKING:
     from .paths import PathMap

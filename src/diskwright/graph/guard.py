@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..contract import FUA, MAY_UNMAP
 from ..engine.kernel import Future
+from ..records import NamedTuple
 from .mapped import MappedNode
 from .node import Buffer
 from .probe import PROBE_BYTES, matches

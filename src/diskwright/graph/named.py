@@ -12,7 +12,6 @@ from .display import base_of, display_name
 from .gate import Gate, Leave
 from .graph import leaf_of, primary
 from .node import Node
-from .paths import folder_of
 from .registry import kind
 
 BACKING = "backing file"
@@ -73,11 +72,17 @@ def located(gate: Gate, node: Node, wanted: Sequence[str], role: str = BACKING) 
         raise refused
     told = ", ".join(dict.fromkeys(tried))
     detail = f"no {role} that it names is there: {told}" if tried else f"it names no {role}"
-    for name in dict.fromkeys(map(folder_of, unmapped)):
+    for name in dict.fromkeys(map(_folder, unmapped)):
         detail += f"; --map-path '{name}=DIRECTORY' says where that is here"
     problem = ImageError(detail, file=by)
     problem.add_note(f"Could not open {role}")
     raise problem
+
+
+def _folder(name: str) -> str:
+    from .paths import folder_of
+
+    return folder_of(name)
 
 
 def meaning(node: Node, name: str) -> str:

@@ -3,9 +3,10 @@ images name."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from ..errors import DiskError, ImageError, Outside, UsageError
+from ..records import NamedTuple
 from . import names, registry
 from .closing import discard_disk
 from .display import display_name, say_file

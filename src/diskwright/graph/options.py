@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..declare import Driver, Option
 from ..errors import UsageError
+from ..records import NamedTuple
 from .names import Options, flatten
 
 CACHE_MODES = {

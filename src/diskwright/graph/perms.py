@@ -7,9 +7,9 @@ each kind of node asks of its children was measured at the lock bytes that qemu 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
 
 from ..errors import UsageError
+from ..records import NamedTuple
 from .node import Edge, Node
 
 CONSISTENT_READ = "consistent-read"

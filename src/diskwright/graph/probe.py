@@ -8,9 +8,8 @@ matches two formats is none of them, and what matches at its end alone is not wr
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from ..errors import ImageError
+from ..records import NamedTuple
 from .node import Node
 
 PROBE_BYTES = 512

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from ..declare import Driver
 from ..errors import NotSupported, UsageError
+from ..records import NamedTuple
 from .probe import SIGNATURES
 
 if TYPE_CHECKING:

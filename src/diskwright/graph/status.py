@@ -7,9 +7,9 @@ it reads as zeroes, and where its bytes are in that layer's file.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import NamedTuple
 
 from ..extents import DATA, HOLE, OPAQUE, PACKED, Data, Extent, Opaque, Zero
+from ..records import NamedTuple
 from .graph import Graph, leaf_of, primary
 from .mapped import MappedNode
 from .node import Node

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from itertools import count
-from typing import NamedTuple
 
 from ..engine.kernel import BaseDriver, Future, wait_all
 from ..engine.node import Node
 from ..errors import UsageError
+from ..records import NamedTuple
 
 # Batches after which others get a turn (Ctrl-C): what the page cache answers never waits.
 _TURN = 256

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..bitmaps import DirtyBitmap
 from ..engine import bitmaps as at
@@ -13,6 +13,7 @@ from ..errors import DiskError, NotSupported
 from ..graph.closing import discard_disk
 from ..graph.node import Node
 from ..graph.opener import close_disk
+from ..records import NamedTuple
 from .images import ImageSpec, close_all
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from ..engine.kernel import BaseDriver
 from ..errors import NotSupported, UsageError
@@ -11,6 +11,7 @@ from ..findings import CheckResult
 from ..graph.closing import discard_disk
 from ..graph.node import Node
 from ..graph.opener import close_disk
+from ..records import NamedTuple
 from .images import ImageSpec
 
 if TYPE_CHECKING:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable
-from typing import NamedTuple
 
 from ..engine.copy import CopyFailed, CopyOptions, Segment, copy
 from ..engine.kernel import BaseDriver
@@ -14,6 +13,7 @@ from ..graph.node import Node
 from ..graph.opener import close_disk, discard_disk
 from ..graph.perms import CONSISTENT_READ, WRITE_UNCHANGED
 from ..graph.status import block_status
+from ..records import NamedTuple
 from ..units import SECTOR, align_up
 from .create import create
 from .images import ImageSpec, close_all

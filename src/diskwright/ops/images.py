@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..engine.kernel import BaseDriver
 from ..errors import DiskError, ImageError
@@ -13,6 +13,7 @@ from ..graph.names import Reference
 from ..graph.node import Node
 from ..graph.opener import close_disk, open_disk
 from ..graph.perms import ALL
+from ..records import NamedTuple
 
 
 class OpenFailed(DiskError):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..abilities import SnapshotInfo
 from ..engine.kernel import BaseDriver
@@ -13,6 +13,7 @@ from ..graph.named import backing_names, located, meaning
 from ..graph.node import Node
 from ..graph.opener import close_disk
 from ..graph.registry import kind
+from ..records import NamedTuple
 from ..units import SECTOR, align_up
 from .images import ImageSpec, OpenFailed
 

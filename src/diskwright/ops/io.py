@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from importlib import import_module
-from typing import NamedTuple
 
 from ..engine.kernel import BaseDriver, Future
 from ..errors import DiskError, FlushFailed
 from ..graph.closing import explain
 from ..graph.gate import Gate
 from ..graph.node import Node
+from ..records import NamedTuple
 from .io_break import breakpoints
 from .io_disk import Opened, OpenFailed, open_disk_as
 from .io_text import Complaint

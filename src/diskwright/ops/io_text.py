@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+
+from ..records import NamedTuple
 
 MAX_REQUEST = 2147483136
 """Most bytes that one request moves: what fits into a signed 32-bit number, in sectors."""

@@ -10,11 +10,12 @@ import json
 import os
 import zlib
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..engine.kernel import BaseDriver
 from ..errors import ImageError, UnsupportedFeature, UsageError
 from ..protocols.filenode import FileNode
+from ..records import NamedTuple
 from .create import JOURNAL
 
 VERSION = 1

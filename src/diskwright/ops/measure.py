@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..engine.kernel import BaseDriver
 from ..errors import DiskError, NotSupported, UsageError
@@ -12,6 +12,7 @@ from ..graph.create import create_options
 from ..graph.node import Node
 from ..graph.opener import close_disk
 from ..graph.status import all_status
+from ..records import NamedTuple
 from ..units import SECTOR, align_up
 from .create import creatable
 from .images import ImageSpec

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import suppress
-from typing import NamedTuple
 
 from ..abilities import StreamWriter
 from ..engine.buffers import page_buffer
@@ -16,6 +15,7 @@ from ..engine.stream import stream
 from ..errors import UsageError
 from ..graph.opener import close_disk, open_disk
 from ..protocols.pipe import Inlet, Outlet
+from ..records import NamedTuple
 from ..units import SECTOR, align_up
 from .images import ImageSpec
 from .outputs import OnMoved, Output, Segments, Settings, ToImage, unseen

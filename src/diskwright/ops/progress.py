@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
 
 from ..errors import OperationCancelled
+from ..records import NamedTuple
 
 
 class Progress(NamedTuple):

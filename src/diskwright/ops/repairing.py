@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from ..engine.kernel import BaseDriver
 from ..errors import DiskError, UsageError
@@ -14,6 +14,7 @@ from ..graph.closing import discard_disk
 from ..graph.mapped import MappedNode
 from ..graph.node import Node
 from ..graph.opener import close_disk
+from ..records import NamedTuple
 from .images import ImageSpec
 
 if TYPE_CHECKING:

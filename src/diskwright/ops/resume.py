@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from ..contract import MAY_UNMAP
 from ..engine.kernel import BaseDriver, Cancelled, Task
@@ -18,6 +18,7 @@ from ..graph.names import parse
 from ..graph.node import Node
 from ..graph.opener import close_disk
 from ..protocols.filenode import FileNode
+from ..records import NamedTuple
 from .check import check
 from .create import JOURNAL
 from .digest import Tree

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator, Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..engine.copy import CopyOptions, Segment, copy
 from ..engine.kernel import BaseDriver
@@ -17,6 +17,7 @@ from ..graph.opener import close_disk, discard_disk
 from ..graph.options import convert
 from ..graph.registry import driver as driver_of
 from ..graph.status import block_status
+from ..records import NamedTuple
 from ..units import SECTOR, align_up
 from .create import creatable, create
 from .fresh import fresh_is_zero

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from ..abilities import SnapshotInfo, Snapshots
 from ..errors import NoSuchSnapshot, NotSupported, UsageError
+from ..records import NamedTuple
 
 if TYPE_CHECKING:
     from ..engine.engine import Engine

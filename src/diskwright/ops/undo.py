@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import AsyncIterator, Iterator
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 from ..contract import MAY_UNMAP
 from ..errors import ImageError
@@ -18,6 +18,7 @@ from ..extents import ZERO as ZERO_EXTENT
 from ..filters import rehearsal as rh
 from ..filters.rehearsal import Entry, Rehearsal, Rehearsed, TooMuch
 from ..graph.node import Node
+from ..records import NamedTuple
 from .undofile import (
     MOST_VERSIONS,
     SECTOR,

@@ -10,9 +10,10 @@ import hashlib
 import os
 import struct
 from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 from ..errors import ImageError, UnsupportedFeature
+from ..records import NamedTuple
 
 MAGIC = b"DWUNDO\r\n"
 VERSION = 1

@@ -13,8 +13,8 @@ import stat
 import sys
 import threading
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
+from ..records import NamedTuple
 from .base import Buffer
 
 Writable = bytearray | memoryview

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from ..abilities import Places
 from ..contract import (
@@ -24,6 +24,7 @@ from ..contract import (
     Step,
 )
 from ..extents import Data, Extent
+from ..records import NamedTuple
 from ..tableless import Tableless
 
 SECTOR = 64

@@ -10,13 +10,14 @@ import errno
 import random
 from collections.abc import Awaitable, Callable, Coroutine
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..contract import FUA, MAY_UNMAP, NO_FALLBACK
 from ..engine.futures import BaseDriver, gather
 from ..engine.node import Node
 from ..errors import DiskError
 from ..extents import HOLE, ZERO, Data
+from ..records import NamedTuple
 from .model import pattern
 
 

@@ -6,10 +6,11 @@ import struct
 from array import array
 from collections import Counter
 from collections.abc import Generator
-from typing import Any, NamedTuple
+from typing import Any
 
 from ..contract import Barrier, MetaWrite, Procedure, Quiesce, Read, Request, TableStore, Write
 from ..errors import MalformedImage
+from ..records import NamedTuple
 
 CLUSTER = 256
 ENTRIES = 8

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple
 
+from ..records import NamedTuple
 from . import nbd_const as c
 
 _GREETING = struct.Struct(">QQH")

@@ -11,9 +11,9 @@ from __future__ import annotations
 import posixpath
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from ...errors import MalformedImage, UnsupportedFeature, UsageError
+from ...records import NamedTuple
 
 VHDX_TYPE = bytes.fromhex("b7ef4ab09ed1814ab78925b8e9445913")
 """Locator type {B04AEFB7-D19E-4A81-B789-25B8E9445913} as it is stored."""

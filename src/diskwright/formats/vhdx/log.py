@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
+from ...records import NamedTuple
 from .structures import KIB, MIB, sealed
 
 SECTOR = 4 * KIB

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
 
 from ...errors import MalformedImage, UnsupportedFeature
+from ...records import NamedTuple
 from ...units import is_power_of_two
 from .structures import KIB, MIB, guid, guid_text
 

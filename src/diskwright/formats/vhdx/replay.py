@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 from ...codecs.crc32c import crc32c
 from ...contract import (
@@ -18,6 +17,7 @@ from ...contract import (
     Write,
 )
 from ...errors import CorruptImage, UnsupportedFeature
+from ...records import NamedTuple
 from . import log
 from .log import SECTOR, Descriptor, EntryHeader
 from .structures import MAX_FILE, MIB, REGION_TABLES, SLOT, Header

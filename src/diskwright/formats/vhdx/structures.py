@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import struct
 from itertools import pairwise
-from typing import NamedTuple
 
 from ...codecs.crc32c import crc32c
 from ...errors import CorruptImage, MalformedImage, UnsupportedFeature
+from ...records import NamedTuple
 
 KIB, MIB = 1 << 10, 1 << 20
 SLOT = "file"

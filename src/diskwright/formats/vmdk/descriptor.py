@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from ...errors import ImageError, MalformedImage, UnsupportedFeature, UsageError
+from ...records import NamedTuple
 
 MAX_EMBEDDED = 64 << 10
 MAX_FILE = 4 << 20

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from ...abilities import Reference
+from ...records import NamedTuple
 
 VERDICTS = ("self-contained", "refers", "ambiguous", "damaged", "unknown", "raw")
 """In the words of docs/inspect.md, which also says which one wins where several fit."""

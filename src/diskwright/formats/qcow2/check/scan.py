@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from array import array
 from functools import cache
-from typing import NamedTuple
 
 from ....ondisk import big_endian_array, big_endian_bytes
+from ....records import NamedTuple
 from ..machine.core import COPIED, OFFSET, PACKED
 
 _BLOCK = 512

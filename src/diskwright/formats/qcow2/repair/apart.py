@@ -8,10 +8,11 @@ or L2 table any more, so these can be changed where they are.
 from __future__ import annotations
 
 from array import array
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from ....contract import Barrier, MetaWrite, Procedure, Progress, Write
 from ....ondisk import big_endian_bytes
+from ....records import NamedTuple
 from ..bitmaps.mark import Marker
 from ..check.checking import Checker
 from ..machine.core import COPIED, OFFSET, PACKED, SLOT

@@ -14,8 +14,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from functools import cache
 from itertools import chain, repeat
-from typing import NamedTuple
 
+from ....records import NamedTuple
 from ..check.scan import Loose, Run, pieces
 from ..machine.core import COPIED, OFFSET, PACKED, ZERO_FLAG
 from ..machine.submapping import ALL, SUBCLUSTERS

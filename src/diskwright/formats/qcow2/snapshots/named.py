@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from ....contract import Compute, Procedure, Progress, Read
 from ....errors import CorruptImage
+from ....records import NamedTuple
 from ..check.scan import Loose, Piece, Run, pieces_of
 from ..machine.core import OFFSET, PACKED, SLOT
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from ....abilities import SnapshotInfo
 from ....contract import Procedure, Progress, Read
 from ....errors import MalformedImage, UsageError
+from ....records import NamedTuple
 from ....units import align_up
 from .. import header as hd
 from ..machine.core import SLOT

@@ -16,10 +16,10 @@ the same an extent is written only if both agree with its tables (see :mod:`.spa
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
 
 from ....contract import Barrier, MetaWrite, Procedure, Read, Truncate, Write
 from ....errors import MalformedImage, UnsupportedFeature, UsageError
+from ....records import NamedTuple
 from ....units import SECTOR, align_up
 
 MAGIC, VOLATILE_MAGIC = 0xCAFEBABE, 0xCAFECAFE

@@ -7,10 +7,11 @@ Sparse Extents".  All integers are little-endian; fields that count or place are
 from __future__ import annotations
 
 import struct
-from typing import Any, NamedTuple
+from typing import Any
 
 from ....contract import Length, Procedure, Range, Read
 from ....errors import MalformedImage, UnsupportedFeature
+from ....records import NamedTuple
 from ....units import is_power_of_two
 
 SECTOR = 512

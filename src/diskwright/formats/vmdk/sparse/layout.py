@@ -7,11 +7,11 @@ size, table size and the order of the structures are those of qemu-img.
 from __future__ import annotations
 
 from array import array
-from typing import NamedTuple
 
 from ....contract import Barrier, MetaWrite, Procedure, Truncate, Write
 from ....errors import UsageError
 from ....ondisk import little_endian_bytes
+from ....records import NamedTuple
 from ....units import align_up
 from .header import (
     COWD_ENTRIES,

@@ -11,7 +11,7 @@ import struct
 import zlib
 from array import array
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from ....abilities import Buffer
 from ....contract import DISCARD, Length, NeedMeta, Plan, Procedure, Range, Read, Table
@@ -19,6 +19,7 @@ from ....errors import CorruptImage, MalformedImage, UnsupportedFeature
 from ....extents import Extent, Hole, Packed, Zero
 from ....findings import CheckResult
 from ....ondisk import little_endian_array, zeros
+from ....records import NamedTuple
 from ....units import MIB, SECTOR
 from ..parts import Plain
 from ..sparse.header import DEFLATE, MARKERS, ZEROED_GRAIN, Hosted, read_header
