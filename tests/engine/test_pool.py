@@ -17,8 +17,16 @@ from diskwright.engine.aio_driver import AsyncioDriver
 from diskwright.engine.kernel import BaseDriver, Driver, wait_all
 
 
+@pytest.fixture(autouse=True)
+def threads(monkeypatch: pytest.MonkeyPatch) -> pool.Threads:
+    """Threads of this test alone: others may have left a disk open."""
+    fresh = pool.Threads()
+    monkeypatch.setattr(pool, "_shared", fresh)
+    return fresh
+
+
 def ours() -> int:
-    return sum(thread.name == "diskwright" for thread in threading.enumerate())
+    return len(pool._shared._threads)
 
 
 def test_a_hundred_disks_share_seven_threads(tmp_path: Path) -> None:

@@ -181,11 +181,11 @@ def test_parts_of_a_range(here: Path) -> None:
     with diskwright.open("a", writable=True) as disk:
         disk.write_at(65536, b"x" * 65536)
         parts = disk.extents(100_000, 50_000)
-        assert [(p.start, p.length, p.data) for p in parts] == [
+        assert [(p.offset, p.length, p.data) for p in parts] == [
             (100_000, 31072, True),
             (131072, 18928, False),
         ]
-        assert parts[0].offset % 65536 == 100_000 % 65536
+        assert parts[0].host_offset % 65536 == 100_000 % 65536
 
 
 def test_through_translations(here: Path, peer: Any) -> None:

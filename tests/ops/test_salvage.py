@@ -420,7 +420,7 @@ def test_backing_files_pass_the_gate(tmp_path: Path) -> None:
     made = Made(made.path, bytes(disk))
     l2_random(made)
     with pytest.raises(DiskError, match="not opened"):
-        salvaged(made, tmp_path)
+        salvaged(made, tmp_path, policy="untrusted")
     assert not (tmp_path / "out").exists()
     done, back, _, silent = salvaged(made, tmp_path, policy="trusted")
     assert not silent and done.lost

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ...contract import Barrier, Length, MetaWrite, Procedure, Quiesce, Read, Truncate, Write
+from ...errors import NotSupported
 from .check.checking import check
 from .machine.core import REFTABLE_OFFSET_MASK, SLOT
 from .machine.refblock import RefBlock, decode
@@ -37,7 +38,10 @@ def cut_end(image: Qcow2) -> Procedure:
             image.reftable[index] = 0
         yield Quiesce()
         image.use_reftable(image.reftable, 0)
-    yield Truncate(SLOT, end)
+    try:
+        yield Truncate(SLOT, end)
+    except NotSupported:  # the end stays, and is free: the image lies in a part of a file
+        return
     yield Barrier()
 
 
