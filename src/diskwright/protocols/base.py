@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..engine.node import Buffer, Node
 from ..errors import NodeClosed
+from ..extents import Data, Extent, Zero
 
 __all__ = ["Buffer", "Leaf", "PERMISSIONS", "clear"]
 
@@ -23,6 +24,18 @@ class Leaf(Node):
         """Raise :class:`~diskwright.errors.NodeClosed` after close or fork."""
         if self.closed:
             raise NodeClosed(f"node '{self.name or self.driver_name}' is closed")
+
+    def all_data(self, offset: int, length: int) -> list[Extent]:
+        """The extents of a range where nothing tells holes from data: bytes up to the end, zeroes
+        behind it."""
+        self.check_open()
+        inside = max(0, min(length, self.size - offset))
+        found: list[Extent] = []
+        if inside:
+            found.append(Data("", offset, inside, not self.read_only))
+        if length > inside:
+            found.append(Zero(length - inside, explicit=False))
+        return found
 
 
 def clear(view: bytearray | memoryview, start: int, end: int) -> None:

@@ -17,8 +17,8 @@ from ..contract import FUA, NO_FALLBACK
 from ..declare import Driver, Option
 from ..engine.kernel import BaseDriver
 from ..errors import FlushFailed, UsageError, words
-from ..extents import Data, Extent, Zero
-from .base import Buffer, Leaf
+from ..extents import Extent
+from .base import Buffer, Leaf, clear
 from .lane import Lane
 
 _STEP = 1 << 20
@@ -74,9 +74,7 @@ class FileObjectNode(Leaf):
                     raise OSError(errno.EIO, f"the file ends at {offset + at}, not {self.size}")
                 view[at : at + len(part)] = part
                 at += len(part)
-            for start in range(inside, len(view), _STEP):
-                stop = min(start + _STEP, len(view))
-                view[start:stop] = _ZEROES[: stop - start]
+            clear(view, inside, len(view))
 
     def _write(self, offsets: Sequence[int], buffers: Sequence[Buffer]) -> None:
         for offset, buffer in zip(offsets, buffers, strict=True):
@@ -168,14 +166,7 @@ class FileObjectNode(Leaf):
                 raise
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
-        self.check_open()
-        inside = max(0, min(length, self.size - offset))
-        found: list[Extent] = []
-        if inside:
-            found.append(Data("", offset, inside, not self.read_only))
-        if length > inside:
-            found.append(Zero(length - inside, explicit=False))
-        return found
+        return self.all_data(offset, length)
 
     async def truncate(self, size: int, preallocation: str = "off") -> None:
         self._check_writable()

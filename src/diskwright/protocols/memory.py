@@ -8,7 +8,7 @@ from typing import Any
 
 from ..declare import Driver, Option
 from ..engine.kernel import BaseDriver
-from ..extents import Data, Extent, Zero
+from ..extents import Extent
 from .base import Buffer, Leaf
 
 
@@ -88,14 +88,7 @@ class MemoryNode(Leaf):
         self.flushes += 1
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
-        self.check_open()
-        inside = max(0, min(length, self.size - offset))
-        found: list[Extent] = []
-        if inside:
-            found.append(Data("", offset, inside, not self.read_only))
-        if length > inside:
-            found.append(Zero(length - inside, explicit=False))
-        return found
+        return self.all_data(offset, length)
 
     async def truncate(self, size: int, preallocation: str = "off") -> None:
         self._writable()

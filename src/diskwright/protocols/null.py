@@ -8,7 +8,7 @@ from typing import Any
 from ..declare import Driver, Option
 from ..engine.kernel import BaseDriver
 from ..errors import NotSupported
-from ..extents import Data, Extent, Zero
+from ..extents import Extent, Zero
 from ..units import GIB
 from .base import Buffer, Leaf, clear
 
@@ -71,16 +71,10 @@ class NullNode(Leaf):
         await self._wait()
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
-        self.check_open()
-        inside = max(0, min(length, self.size - offset))
-        found: list[Extent] = []
         if self.read_zeroes:
+            self.check_open()
             return [Zero(length, explicit=False)]
-        if inside:
-            found.append(Data("", offset, inside, not self.read_only))
-        if length > inside:
-            found.append(Zero(length - inside, explicit=False))
-        return found
+        return self.all_data(offset, length)
 
     async def truncate(self, size: int, preallocation: str = "off") -> None:
         self.check_open()

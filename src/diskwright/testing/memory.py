@@ -18,7 +18,7 @@ from typing import Any
 
 from ..contract import NO_FALLBACK, Limits
 from ..engine.futures import BaseDriver, Future, wait_all
-from ..extents import Data, Extent, Zero
+from ..extents import Extent
 from ..protocols.base import Buffer, Leaf
 from ..protocols.bounce import Bounce
 
@@ -256,14 +256,7 @@ class RecordingNode(Leaf):
             raise
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
-        self.check_open()
-        inside = max(0, min(length, self.size - offset))
-        found: list[Extent] = []
-        if inside:
-            found.append(Data("", offset, inside, not self.read_only))
-        if length > inside:
-            found.append(Zero(length - inside, explicit=False))
-        return found
+        return self.all_data(offset, length)
 
     async def truncate(self, size: int, preallocation: str = "off") -> None:
         await self._start("truncate", 0, b"", size)
