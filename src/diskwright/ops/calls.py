@@ -103,7 +103,6 @@ async def check(
     secrets: Keys = None,
     force_share: bool = False,
     repair: str | None = None,
-    dry_run: bool = False,
     undo_file: Path | None = None,
     progress: OnProgress | None = None,
 ) -> CheckResult:
@@ -111,8 +110,7 @@ async def check(
 
     ``repair`` (``leaks`` or ``all``) mends it: what is returned is found by a second check, with
     the counts of what was repaired by the first.  ``undo_file``, which must not exist, keeps what
-    :func:`undo` needs to take it back.  With ``dry_run`` nothing is written: what is returned is
-    wrong now, with the counts of what would be repaired; :func:`plan_repair` tells how.
+    :func:`undo` needs to take it back; :func:`plan_repair` tells what a repair would do.
     Raises NotSupported for a format that has nothing to check, or that cannot be repaired.
     """
     done = await _check(
@@ -120,7 +118,7 @@ async def check(
         spec_of(source, format, policy, secrets, force_share=force_share),
         repair,
         progress,
-        dry_run,
+        False,
         None if undo_file is None else os.fsdecode(undo_file),
     )
     if done.repaired is not None:
