@@ -161,6 +161,30 @@ def summer(algorithm: str) -> Summer:
     return Content(algorithm)
 
 
+class Summers:
+    """Several digests of one disk, fed at a time."""
+
+    def __init__(self, algorithms: Sequence[str]) -> None:
+        self._by_name = {name: summer(name) for name in algorithms}
+        flat = any(name != TREE for name in algorithms)
+        self.most_zeroes = _ZERO_STEP if flat else 1 << 63
+        """Bytes of zeroes to feed at a time."""
+        self.done = 0
+
+    def feed(self, view: memoryview | None, length: int) -> None:
+        """Take the next ``length`` bytes (None: zeroes); for the pool."""
+        for one in self._by_name.values():
+            if view is None:
+                one.zeroes(length)
+            else:
+                one.update(view)
+        self.done += length
+
+    def result(self) -> Digests:
+        """Of all that was fed."""
+        return Digests(self.done, {name: one.hexdigest() for name, one in self._by_name.items()})
+
+
 class Digesting(Output):
     """Digests of what a copy moves: of a disk of ``size`` bytes (None: of as many as come, in whole
     sectors)."""
@@ -169,8 +193,7 @@ class Digesting(Output):
 
     def __init__(self, driver: BaseDriver, algorithms: Sequence[str], size: int | None) -> None:
         self.driver, self.size = driver, size
-        self._summers = {name: summer(name) for name in algorithms}
-        self._done = 0
+        self._summers = Summers(algorithms)
 
     async def take(self, segments: Segments, moved: OnMoved = unseen) -> None:
         """``segments`` in order; what lies between them is zero."""
@@ -180,26 +203,19 @@ class Digesting(Output):
                 await self._zeroes(segment.target_offset + segment.length)
                 continue
             (data,) = await segment.source.read([segment.source_offset], [segment.length])
-            await self.driver.call(self._feed, memoryview(data), segment.length)
-        await self._zeroes(align_up(self._done, SECTOR) if self.size is None else self.size)
+            await self.driver.call(self._summers.feed, memoryview(data), segment.length)
+        done = self._summers.done
+        await self._zeroes(align_up(done, SECTOR) if self.size is None else self.size)
 
     def result(self) -> Digests:
         """When all was taken."""
-        return Digests(self._done, {name: one.hexdigest() for name, one in self._summers.items()})
+        return self._summers.result()
 
     async def _zeroes(self, end: int) -> None:
-        flat = any(isinstance(one, Content) for one in self._summers.values())
-        while self._done < end:
-            length = min(_ZERO_STEP, end - self._done) if flat else end - self._done
-            await self.driver.call(self._feed, None, length)
-
-    def _feed(self, view: memoryview | None, length: int) -> None:
-        for one in self._summers.values():
-            if view is None:
-                one.zeroes(length)
-            else:
-                one.update(view)
-        self._done += length
+        summers = self._summers
+        while summers.done < end:
+            length = min(summers.most_zeroes, end - summers.done)
+            await self.driver.call(summers.feed, None, length)
 
 
 async def digest(
@@ -213,21 +229,12 @@ async def digest(
     Ranges that the map tells to be zeroes are not read.  A job of the pool computes while the next
     piece is read.  Raises OSError, DiskError and UsageError.
     """
-    summers = {name: summer(name) for name in algorithms}
-    flat = any(name != TREE for name in algorithms)
+    summers = Summers(algorithms)
     buffers = [page_buffer(_BUFFER) for _ in range(2)]
     busy: Future[None] | None = None
-
-    def take(view: memoryview | None, length: int) -> None:
-        for one in summers.values():
-            if view is None:
-                one.zeroes(length)
-            else:
-                one.update(view)
-
     try:
         async for start, stop, zero in _runs(node):
-            step = (_ZERO_STEP if flat else stop - start) if zero else _BUFFER
+            step = min(summers.most_zeroes, stop - start) if zero else _BUFFER
             for at in range(start, stop, step):
                 length = min(step, stop - at)
                 view = None
@@ -239,13 +246,13 @@ async def digest(
                     await busy
                     if on_progress is not None:
                         on_progress(at, node.size)
-                busy = driver.call(take, view, length)
+                busy = driver.call(summers.feed, view, length)
     finally:
         if busy is not None:
             await wait_all([busy])  # it holds a buffer
     if on_progress is not None:
         on_progress(node.size, node.size)
-    return Digests(node.size, {name: one.hexdigest() for name, one in summers.items()})
+    return summers.result()
 
 
 async def _runs(node: Node) -> AsyncIterator[tuple[int, int, bool]]:
