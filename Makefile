@@ -8,8 +8,10 @@ PYTEST_ARGS ?=
 CONVERT_ARGS ?=
 QCOW2_ARGS ?=
 CONVERSIONS := raw:raw,raw:qcow2,qcow2:raw,qcow2:qcow2,raw:vhdx,vhdx:raw,raw:vmdk,vmdk:raw,raw:stream
+# The types are held on each of them.
+TYPES := types-linux types-win32 types-darwin
 
-.PHONY: demo test test-long bench lint types wheel peers clean
+.PHONY: demo test test-long bench lint types $(TYPES) wheel peers clean
 .DEFAULT_GOAL := test
 
 # The core needs no library. Those for encryption and Zstandard are in .venv; where they cannot be
@@ -30,16 +32,17 @@ $(BIN)/.ready: pyproject.toml | peers
 lint: $(BIN)/.ready
 	$(BIN)/ruff check .
 
-types: $(BIN)/.ready
-	$(BIN)/mypy
-	$(BIN)/mypy --platform win32
-	$(BIN)/mypy --platform darwin
+# Each platform keeps what it found, so that they can run side by side.
+types: $(TYPES)
+$(TYPES): types-%: $(BIN)/.ready
+	$(BIN)/mypy --platform $* --cache-dir .mypy_cache/$*
 
 wheel: $(BIN)/.ready
 	tools/check-wheel
 
 # Pytest comes last, so that its closing lines close the run.
-test: peers lint types wheel
+test: peers $(BIN)/.ready
+	$(MAKE) --no-print-directory -j 2 --output-sync lint types wheel
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=15 $(PYTEST_ARGS)
 
 test-long: $(BIN)/.ready peers
