@@ -1,4 +1,6 @@
-"""The public suite, under pytest: every driver, on both drivers of the kernel."""
+"""The public suite, under pytest: every driver.  `make test` runs it on the kernel's driver of
+asyncio from the wheel, on another interpreter (tools/check-wheel); ``--long`` runs it here as well.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,7 @@ from diskwright.testing.subjects import RUNNERS, portable_mode, subjects
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("kernel", RUNNERS)
+@pytest.mark.parametrize("kernel", ["plain", pytest.param("asyncio", marks=pytest.mark.long)])
 @pytest.mark.parametrize("subject", subjects(), ids=lambda subject: subject.name)
 def test_driver(subject: Subject, kernel: str, tmp_path: Path) -> None:
     for check in CHECKS:

@@ -11,14 +11,13 @@ from collections import Counter
 from typing import Any, NamedTuple
 
 from diskwright.contract import COMPRESSED, FUA, MAY_UNMAP
-from diskwright.engine.kernel import Driver
 from diskwright.engine.tables import Tables
 from diskwright.errors import DiskError, NotSupported
 from diskwright.graph.mapped import MappedNode
 from diskwright.ops import snapshots
 from diskwright.testing.memory import POISON, RecordingNode
 from diskwright.testing.model import Mismatch, Model
-from diskwright.testing.scheduler import SeededDriver
+from diskwright.testing.scheduler import InlineDriver, SeededDriver
 
 from .bitmaps import Followed
 from .kits import KINDS, Kit
@@ -232,7 +231,7 @@ class Workload:
     def look(self, moment: int, sector: int, files: list[bytes]) -> Saved:
         """Open, check and read a crash state; raises when anything is not as it must be."""
         what = f"{self.kind} seed {self.seed}: power lost at {moment}, sectors of {sector}"
-        driver = Driver()
+        driver = InlineDriver()
         image = files[0]
         leaves = [RecordingNode(driver, file) for file in files]
         node, opening = self._node(driver, leaves, 1 << 20)

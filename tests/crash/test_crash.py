@@ -74,8 +74,8 @@ def told(total: Counter[str]) -> str:
     ("kinds", "seeds", "keep", "least"),
     [
         pytest.param(QCOW2, SEEDS, 12, 1000 * SEEDS, id="qcow2"),
-        pytest.param(VHDX, 3 * SEEDS, 36, 250, id="vhdx"),
-        pytest.param(VMDK, 3 * SEEDS, 18, 500, id="vmdk"),
+        pytest.param(VHDX, 2 * SEEDS, 36, 250, id="vhdx"),
+        pytest.param(VMDK, 2 * SEEDS, 18, 500, id="vmdk"),
     ],
 )
 def test_crash_states(

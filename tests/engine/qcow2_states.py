@@ -13,13 +13,13 @@ from typing import Any
 from diskwright.bits import BitmapError
 from diskwright.contract import COMPRESSED, MAY_UNMAP
 from diskwright.engine import bitmaps
-from diskwright.engine.kernel import Driver
 from diskwright.engine.tables import Tables
 from diskwright.errors import DiskError, NotSupported
 from diskwright.formats import qcow2
 from diskwright.graph.mapped import MappedNode
 from diskwright.ops import snapshots
 from diskwright.testing.memory import RecordingNode
+from diskwright.testing.scheduler import InlineDriver
 
 SECRETS = {"s0": b"secret"}
 STATE = 5000  # bytes of VM state at most
@@ -75,7 +75,7 @@ class Subject:
 
     def __init__(self, kind: str, seed: int) -> None:
         rng = random.Random(f"{kind}{seed}")
-        self.driver = Driver()
+        self.driver = InlineDriver()
         self.options = dict(KINDS[kind])
         unit = self.options["cluster_size"]
         size = rng.choice([20 * unit, 60 * unit + 512, 7 * unit + 1024])

@@ -8,12 +8,12 @@ from functools import lru_cache
 from typing import Any
 
 from crash.kits import Kit
-from diskwright.engine.kernel import Driver
 from diskwright.engine.node import Node
 from diskwright.engine.tables import Tables
 from diskwright.graph.mapped import MappedNode
 from diskwright.testing.memory import RecordingNode
 from diskwright.testing.model import Model
+from diskwright.testing.scheduler import InlineDriver
 
 from .workload import Faulty
 
@@ -33,7 +33,7 @@ class Large(Faulty):
     def __init__(self, kind: str, which: int, at: int, code: int) -> None:
         self.kind = kind
         self.kit = self.kit_of(kind)
-        self.driver = Driver()
+        self.driver = InlineDriver()
         self.clock = 0
         files = self.kit.files()
         self.leaves = [RecordingNode(self.driver, file, clock=self.tick) for file in files]

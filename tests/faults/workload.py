@@ -10,7 +10,6 @@ from collections.abc import Awaitable, Callable
 from functools import lru_cache
 from typing import Any
 
-from diskwright.engine.kernel import Driver
 from diskwright.engine.node import Node
 from diskwright.engine.tables import Tables
 from diskwright.formats import qcow2
@@ -18,6 +17,7 @@ from diskwright.graph.mapped import MappedNode
 from diskwright.ops.commit import _move
 from diskwright.testing.memory import RecordingNode
 from diskwright.testing.model import Mismatch, Model, pattern
+from diskwright.testing.scheduler import InlineDriver
 from races.cases import qcow2_image
 
 CLUSTER = 512
@@ -52,7 +52,7 @@ def prepared(kind: str) -> tuple[bytes, bytes, bytes, int]:
     refcount table is nearly full, so that the workload moves it."""
     size = GROWN if kind == "refcount table" else 256 * 1024
     full = FULL if kind == "refcount table" else 64 * 1024
-    driver = Driver()
+    driver = InlineDriver()
     base_leaf = RecordingNode(driver, qcow2_image(("cluster_size", CLUSTER), ("size", BASE)))
     shape: tuple[tuple[str, Any], ...] = (("cluster_size", CLUSTER),)
     if kind == "subclusters":
@@ -99,7 +99,7 @@ class Faulty:
     def __init__(self, kind: str, which: int, at: int, code: int) -> None:
         self.kind = kind
         overlay, base, content, self.free = prepared(kind)
-        self.driver = Driver()
+        self.driver = InlineDriver()
         self.clock = 0
         self.leaves = [
             RecordingNode(self.driver, image, clock=self.tick) for image in (overlay, base)
@@ -260,7 +260,7 @@ class Faulty:
         """At the top one, opened again."""
 
     def _reopen(self, images: list[bytes], moment: int, what: str) -> None:
-        driver = Driver()
+        driver = InlineDriver()
         leaves = [RecordingNode(driver, image) for image in images]
         layers = self.layers(driver, leaves)
         node = layers[-1][0]

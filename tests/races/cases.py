@@ -9,7 +9,6 @@ from typing import Any
 
 from diskwright.contract import Procedure
 from diskwright.engine.futures import BaseDriver
-from diskwright.engine.kernel import Driver
 from diskwright.engine.node import Node
 from diskwright.engine.tables import Tables
 from diskwright.filters.compress import CompressNode
@@ -18,6 +17,7 @@ from diskwright.graph import registry
 from diskwright.graph.mapped import MappedNode
 from diskwright.testing.composed import Cipher, Concat, Crypt, Part
 from diskwright.testing.memory import NEVER, RecordingNode
+from diskwright.testing.scheduler import InlineDriver
 from diskwright.testing.toy import Toy, create_toy
 
 from . import packed, sesparse
@@ -228,7 +228,7 @@ class ExtentsCase(Case):
 @lru_cache(maxsize=64)
 def new_image(format: str, *options: tuple[str, Any]) -> bytes:
     """An empty image: its own file, whatever is made beside it."""
-    driver = Driver()
+    driver = InlineDriver()
     leaf = RecordingNode(driver)
     holder = MappedNode(driver, "create", Crypt(64), {"file": leaf})
     create = registry.driver(format).create

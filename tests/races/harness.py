@@ -14,12 +14,11 @@ from typing import Any
 
 from diskwright.contract import FUA, MAY_UNMAP
 from diskwright.engine.futures import BaseDriver, Cancelled
-from diskwright.engine.kernel import Driver
 from diskwright.errors import FlushFailed, NotSupported, UsageError
 from diskwright.formats.qcow2.format import Qcow2
 from diskwright.graph.mapped import MappedNode
 from diskwright.testing.model import Mismatch, Model, Request
-from diskwright.testing.scheduler import SeededDriver
+from diskwright.testing.scheduler import InlineDriver, SeededDriver
 from diskwright.testing.toy import Toy
 
 from . import snaps
@@ -359,11 +358,11 @@ class Reopened:
         self, run: Run, images: list[bytes], moment: int, what: str, leaks: bool = False
     ) -> None:
         self.run, self.moment, self.what, self.leaks = run, moment, what, leaks
-        self.driver: BaseDriver = Driver()
+        self.driver: BaseDriver = InlineDriver()
         self.graph = run.case.build(self.driver, images)
 
     def look(self) -> None:
-        assert isinstance(self.driver, Driver)
+        assert isinstance(self.driver, InlineDriver)
         try:
             self.driver.run(self._look())
         finally:

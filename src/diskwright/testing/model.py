@@ -9,6 +9,7 @@ crash everything that had ended when a later successful flush began is there, or
 from __future__ import annotations
 
 import random
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 
@@ -34,6 +35,9 @@ class Mismatch(AssertionError):
 def pattern(number: int, offset: int, length: int) -> bytes:
     """The bytes that request ``number`` writes at ``offset``: both can be told from any piece of
     some bytes, so misplaced data do not pass."""
+    start = (offset + number * _STRIDE) % _RING_LENGTH
+    if length <= _RING_LENGTH:
+        return _RING[start : start + length]
     out = bytearray()
     while length:
         start = (offset + number * _STRIDE) % _RING_LENGTH
@@ -146,18 +150,25 @@ class Model:
         for r in seen:
             cuts.update(x for x in (r.start, r.end) if offset < x < stop)
         ordered = sorted(cuts)
-        for start, end in pairwise(ordered):
-            covering = [r for r in seen if r.start <= start and r.end >= end]
+        covered: list[list[Request]] = [[] for _ in ordered]
+        for r in seen:
+            first = bisect_left(ordered, max(r.start, offset))
+            for piece in covered[first : bisect_left(ordered, min(r.end, stop))]:
+                piece.append(r)
+        for (start, end), covering in zip(pairwise(ordered), covered, strict=False):
             # A success that surely counts hides everything that had ended before it began.
             surely = max((r.begun for r in covering if r.ok and counts(r)), default=-1)
             may = [r for r in covering if r.ended is None or r.ended >= surely]
             length = end - start
             part = data[start - offset : end - offset]
+            # Mostly the newest one.
+            if any(r.content(start, length) == part for r in reversed(may)):
+                continue
+            if surely < 0 and self.base[start:end] == part:
+                continue
             choices = [r.content(start, length) for r in reversed(may)]
             if surely < 0:
                 choices.append(self.base[start:end])
-            if part in choices:
-                continue
             self._compare(part, start, choices, [r.number for r in reversed(may)], what)
 
     def _compare(

@@ -1,8 +1,9 @@
-"""A driver that runs the engine's coroutines in one interleaving out of very many, by a seed.
+"""Drivers for tests: one interleaving of the engine's coroutines out of very many, by a seed; and
+one without threads.
 
-Time is virtual: nothing ever waits.  At each turn one of the ready callbacks, or the next timer, is
-picked at random, so two tasks that are both ready may run in either order, however long their I/O
-is said to take.  The same seed gives the same run.
+For :class:`SeededDriver` time is virtual: nothing ever waits.  At each turn one of the ready
+callbacks, or the next timer, is picked at random, so two tasks that are both ready may run in
+either order, however long their I/O is said to take.  The same seed gives the same run.
 """
 
 from __future__ import annotations
@@ -10,11 +11,36 @@ from __future__ import annotations
 import heapq
 import random
 from collections.abc import Callable, Coroutine
+from functools import partial
 from typing import Any, TypeVar
 
 from ..engine.futures import BaseDriver, Deadlock, Future, Task, Timer
+from ..engine.kernel import Driver
 
 T = TypeVar("T")
+
+
+def _run(future: Future[T], function: Callable[..., T], arguments: tuple[Any, ...]) -> None:
+    """A pool job, in the calling thread."""
+    try:
+        value = function(*arguments)
+    except Exception as error:
+        future.set(None, error)
+    else:
+        future.set(value)
+
+
+class InlineDriver(Driver):
+    """The ordinary driver, but what is for the pool is done at once: of thousands of short runs,
+    starting threads would take most of the time."""
+
+    def call(self, function: Callable[..., T], *arguments: Any) -> Future[T]:
+        """Run it now."""
+        future: Future[T] = Future(io=True)
+        _run(future, function, arguments)
+        return future
+
+    compute = call
 
 
 class Livelock(RuntimeError):
@@ -73,16 +99,7 @@ class SeededDriver(BaseDriver):
     def call(self, function: Callable[..., T], *arguments: Any) -> Future[T]:
         """A pool job: its effect happens at one moment between now and its end."""
         future: Future[T] = Future(io=True)
-
-        def done() -> None:
-            try:
-                value = function(*arguments)
-            except Exception as error:
-                future.set(None, error)
-            else:
-                future.set(value)
-
-        _ = self.later(self.delay(20), done)
+        _ = self.later(self.delay(20), partial(_run, future, function, arguments))
         return future
 
     def compute(self, function: Callable[..., T], *arguments: Any) -> Future[T]:
