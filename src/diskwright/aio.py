@@ -79,6 +79,7 @@ if TYPE_CHECKING:
     from .ops import calls, morecalls
     from .ops.bitmap_list import AsyncBitmaps
     from .ops.map import Extent
+    from .ops.rawfile import RawDisk
     from .ops.snapshot_list import AsyncSnapshots
 
     info = awaitable(calls.info)
@@ -229,6 +230,14 @@ class Disk(OpenDisk):
 
         return await self._driver.bridge(extents(self.node, offset, length))
 
+    def raw(self) -> RawDisk:
+        """The disk's bytes as an unbuffered file for code that runs in *other* threads
+        (``asyncio.to_thread``): each request waits for this loop."""
+        from .ops.rawfile import RawDisk
+
+        self.node  # noqa: B018 - raises when it is closed
+        return RawDisk(_FromThreads(self, self._driver.loop))
+
     @property
     def snapshots(self) -> AsyncSnapshots:
         """The internal snapshots of the image."""
@@ -264,3 +273,37 @@ class Disk(OpenDisk):
         traceback: TracebackType | None,
     ) -> None:
         await self.close()
+
+
+class _FromThreads:
+    """A disk of a loop, for the threads beside it."""
+
+    def __init__(self, disk: Disk, loop: asyncio.AbstractEventLoop) -> None:
+        self._disk, self._loop = disk, loop
+        self.name, self.writable = disk.name, disk.writable
+
+    @property
+    def closed(self) -> bool:
+        return self._disk.closed
+
+    @property
+    def size(self) -> int:
+        return OpenDisk.node.__get__(self._disk).size
+
+    def readinto_at(self, offset: int, buffer: memoryview) -> int:
+        return self._wait(self._disk.readinto_at, offset, buffer)
+
+    def write_at(self, offset: int, data: memoryview) -> None:
+        self._wait(self._disk.write_at, offset, data)
+
+    def flush(self) -> None:
+        self._wait(self._disk.flush)
+
+    def _wait(self, call: Callable[P, Coroutine[Any, Any, T]], *args: P.args, **k: P.kwargs) -> T:
+        try:
+            here = asyncio.get_running_loop() is self._loop
+        except RuntimeError:
+            here = False
+        if here:
+            raise UsageError("in the thread of its loop this file would wait for ever: use another")
+        return asyncio.run_coroutine_threadsafe(call(*args, **k), self._loop).result()

@@ -26,6 +26,7 @@ from weakref import WeakSet
 from .contract import FUA, MAY_UNMAP
 from .engine.kernel import BaseDriver, Driver
 from .errors import NodeClosed, UsageError
+from .graph.closing import abandon_disk
 from .graph.display import display_name
 from .graph.graph import chain as layers
 from .graph.node import Buffer, Node
@@ -227,6 +228,14 @@ class OpenDisk:
         """Whether it was opened for writing (and could be)."""
         return not self.node.read_only
 
+    def __reduce__(self) -> Any:
+        raise TypeError("an open disk cannot be pickled: open it again by its name")
+
+    def __del__(self) -> None:
+        if getattr(self, "_node", None) is not None and not self.closed:
+            # Nothing is written by whichever thread and call happens to collect what was dropped.
+            warnings.warn(f"{self!r} was never closed", ResourceWarning, stacklevel=2)
+
     def __repr__(self) -> str:
         node = self._node
         if node is None or self.closed:
@@ -357,9 +366,10 @@ class Disk(OpenDisk):
         self.close()
 
     def __del__(self) -> None:
-        if getattr(self, "_node", None) is not None and not self.closed:
-            # Nothing is written by whichever thread and call happens to collect what was dropped.
-            warnings.warn(f"disk {self._node!r} was never closed", ResourceWarning, stacklevel=2)
+        node = getattr(self, "_node", None)
+        if node is not None and not self.closed and self._driver.idle:
+            abandon_disk(node)
+        super().__del__()
 
     # -- inside
     def _call(self, make: Callable[[], Coroutine[Any, Any, T]]) -> T:

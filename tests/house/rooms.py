@@ -34,6 +34,7 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "export": (*_ENGINE, "protocols", "wire", "graph"),
     "api": (*_OPS, "export"),
     "aio": (*_OPS, "export", "api"),
+    "fs": (*_OPS, "api"),
     "monitor": (*_OPS, "export", "api", "aio"),
     "cli": (*_OPS, "export", "api", "aio", "monitor", "formats"),
     "testing": (*_OPS, "export", "api", "aio", "monitor", "formats", "cli"),

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import gzip
 import io
 import os
+import tempfile
+import threading
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -142,3 +145,94 @@ def test_what_is_no_file_of_bytes() -> None:
         pytest.raises(PermissionError, match="not seekable"),
     ):
         diskwright.open(pipe, format="raw")
+
+
+class Odd(io.RawIOBase):
+    """A file that does no more than it must: short reads and writes, no end told by ``seek``, and
+    one caller at a time."""
+
+    def __init__(self, data: bytes) -> None:
+        self.held, self.users = io.BytesIO(data), 0
+
+    def _alone(self, call: Any, *arguments: Any) -> Any:
+        self.users += 1
+        try:
+            assert self.users == 1, "two at a time"
+            return call(*arguments)
+        finally:
+            self.users -= 1
+
+    def seek(self, offset: int, whence: int = 0, /) -> Any:
+        self._alone(self.held.seek, offset, whence)
+
+    def tell(self) -> int:
+        return int(self._alone(self.held.tell))
+
+    def read(self, size: int = -1, /) -> Any:
+        return self._alone(self.held.read, min(size, 1000))
+
+    def write(self, data: Any, /) -> Any:
+        return self._alone(self.held.write, bytes(data[:700]))
+
+    def truncate(self, size: int | None = None, /) -> Any:
+        return self._alone(self.held.truncate, size)
+
+    def readable(self) -> bool:
+        return True
+
+    seekable = writable = readable
+
+
+def test_a_file_that_does_no_more_than_it_must(image: Path) -> None:
+    odd = Odd(image.read_bytes())
+    with diskwright.open(odd, writable=True) as disk:
+        assert disk.name == "<Odd>" and disk.read_at(70_000, 7) == b"content"
+        disk.write_at(300_000, b"y" * 200_000)  # the file grows
+        disk.zero(400_000, 1000)
+        assert disk.read_at(300_000, 100_000) == b"y" * 100_000
+    assert diskwright.check(odd).ok
+    several = [diskwright.open(odd) for _ in range(3)]  # which take turns
+    problems: list[BaseException] = []
+
+    def read(disk: diskwright.Disk) -> None:
+        try:
+            for _ in range(30):
+                assert disk.read_at(300_000, 5000) == b"y" * 5000
+                assert disk.read_at(69_999, 8) == b"\0content"
+        except BaseException as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=read, args=(disk,)) for disk in several]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for disk in several:
+        disk.close()
+    assert not problems
+
+
+class Generous(io.BytesIO):
+    def read(self, size: int | None = -1, /) -> bytes:
+        return super().read(size) + b"more"
+
+
+def test_a_file_that_gives_too_much() -> None:
+    with pytest.raises(OSError, match="more bytes than were asked for") as caught:
+        diskwright.open(Generous(bytes(SIZE)))
+    assert caught.value.filename == "<Generous>"
+
+
+def test_files_of_the_standard_library(image: Path, tmp_path: Path) -> None:
+    content = image.read_bytes()
+    for make in (tempfile.TemporaryFile, tempfile.SpooledTemporaryFile):
+        with make() as file:
+            file.write(content)
+            with diskwright.open(file, writable=True) as disk:
+                disk.write_at(0, b"more" * 50_000)
+            assert diskwright.check(file).ok
+    with gzip.open(tmp_path / "a.gz", "wb", compresslevel=1) as packed:
+        packed.write(content)
+    with gzip.open(tmp_path / "a.gz") as packed, diskwright.open(packed) as disk:
+        assert disk.read_at(70_000, 7) == b"content"
+        assert disk.read_at(0, 4) == bytes(4)

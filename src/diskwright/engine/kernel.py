@@ -248,6 +248,11 @@ class Driver(BaseDriver):
     def _pool_busy(self) -> bool:
         return self._pool is not None and self._pool.busy > 0
 
+    @property
+    def idle(self) -> bool:
+        """True when no thread works for it."""
+        return not self._pool_busy()
+
     def close(self) -> None:
         """End the pool and close the driver's own descriptors."""
         self.stop_pool()

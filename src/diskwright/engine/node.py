@@ -154,6 +154,9 @@ class Node:
     async def close(self) -> None:
         """Flush, give up locks, end.  Raises if the last flush failed; it is closed then, too."""
 
+    def abandon(self) -> None:
+        """Give up what the system holds for this node, without a flush or anything else."""
+
     # -- events of the metadata machines
     def event(self, tag: str) -> Future[None] | None:
         """Announce that the parent is about to do ``tag``; a future when the step must wait."""

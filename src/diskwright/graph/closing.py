@@ -25,6 +25,18 @@ async def discard_disk(node: Node) -> None:
     await _close(node)
 
 
+def abandon_disk(top: Node) -> None:
+    """Give up the files of a disk that was dropped while it was open, and write nothing: others can
+    lock them at once.  No request may be in flight."""
+    nodes, seen = [top], set[Node]()
+    while nodes:
+        node = nodes.pop()
+        if node not in seen:
+            seen.add(node)
+            nodes += [edge.child for edge in node.children.values()]
+            node.abandon()
+
+
 async def _close(top: Node) -> BaseException | None:
     first: BaseException | None = None
     graph: Graph | None = top.graph

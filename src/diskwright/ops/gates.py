@@ -67,7 +67,10 @@ def reference_of(source: Source) -> str | Mapping[str, Any]:
     if isinstance(source, str | bytes | os.PathLike):
         return os.fsdecode(source)
     if not (hasattr(source, "read") and hasattr(source, "seek")):
-        raise TypeError(f"a disk is a path, a dict of options or an open file, not {source!r}")
+        hint = ": open it first" if hasattr(source, "open") else ""
+        raise TypeError(
+            f"a disk is a path, a dict of options or an open file, not {source!r}{hint}"
+        )
     return {"file": {"driver": "file-object", "object": source, "label": _label(source)}}
 
 

@@ -25,18 +25,26 @@ class SeekableDisk(Protocol):
 
 
 class RawDisk(io.RawIOBase):
-    """The bytes of a disk as an unbuffered file; :class:`io.BufferedReader` goes over it.
+    """The bytes of a disk, or ``length`` of them from ``start``, as an unbuffered file;
+    :class:`io.BufferedReader` goes over it.
 
-    It has a position, so each thread needs one of its own.  Its end is the end of the disk: a
-    write there is cut short, and one behind it raises ENOSPC.  Closing flushes the disk and leaves
+    It has a position, so each thread needs one of its own.  Its end does not move: a write there
+    is cut short, and one behind it raises ENOSPC.  Closing flushes the disk and leaves
     it open.
     """
 
-    def __init__(self, disk: SeekableDisk) -> None:
+    def __init__(self, disk: SeekableDisk, start: int = 0, length: int | None = None) -> None:
         self._disk = disk
+        self._start, self._length = start, length
         self._position = 0
         self.name = disk.name
         self.mode = "rb+" if disk.writable else "rb"
+
+    @property
+    def size(self) -> int:
+        """Length in bytes."""
+        whole = max(0, self._disk.size - self._start)
+        return whole if self._length is None else min(whole, self._length)
 
     def __del__(self) -> None:
         """Nothing: what io does here would flush."""
@@ -55,7 +63,7 @@ class RawDisk(io.RawIOBase):
 
     def seek(self, offset: int, whence: int = os.SEEK_SET, /) -> int:
         self._check()
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._disk.size}
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self.size}
         if whence not in start:
             raise ValueError(f"whence is 0, 1 or 2, not {whence}")
         if start[whence] + offset < 0:
@@ -66,9 +74,9 @@ class RawDisk(io.RawIOBase):
     def readinto(self, buffer: Any, /) -> int:
         self._check()
         view = memoryview(buffer).cast("B")
-        length = max(0, min(len(view), self._disk.size - self._position))
+        length = max(0, min(len(view), self.size - self._position))
         if length:
-            self._disk.readinto_at(self._position, view[:length])
+            self._disk.readinto_at(self._start + self._position, view[:length])
             self._position += length
         return length
 
@@ -77,11 +85,11 @@ class RawDisk(io.RawIOBase):
         if not self.writable():
             raise io.UnsupportedOperation("the disk is open for reading")
         view = memoryview(data).cast("B")
-        length = max(0, min(len(view), self._disk.size - self._position))
+        length = max(0, min(len(view), self.size - self._position))
         if len(view) and not length:
             raise OSError(errno.ENOSPC, "the disk ends here")
         if length:
-            self._disk.write_at(self._position, view[:length])
+            self._disk.write_at(self._start + self._position, view[:length])
             self._position += length
         return length
 

@@ -47,9 +47,12 @@ class FileNode(FileIO):
         self.locks = ImageLocks(table, fd, filename)
         _live.add(self)
 
-    def __del__(self) -> None:
+    def abandon(self) -> None:
         if not self.closed:
+            self.closed = True
             self._close_descriptors()
+
+    __del__ = abandon
 
     @classmethod
     async def open(

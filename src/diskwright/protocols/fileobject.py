@@ -1,8 +1,8 @@
 """Protocol ``file-object``: a disk in what a program has open: a file, bytes in memory, a member of
 an archive, a file of an fsspec file system.
 
-The object belongs to the disk until that is closed: it has one position, which every request moves.
-It is not closed with the disk.
+The object belongs to the disks in it until they are closed: it has one position, which every
+request moves.  It is not closed with them.
 """
 
 from __future__ import annotations
@@ -10,8 +10,10 @@ from __future__ import annotations
 import errno
 import io
 import os
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 from ..contract import FUA, NO_FALLBACK
 from ..declare import Driver, Option
@@ -25,12 +27,46 @@ _STEP = 1 << 20
 _ZEROES = bytes(_STEP)
 
 
+class Turns:
+    """Those of all disks in one object, which the memory of fsspec gives to everybody who opens the
+    same path."""
+
+    def __init__(self, file: Any) -> None:
+        self.file = file  # so that no other object gets its id
+        self.lock = threading.Lock()
+
+
+_turns: WeakValueDictionary[int, Turns] = WeakValueDictionary()
+_guard = threading.Lock()
+
+
+def turns_of(file: Any) -> Turns:
+    """The same for every disk in ``file``."""
+    with _guard:
+        found = _turns.get(id(file))
+        if found is None:
+            found = _turns[id(file)] = Turns(file)
+        return found
+
+
+def _forked() -> None:
+    """In a child: what other threads held is held by nobody."""
+    global _guard
+    _guard = threading.Lock()
+    _turns.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_forked)
+
+
 class FileObjectNode(Leaf):
     """A seekable file object.  One request at a time is made of it, in a thread of the pool."""
 
     def __init__(self, driver: BaseDriver, file: Any, label: str) -> None:
         super().__init__(driver, "file-object")
         self._file = file
+        self._turns = turns_of(file)
         self._label = label
         self._lane = Lane(driver)
         self._unflushed = False
@@ -40,7 +76,7 @@ class FileObjectNode(Leaf):
         """Have the object asked.  What it raises of its own kind becomes an OSError."""
         self.check_open()
         try:
-            await self._lane.call(function, *arguments)
+            await self._lane.call(self._in_turn, function, *arguments)
         except OSError as error:
             if error.filename is None and error.errno is not None:
                 error.filename = self._label
@@ -59,8 +95,13 @@ class FileObjectNode(Leaf):
         self.read_only = not writable
 
     # -- in a thread
+    def _in_turn(self, function: Callable[..., None], *arguments: Any) -> None:
+        with self._turns.lock:
+            function(*arguments)
+
     def _measure(self) -> None:
-        self.size = self._file.seek(0, os.SEEK_END)
+        end = self._file.seek(0, os.SEEK_END)
+        self.size = self._file.tell() if end is None else end
 
     def _read(self, offsets: Sequence[int], views: Sequence[memoryview]) -> None:
         for offset, view in zip(offsets, views, strict=True):
@@ -72,6 +113,8 @@ class FileObjectNode(Leaf):
                 part = self._file.read(min(inside - at, _STEP))
                 if not part:
                     raise OSError(errno.EIO, f"the file ends at {offset + at}, not {self.size}")
+                if len(part) > inside - at:
+                    raise OSError(errno.EIO, "the file gives more bytes than were asked for")
                 view[at : at + len(part)] = part
                 at += len(part)
             clear(view, inside, len(view))
@@ -112,7 +155,7 @@ class FileObjectNode(Leaf):
         self._file.flush()
         try:
             fd = self._file.fileno()
-        except (AttributeError, io.UnsupportedOperation):
+        except (AttributeError, OSError, ValueError, NotImplementedError):
             return  # not a file of the system
         os.fsync(fd)
 
@@ -198,6 +241,9 @@ async def open_file_object(driver: BaseDriver, options: dict[str, Any]) -> FileO
         raise UsageError("The driver 'file-object' needs an open file, which only a program has")
     for method, wanted in (("seekable", True), ("readable", True), ("writable", writable)):
         answer = getattr(file, method, None)
+        # The local files of fsspec say "r+b" and that they are not writable.
+        if method == "writable" and "+" in str(getattr(file, "mode", "")):
+            continue
         if wanted and answer is not None and not answer():
             raise OSError(errno.EACCES, f"the file is not {method}", label)
     if isinstance(file, io.TextIOBase):

@@ -1,9 +1,9 @@
 """A leaf of the graph that remembers everything, and breaks on demand.
 
 :class:`RecordingNode` keeps bytes in memory.  It logs each change and each barrier with the moments
-at which it was issued and at which it ended; from that log :meth:`~RecordingNode.crash_state` makes
-what a loss of power could have left.  I/O may end in any order, fail at its n-th request, meet a
-full disk, or ask for aligned requests.
+at which it was issued and at which it ended; from that log :meth:`~.recorded.Recorded.crash_state`
+makes what a loss of power could have left.  I/O may end in any order, fail at its n-th request,
+meet a full disk, or ask for aligned requests.
 """
 
 from __future__ import annotations
@@ -21,29 +21,15 @@ from ..engine.futures import BaseDriver, Future, wait_all
 from ..extents import Extent
 from ..protocols.base import Buffer, Leaf
 from ..protocols.bounce import Bounce
+from .recorded import NEVER, Change, Recorded
+
+__all__ = ["NEVER", "POISON", "Change", "RecordingNode"]
 
 POISON = 0xDD
 """What discarded bytes turn into where the leaf does not say that they read as zeroes."""
 
-NEVER = 1 << 62
 
-
-class Change:
-    """One logged change: ``data`` at ``offset``, or with ``size`` >= 0 a new length (bytes).
-
-    ``done`` is NEVER until it has ended; ``lost``: no later barrier covers it any more (it failed,
-    or a barrier failed after it).
-    """
-
-    __slots__ = ("data", "done", "issued", "kind", "lost", "offset", "size")
-
-    def __init__(self, kind: str, issued: int, offset: int, data: bytes, size: int = -1) -> None:
-        self.kind, self.issued, self.offset, self.data, self.size = kind, issued, offset, data, size
-        self.done = NEVER
-        self.lost = False
-
-
-class RecordingNode(Leaf):
+class RecordingNode(Recorded, Leaf):
     """Bytes in memory with a log of changes and barriers.
 
     ``delay``: longest virtual time of an I/O (0: everything ends at once); it needs a driver with
@@ -66,17 +52,13 @@ class RecordingNode(Leaf):
         clock: Callable[[], int] | None = None,
         sector: int = 64,
     ) -> None:
-        super().__init__(driver, "recording", name)
-        self.base = bytes(data)
-        self.data = bytearray(data)
+        Leaf.__init__(self, driver, "recording", name)
+        Recorded.__init__(self, data)
         self.size = len(data)
         self.delay = delay
         self.capacity = capacity
         self.zeroes_discards = zeroes_discards
         self.sector = sector
-        self.log: list[Change] = []
-        self.barriers: list[tuple[int, int]] = []
-        """(issued, ended) of every flush that succeeded."""
         self.requests = 0
         self.fail_at: dict[int, int] = {}
         """errno by the number of the request (1 is the first) that is to fail."""
@@ -122,7 +104,7 @@ class RecordingNode(Leaf):
                 change.done = self._tick()
                 if code:
                     self._spoil(change)
-                self._apply(self.data, change)
+                change.apply(self.data)
                 self.size = len(self.data)
             if not code:
                 value = finish()
@@ -148,18 +130,6 @@ class RecordingNode(Leaf):
         kept = rng.choice([0, 0, rng.randrange(len(change.data) + 1)]) if change.data else 0
         change.data = change.data[: kept - kept % self.sector]
         change.size = -1
-
-    def _apply(self, image: bytearray, change: Change) -> None:
-        if change.size >= 0:
-            if change.size < len(image):
-                del image[change.size :]
-            else:
-                image.extend(bytes(change.size - len(image)))
-        elif change.data:
-            end = change.offset + len(change.data)
-            if end > len(image):
-                image.extend(bytes(end - len(image)))
-            image[change.offset : end] = change.data
 
     # -- requests
     async def read(
@@ -249,10 +219,7 @@ class RecordingNode(Leaf):
         try:
             await self._issue("flush", None, lambda: self.barriers.append((issued, self._tick())))
         except OSError:
-            # As with a failed fsync: the system has forgotten what it could not write.
-            for change in self.log:
-                if change.done != NEVER and not self.durable(change, NEVER):
-                    change.lost = True
+            self.forget()
             raise
 
     async def extents(self, offset: int, length: int) -> list[Extent]:
@@ -264,53 +231,3 @@ class RecordingNode(Leaf):
 
     async def close(self) -> None:
         self.closed = True
-
-    # -- crashes
-    def durable(self, change: Change, time: int) -> bool:
-        """True when a barrier that had ended at ``time`` covers ``change``."""
-        if change.lost or change.done == NEVER:
-            return False
-        return any(change.done < issued and ended <= time for issued, ended in self.barriers)
-
-    def crash_state(self, time: int, rng: random.Random, sector: int = 512) -> bytes:
-        """What the disk may hold after a loss of power at ``time`` (a moment of the clock).
-
-        All that a barrier covers is there.  Of everything else issued by then, each part of
-        ``sector`` bytes is there or not; the file may have grown for a write whose bytes are
-        missing (they read as zeroes then).  A shorter or longer length counts in the order in which
-        lengths were set.
-        """
-        image = bytearray(self.base)
-        chance = rng.choice((0.0, 0.0, 0.2, 0.5, 0.8, 1.0, 1.0))
-        tear = rng.random() < 0.6
-        issued = [change for change in self.log if change.issued <= time]
-        issued.sort(key=lambda c: c.done if c.done <= time else NEVER + rng.randrange(1 << 20))
-        covered = max((a for a, ended in self.barriers if ended <= time), default=-1)
-        stopped = False  # a length that did not come to be: nothing grows beyond it afterwards
-        limit = NEVER
-        for change in issued:
-            if change.done < covered and not change.lost:
-                self._apply(image, change)
-            elif change.size >= 0:
-                if not stopped and rng.random() < chance:
-                    self._apply(image, change)
-                else:
-                    stopped, limit = True, min(limit, max(len(image), change.size))
-            elif change.data and not (stopped and change.offset + len(change.data) > limit):
-                self._apply_torn(image, change, sector if tear else NEVER, chance, rng)
-        return bytes(image)
-
-    def _apply_torn(
-        self, image: bytearray, change: Change, sector: int, chance: float, rng: random.Random
-    ) -> None:
-        end = change.offset + len(change.data)
-        position = change.offset
-        while position < end:
-            stop = min(position - position % sector + sector, end)
-            if rng.random() < chance:
-                data = change.data[position - change.offset : stop - change.offset]
-                part = Change("", 0, position, data)
-                self._apply(image, part)
-            position = stop
-        if end > len(image) and rng.random() < chance:
-            image.extend(bytes(end - len(image)))
