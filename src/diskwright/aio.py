@@ -288,7 +288,8 @@ class _FromThreads:
 
     @property
     def size(self) -> int:
-        return OpenDisk.node.__get__(self._disk).size
+        size: int = OpenDisk.node.__get__(self._disk).size  # asked in no loop
+        return size
 
     def readinto_at(self, offset: int, buffer: memoryview) -> int:
         return self._wait(self._disk.readinto_at, offset, buffer)

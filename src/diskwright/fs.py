@@ -33,6 +33,10 @@ DISK = "disk.raw"
 SNAPSHOTS = "snapshots"
 """The folder of the internal snapshots, each a folder by its name."""
 _BUFFER = 128 << 10
+_OF_FSSPEC = {
+    "asynchronous", "loop", "use_listings_cache", "listings_expiry_time", "max_paths",
+    "skip_instance_cache",
+}  # fmt: skip
 
 Info = dict[str, Any]
 
@@ -68,13 +72,16 @@ class DiskFileSystem(AbstractFileSystem):  # type: ignore[misc]
         force_share: bool = False,
         **storage_options: Any,
     ) -> None:
+        unknown = sorted(storage_options.keys() - _OF_FSSPEC)
+        if unknown:  # a policy that is misspelled must not be none
+            raise TypeError(f"the file system 'diskwright' has no option {unknown[0]!r}")
         super().__init__(**storage_options)
-        self._how = {
+        self._how: dict[str, Any] = {
             "format": format, "policy": policy, "options": options, "secrets": secrets,
             "backing": backing, "force_share": force_share,
         }  # fmt: skip
         more = target_options or {}
-        self._target: AbstractFileSystem | None = None
+        self._target: Any = None  # where the images lie
         if fo and not isinstance(fo, str | os.PathLike):
             self._image = fo
         elif fo and target_protocol is None:

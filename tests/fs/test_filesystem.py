@@ -6,8 +6,10 @@ import io
 import json
 import os
 import pickle
+import pkgutil
 import subprocess
 import threading
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -47,6 +49,14 @@ def memory(image: Path) -> Any:
     found.pipe("/images/disk.qcow2", image.read_bytes())
     yield found
     found.rm("/images", recursive=True)
+
+
+def test_fsspec_finds_it() -> None:
+    text = (Path(__file__).resolve().parents[2] / "pyproject.toml").read_text()
+    points = tomllib.loads(text)["project"]["entry-points"]["fsspec.specs"]
+    for protocol, value in points.items():
+        assert DiskFileSystem.protocol == protocol
+        assert pkgutil.resolve_name(value) is DiskFileSystem
 
 
 def test_an_image_is_its_disk(image: Path) -> None:
@@ -239,3 +249,5 @@ def test_policies_hold(image: Path) -> None:
     with fsspec.open("diskwright://disk.raw::top.qcow2", backing=False) as file:
         assert file.read(4) == bytes(4)
     assert json.loads(strict.to_json())["policy"] == "untrusted"
+    with pytest.raises(TypeError, match="no option 'polcy'"):
+        fsspec.filesystem("diskwright", fo="top.qcow2", polcy="untrusted")

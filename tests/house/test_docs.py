@@ -69,7 +69,10 @@ def test_the_five_examples_run_in_their_order(peer: Callable[[str], str], tmp_pa
 def test_the_python_examples_run_in_their_order(tmp_path: Path) -> None:
     pytest.importorskip("cryptography.hazmat.primitives.ciphers")
     text = (ROOT / "docs" / "python.md").read_text()
-    code = "\n".join(re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL))
+    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
+    # What an entry point does where the package is installed.
+    known = 'fsspec.register_implementation("diskwright", "diskwright.fs.DiskFileSystem", True)\n'
+    code = "\n".join(["import fsspec", known, *blocks])
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=ENV, check=True, timeout=100)
 
 

@@ -38,9 +38,8 @@ def partitions(read: Read, size: int) -> list[Partition]:
     out."""
     if size < 1024:
         return []
-    found = _gpt(read, size)
-    if found is None:
-        found = _mbr(read, size)
+    table = _gpt(read, size)
+    found = _mbr(read, size) if table is None else table
     return [p for p in found if p.start > 0 and p.size > 0 and p.start + p.size <= size]
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +28,8 @@ def make_image(
     disk's start, or by their offsets; ``options`` are creation options, whose ``secrets`` it is
     opened with.  Without a ``name`` it gets one that is free.
     """
-    if name is None:
-        numbers = iter(range(1 << 20))
-        while (folder / (name := f"disk{next(numbers)}.{format}")).exists():
-            pass
-    path = folder / name
+    names = (f"disk{number}.{format}" for number in count())
+    path = folder / (name or next(free for free in names if not (folder / free).exists()))
     if backing is None:
         size = 1 << 20 if size is None else size
         api.create(path, format=format, size=size, options=options, secrets=secrets)
