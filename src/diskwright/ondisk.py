@@ -4,6 +4,31 @@ from __future__ import annotations
 
 import sys
 from array import array
+from struct import Struct, calcsize
+
+
+class Fields(Struct):
+    """A struct whose fields have names, each given as ``NAME:TYPE`` with a type of :mod:`struct`.
+
+    ``order`` is ``<`` (little-endian) or ``>``.  ``places`` is the (offset, size) in bytes of each
+    field by its name, in order; the documentation's byte tables are compared with it.
+    """
+
+    def __init__(self, order: str, fields: str) -> None:
+        self.places: dict[str, tuple[int, int]] = {}
+        types, at = order, 0
+        for field in fields.split():
+            name, _, kind = field.partition(":")
+            size = calcsize(order + kind)
+            self.places[name] = (at, size)
+            types += kind
+            at += size
+        super().__init__(types)
+
+    def offset_of(self, name: str) -> int:
+        """Where the field begins, in bytes from the start of the struct."""
+        return self.places[name][0]
+
 
 _SWAP = sys.byteorder == "little"
 

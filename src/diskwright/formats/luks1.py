@@ -17,6 +17,7 @@ from typing import Any
 
 from ..codecs.aes import SECTOR
 from ..errors import MalformedImage, UnsupportedFeature
+from ..ondisk import Fields
 from ..records import NamedTuple
 from ..units import align_up
 from .ciphering import Spec, digest_bytes, parse_spec
@@ -38,8 +39,12 @@ seven million, stay below.
 """
 ACTIVE, INACTIVE = 0x00AC71F3, 0x0000DEAD
 
-_HEAD = struct.Struct(">6sH32s32s32sII20s32sI40s")
-_SLOT = struct.Struct(">II32sII")
+HEAD = Fields(
+    ">",
+    "magic:6s version:H cipher-name:32s cipher-mode:32s hash-spec:32s payload-offset:I "
+    "key-bytes:I mk-digest:20s mk-digest-salt:32s mk-digest-iterations:I uuid:40s",
+)
+KEY_SLOT = Fields(">", "active:I iterations:I salt:32s key-material-offset:I stripes:I")
 _MOST_KEY = 64
 _MOST_MATERIAL = 1 << 20
 
@@ -55,7 +60,7 @@ class Slot(NamedTuple):
 
     def encode(self) -> bytes:
         """The 48 bytes of the slot."""
-        return _SLOT.pack(
+        return KEY_SLOT.pack(
             ACTIVE if self.active else INACTIVE,
             self.iterations,
             self.salt,
@@ -79,7 +84,7 @@ class Header(NamedTuple):
 
     def encode(self) -> bytes:
         """The 592 bytes of the header."""
-        return _HEAD.pack(
+        return HEAD.pack(
             MAGIC,
             1,
             self.spec.cipher.encode(),
@@ -146,7 +151,7 @@ class Header(NamedTuple):
 
 def slot_place(index: int) -> int:
     """Where slot ``index`` stands in the header."""
-    return _HEAD.size + index * _SLOT.size
+    return HEAD.size + index * KEY_SLOT.size
 
 
 def parse(head: bytes, room: int) -> Header:
@@ -158,7 +163,7 @@ def parse(head: bytes, room: int) -> Header:
     """
     if len(head) < LENGTH or not head.startswith(MAGIC):
         raise MalformedImage("Volume is not in LUKS format", field="magic", offset=0)
-    fields = _HEAD.unpack_from(head)
+    fields = HEAD.unpack_from(head)
     _, version, name, mode, hash_name, payload, key_bytes, digest, salt, iterations, uuid = fields
     if version != 1:
         raise UnsupportedFeature(f"LUKS version {version}")
@@ -167,7 +172,7 @@ def parse(head: bytes, room: int) -> Header:
     _check_iterations(iterations, "mk-digest-iter", 164)
     slots = []
     for index in range(SLOTS):
-        state, count, slot_salt, sector, stripes = _SLOT.unpack_from(head, slot_place(index))
+        state, count, slot_salt, sector, stripes = KEY_SLOT.unpack_from(head, slot_place(index))
         if state not in (ACTIVE, INACTIVE):
             raise _malformed(f"Keyslot {index} state is corrupted", "active", slot_place(index))
         slots.append(Slot(state == ACTIVE, count, slot_salt, sector * SECTOR, stripes))

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from ..errors import ImageError, UnsupportedFeature
+from ..ondisk import Fields
 from ..records import NamedTuple
 
 MAGIC = b"DWUNDO\r\n"
@@ -23,11 +24,11 @@ WINDOW = 1 << 20
 DIGEST = 16
 """Bytes of a sector's digest."""
 
-_HEAD = struct.Struct("<8sIIQ")  # magic, version, files, bytes of the table of files
-_FILE = struct.Struct("<QQQI")  # length before, shortest, longest, bytes of the name
-_RECORD = struct.Struct("<4sIQIIII")  # mark, file, sector, sectors, flags, versions, old bytes
-_VERSION = struct.Struct(f"<I{DIGEST}s")
-_END = struct.Struct("<4sIQ")  # mark, files, records
+HEAD = Fields("<", "magic:8s version:I files:I table_bytes:Q")
+FILE = Fields("<", "before:Q shortest:Q longest:Q name_bytes:I")
+RECORD = Fields("<", "mark:4s file:I sector:Q sectors:I flags:I versions:I old_bytes:I")
+STATE = Fields("<", f"sector:I digest:{DIGEST}s")
+END = Fields("<", "mark:4s files:I records:Q")
 _MARK, _END_MARK = b"SECT", b"DONE"
 _MAY_BE_ZERO = 1
 
@@ -99,11 +100,11 @@ class Writer:
         self._records = 0
         self.size = 0
         table = b"".join(
-            _FILE.pack(f.before, f.shortest, f.longest, len(name)) + name
+            FILE.pack(f.before, f.shortest, f.longest, len(name)) + name
             for f in files
             for name in (os.fsencode(f.name),)
         )
-        self._put(_HEAD.pack(MAGIC, VERSION, len(files), len(table)) + table)
+        self._put(HEAD.pack(MAGIC, VERSION, len(files), len(table)) + table)
 
     def _put(self, data: bytes) -> None:
         self._hash.update(data)
@@ -114,7 +115,7 @@ class Writer:
         """Records are added in the order of files and sectors."""
         old = b"" if record.old.count(0) == len(record.old) else record.old
         self._put(
-            _RECORD.pack(
+            RECORD.pack(
                 _MARK,
                 record.file,
                 record.sector,
@@ -125,12 +126,12 @@ class Writer:
             )
         )
         self._put(old)
-        self._put(b"".join(_VERSION.pack(at - record.sector, d) for at, d in record.versions))
+        self._put(b"".join(STATE.pack(at - record.sector, d) for at, d in record.versions))
         self._records += 1
 
     def end(self, rests: list[bytes]) -> None:
         """The digests of the rest of each file."""
-        self._put(_END.pack(_END_MARK, len(rests), self._records) + b"".join(rests))
+        self._put(END.pack(_END_MARK, len(rests), self._records) + b"".join(rests))
         self._out.write(self._hash.digest())
         self.size += 32
 
@@ -144,11 +145,11 @@ class Reader:
     def __init__(self, file: BinaryIO, name: str) -> None:
         self._file, self.name = file, name
         length = file.seek(0, os.SEEK_END)
-        least = _HEAD.size + _END.size + 32
-        head = self._at(0, _HEAD.size) if length >= least else b""
+        least = HEAD.size + END.size + 32
+        head = self._at(0, HEAD.size) if length >= least else b""
         if head[:8] != MAGIC:
             raise self._bad("is no undo file", "magic", 0)
-        _, version, count, table = _HEAD.unpack(head)
+        _, version, count, table = HEAD.unpack(head)
         if version != VERSION:
             raise UnsupportedFeature(f"undo files of version {version}", file=name, offset=8)
         if not 0 < count <= _MOST_FILES:
@@ -157,15 +158,15 @@ class Reader:
             raise self._bad("is cut off, or its table of files is too large", "table", 16)
         self._end = length - 32
         self._digest()
-        self.files = self._table(count, self._at(_HEAD.size, table))
-        self._start = _HEAD.size + table
-        end = self._end - _END.size - 32 * count
+        self.files = self._table(count, self._at(HEAD.size, table))
+        self._start = HEAD.size + table
+        end = self._end - END.size - 32 * count
         if end < self._start:
             raise self._bad("has no end", "end", self._start)
-        mark, files, self._records = _END.unpack(self._at(end, _END.size))
+        mark, files, self._records = END.unpack(self._at(end, END.size))
         if mark != _END_MARK or files != count:
             raise self._bad("has no end", "end", end)
-        self.rests = [self._at(end + _END.size + 32 * i, 32) for i in range(count)]
+        self.rests = [self._at(end + END.size + 32 * i, 32) for i in range(count)]
         self._stop = end
 
     def _bad(self, text: str, field: str, offset: int) -> ImageError:
@@ -189,17 +190,17 @@ class Reader:
         files: list[FileState] = []
         at = 0
         for _ in range(count):
-            if len(raw) - at < _FILE.size:
+            if len(raw) - at < FILE.size:
                 raise self._bad("has a table of files that is too short", "table", at)
-            before, shortest, longest, length = _FILE.unpack_from(raw, at)
-            at += _FILE.size
+            before, shortest, longest, length = FILE.unpack_from(raw, at)
+            at += FILE.size
             if length > min(_MOST_NAME, len(raw) - at):
-                raise self._bad("has a name that is too long", "name", _HEAD.size + at)
+                raise self._bad("has a name that is too long", "name", HEAD.size + at)
             if not shortest <= before <= longest < _MOST_BYTES:
-                raise self._bad("has lengths that contradict", "length", _HEAD.size + at)
+                raise self._bad("has lengths that contradict", "length", HEAD.size + at)
             name = os.fsdecode(raw[at : at + length])
             if "\0" in name:
-                raise self._bad("has a name with a null byte", "name", _HEAD.size + at)
+                raise self._bad("has a name with a null byte", "name", HEAD.size + at)
             files.append(FileState(name, before, shortest, longest))
             at += length
         return files
@@ -208,10 +209,10 @@ class Reader:
         """All records in their order; ImageError for what contradicts."""
         at, found, last = self._start, 0, (-1, 0)
         while at < self._stop:
-            if self._stop - at < _RECORD.size:
+            if self._stop - at < RECORD.size:
                 raise self._bad("has a record that is cut off", "record", at)
-            mark, file, sector, count, flags, versions, size = _RECORD.unpack(
-                self._at(at, _RECORD.size)
+            mark, file, sector, count, flags, versions, size = RECORD.unpack(
+                self._at(at, RECORD.size)
             )
             if mark != _MARK or file >= len(self.files):
                 raise self._bad("has a record of nothing", "record", at)
@@ -225,16 +226,16 @@ class Reader:
                 or (file, sector) < last
                 or size not in (0, inside)
                 or versions > MOST_VERSIONS
-                or at + _RECORD.size + size + versions * _VERSION.size > self._stop
+                or at + RECORD.size + size + versions * STATE.size > self._stop
             ):
                 raise self._bad("has a record that cannot be", "record", at)
-            old = self._at(at + _RECORD.size, size)
-            raw = self._at(at + _RECORD.size + size, versions * _VERSION.size)
-            pairs = [(sector + index, digest) for index, digest in _VERSION.iter_unpack(raw)]
+            old = self._at(at + RECORD.size, size)
+            raw = self._at(at + RECORD.size + size, versions * STATE.size)
+            pairs = [(sector + index, digest) for index, digest in STATE.iter_unpack(raw)]
             if any(not sector <= place < sector + count for place, _ in pairs):
                 raise self._bad("has a record that cannot be", "versions", at)
             yield Record(file, sector, count, bool(flags & _MAY_BE_ZERO), old, pairs)
-            at += _RECORD.size + size + len(raw)
+            at += RECORD.size + size + len(raw)
             last = (file, sector + count)
             found += 1
         if found != self._records:

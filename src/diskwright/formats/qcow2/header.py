@@ -6,16 +6,30 @@ from __future__ import annotations
 import struct
 
 from ...errors import CorruptImage, MalformedImage, UnsupportedFeature, UsageError
+from ...ondisk import Fields
 from ...units import align_up
 
 MAGIC = b"QFI\xfb"
-_V2 = struct.Struct(">4sIQIIQIIQQIIQ")
-_V3 = struct.Struct(">QQQII")
-V2_LENGTH, V3_LENGTH, WRITTEN_LENGTH = 72, 104, 112
+V2 = Fields(
+    ">",
+    "magic:4s version:I backing_file_offset:Q backing_file_size:I cluster_bits:I size:Q "
+    "crypt_method:I l1_size:I l1_table_offset:Q refcount_table_offset:Q "
+    "refcount_table_clusters:I nb_snapshots:I snapshots_offset:Q",
+)
+"""The header of version 2, and the beginning of version 3's."""
+V3 = Fields(
+    ">",
+    "incompatible_features:Q compatible_features:Q autoclear_features:Q refcount_order:I "
+    "header_length:I",
+)
+"""What follows it in version 3."""
+EXTENSION = Fields(">", "type:I length:I")
+FEATURE_NAME = Fields(">", "type:B bit:B name:46s")
+V2_LENGTH, V3_LENGTH, WRITTEN_LENGTH = V2.size, V2.size + V3.size, 112
 LEAST_EXTENDED_BITS = 14  # of a cluster: subclusters have at least 512 bytes
-FEATURES_OFFSET = 72
-REFTABLE_OFFSET = 48
-L1_OFFSET = 36
+FEATURES_OFFSET = V2.size
+REFTABLE_OFFSET = V2.offset_of("refcount_table_offset")
+L1_OFFSET = V2.offset_of("l1_size")
 
 INCOMPATIBLE, COMPATIBLE, AUTOCLEAR = 0, 1, 2
 DIRTY, CORRUPT, DATA_FILE, COMPRESSION, EXTENDED_L2 = (1 << bit for bit in range(5))
@@ -50,7 +64,7 @@ _FEATURES = (
 def feature_table() -> bytes:
     """The feature-name table of all features that the specification names."""
     return b"".join(
-        struct.pack(">BB46s", kind, bit, name.encode()) for kind, bit, name in _FEATURES
+        FEATURE_NAME.pack(kind, bit, name.encode()) for kind, bit, name in _FEATURES
     )
 
 
@@ -116,7 +130,7 @@ class Header:
 
     def fields(self) -> bytes:
         """The header proper, without extensions."""
-        out = _V2.pack(
+        out = V2.pack(
             MAGIC,
             self.version,
             self.backing_offset,
@@ -144,7 +158,7 @@ class Header:
         """The header cluster up to the end of the backing file name, which is placed behind the
         extensions.  Raises UsageError when that does not fit into the cluster."""
         extensions = b"".join(
-            struct.pack(">II", kind, len(data)) + data.ljust(align_up(len(data), 8), b"\0")
+            EXTENSION.pack(kind, len(data)) + data.ljust(align_up(len(data), 8), b"\0")
             for kind, data in self.extensions
         )
         extensions += bytes(8)
@@ -180,7 +194,7 @@ def parse_fields(head: bytes) -> Header:
         h.reftable_clusters,
         h.nb_snapshots,
         h.snapshots_offset,
-    ) = _V2.unpack_from(head)
+    ) = V2.unpack_from(head)
     if h.version not in (2, 3):
         raise _unsupported(f"Unsupported qcow2 version {h.version}", f"version {h.version}")
     if not 9 <= h.cluster_bits <= 21:
@@ -190,7 +204,7 @@ def parse_fields(head: bytes) -> Header:
     if h.version > 2:
         if len(head) < V3_LENGTH:
             raise MalformedImage("qcow2 header is cut off", field="header_length", offset=100)
-        (h.incompatible, h.compatible, h.autoclear, h.refcount_order, length) = _V3.unpack_from(
+        (h.incompatible, h.compatible, h.autoclear, h.refcount_order, length) = V3.unpack_from(
             head, V2_LENGTH
         )
         if length < V3_LENGTH:
@@ -279,7 +293,7 @@ def parse_tail(h: Header, cluster: bytes) -> None:
     h.tail = cluster[V3_LENGTH : h.length] if h.version > 2 else b""
     at = h.length
     while at < limit:
-        kind, length = struct.unpack(">II", cluster[at : at + 8].ljust(8, b"\0"))
+        kind, length = EXTENSION.unpack(cluster[at : at + 8].ljust(8, b"\0"))
         at += 8
         if length > limit - at:  # the end mark has a length, too
             raise MalformedImage("Header extension too large", field=f"{kind:#x}", offset=at - 8)

@@ -9,10 +9,10 @@ own key would leave an image without any of the three that the specification ask
 from __future__ import annotations
 
 import posixpath
-import struct
 from collections.abc import Sequence
 
 from ...errors import MalformedImage, UnsupportedFeature, UsageError
+from ...ondisk import Fields
 from ...records import NamedTuple
 
 VHDX_TYPE = bytes.fromhex("b7ef4ab09ed1814ab78925b8e9445913")
@@ -26,8 +26,8 @@ RELATIVE, VOLUME, ABSOLUTE = "relative_path", "volume_path", "absolute_win32_pat
 PATHS = (RELATIVE, VOLUME, ABSOLUTE)
 """The keys of paths in the order in which they are tried (2.6.2.6.3)."""
 
-_HEADER = struct.Struct("<16sHH")
-_ENTRY = struct.Struct("<IIHH")
+HEADER = Fields("<", "LocatorType:16s Reserved:H KeyValueCount:H")
+ENTRY = Fields("<", "KeyOffset:I ValueOffset:I KeyLength:H ValueLength:H")
 _FIELD = "parent locator"
 
 
@@ -86,21 +86,21 @@ def parse(data: bytes) -> Locator:
     entries that together are longer than an item can be; UnsupportedFeature for a locator of
     another type.
     """
-    if not _HEADER.size <= len(data) <= MOST_BYTES:
+    if not HEADER.size <= len(data) <= MOST_BYTES:
         raise MalformedImage(f"the item has {len(data)} bytes", field=_FIELD)
-    kind, _, count = _HEADER.unpack_from(data)
+    kind, _, count = HEADER.unpack_from(data)
     if kind != VHDX_TYPE:
         raise UnsupportedFeature("a parent that is no VHDX file (parent locator type)")
-    table = _HEADER.size + count * _ENTRY.size
+    table = HEADER.size + count * ENTRY.size
     if table > len(data):
         raise MalformedImage(f"{count} entries do not fit into the item", field=_FIELD)
     entries: dict[str, bytes] = {}
     weight = 0
     for number in range(count):
-        key_at, value_at, key_length, value_length = _ENTRY.unpack_from(
-            data, _HEADER.size + number * _ENTRY.size
+        key_at, value_at, key_length, value_length = ENTRY.unpack_from(
+            data, HEADER.size + number * ENTRY.size
         )
-        if not key_length or min(key_at, value_at) < _HEADER.size:
+        if not key_length or min(key_at, value_at) < HEADER.size:
             raise MalformedImage(f"entry {number} has no key or no place", field=_FIELD)
         if max(key_at + key_length, value_at + value_length) > len(data):
             raise MalformedImage(f"entry {number} leaves the item", field=_FIELD)
@@ -117,18 +117,18 @@ def parse(data: bytes) -> Locator:
 
 def encode(locator: Locator) -> bytes:
     """The item's bytes.  Raises UsageError when a value or the whole is too long."""
-    at = _HEADER.size + len(locator.entries) * _ENTRY.size
+    at = HEADER.size + len(locator.entries) * ENTRY.size
     table, strings = [], []
     for key, value in locator.entries:
         name = key.encode("utf-16-le", "surrogatepass")
         if len(name) > 0xFFFF or len(value) > 0xFFFF:
             raise UsageError("The parent's name is too long for a parent locator")
-        table.append(_ENTRY.pack(at, at + len(name), len(name), len(value)))
+        table.append(ENTRY.pack(at, at + len(name), len(name), len(value)))
         strings += [name, value]
         at += len(name) + len(value)
     if at > MOST_BYTES or len(locator.entries) > 0xFFFF:
         raise UsageError("The parent's names are too long for a parent locator")
-    return b"".join([_HEADER.pack(locator.kind, 0, len(locator.entries)), *table, *strings])
+    return b"".join([HEADER.pack(locator.kind, 0, len(locator.entries)), *table, *strings])
 
 
 def locate(

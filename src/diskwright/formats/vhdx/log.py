@@ -8,9 +8,9 @@ was there stands in the descriptor.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterable, Sequence
 
+from ...ondisk import Fields
 from ...records import NamedTuple
 from .structures import KIB, MIB, sealed
 
@@ -18,9 +18,16 @@ SECTOR = 4 * KIB
 HEADER_BYTES = 64
 _FIRST, _MORE = 126, 128
 
-_HEADER = struct.Struct("<4sIIIQII16sQQ")
-_DESCRIPTOR = struct.Struct("<4s4s8sQQ")  # of both kinds; a zero descriptor has its length third
-_DATA_HEAD = struct.Struct("<4sI")
+ENTRY_HEADER = Fields(
+    "<",
+    "Signature:4s Checksum:I EntryLength:I Tail:I SequenceNumber:Q DescriptorCount:I Reserved:I "
+    "LogGuid:16s FlushedFileOffset:Q LastFileOffset:Q",
+)
+DESCRIPTOR = Fields(
+    "<", "Signature:4s TrailingBytes:4s LeadingBytes:8s FileOffset:Q SequenceNumber:Q"
+)
+"""Of both kinds; a zero descriptor has its length third."""
+DATA_SECTOR = Fields("<", "DataSignature:4s SequenceHigh:I")
 
 
 class Change(NamedTuple):
@@ -63,18 +70,18 @@ def encode_entry(
 ) -> bytes:
     """An entry.  ``tail`` is an offset in the log, ``flushed`` and ``last`` lengths of the file."""
     descriptors, sectors = [], []
-    head = _DATA_HEAD.pack(b"data", sequence >> 32)
+    head = DATA_SECTOR.pack(b"data", sequence >> 32)
     foot = (sequence & 0xFFFFFFFF).to_bytes(4, "little")
     for offset, length, data in changes:
         if data is None:
             size = length.to_bytes(8, "little")
-            descriptors.append(_DESCRIPTOR.pack(b"zero", bytes(4), size, offset, sequence))
+            descriptors.append(DESCRIPTOR.pack(b"zero", bytes(4), size, offset, sequence))
         else:
-            descriptors.append(_DESCRIPTOR.pack(b"desc", data[-4:], data[:8], offset, sequence))
+            descriptors.append(DESCRIPTOR.pack(b"desc", data[-4:], data[:8], offset, sequence))
             sectors += [head, data[8:-4], foot]
     first = descriptor_sectors(len(changes)) * SECTOR
     length = first + len(sectors) // 3 * SECTOR
-    header = _HEADER.pack(
+    header = ENTRY_HEADER.pack(
         b"loge", 0, length, tail, sequence, len(changes), 0, guid, flushed, last
     )
     whole = (header + b"".join(descriptors)).ljust(first, b"\0")
@@ -85,7 +92,7 @@ def parse_entry_header(data: bytes, guid: bytes, log_length: int) -> EntryHeader
     """The header in a sector of the log, when an entry of log ``guid`` can begin with it."""
     if data[:4] != b"loge":
         return None
-    _, _, length, tail, sequence, count, _, found, flushed, last = _HEADER.unpack_from(data)
+    _, _, length, tail, sequence, count, _, found, flushed, last = ENTRY_HEADER.unpack_from(data)
     if found != guid or not sequence or length % SECTOR or tail % SECTOR:
         return None
     if not SECTOR <= length <= log_length or tail >= log_length:
@@ -108,8 +115,8 @@ def parse_descriptors(data: bytes, header: EntryHeader) -> list[Descriptor] | No
     out = []
     data_sectors = (header.length - header.descriptor_bytes) // SECTOR
     for number in range(header.descriptors):
-        signature, trailing, leading, offset, sequence = _DESCRIPTOR.unpack_from(
-            data, HEADER_BYTES + number * _DESCRIPTOR.size
+        signature, trailing, leading, offset, sequence = DESCRIPTOR.unpack_from(
+            data, HEADER_BYTES + number * DESCRIPTOR.size
         )
         if sequence != header.sequence or offset % SECTOR:
             return None
@@ -128,7 +135,7 @@ def parse_descriptors(data: bytes, header: EntryHeader) -> list[Descriptor] | No
 
 def sector_of(data: bytes, sequence: int) -> bool:
     """True when ``data`` is a data sector of the entry with this sequence number."""
-    signature, high = _DATA_HEAD.unpack_from(data)
+    signature, high = DATA_SECTOR.unpack_from(data)
     low = int.from_bytes(data[-4:], "little")
     return bool(signature == b"data" and high << 32 | low == sequence)
 

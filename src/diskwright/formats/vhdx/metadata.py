@@ -5,6 +5,7 @@ from __future__ import annotations
 import struct
 
 from ...errors import MalformedImage, UnsupportedFeature
+from ...ondisk import Fields
 from ...records import NamedTuple
 from ...units import is_power_of_two
 from .structures import KIB, MIB, guid, guid_text
@@ -44,8 +45,10 @@ FLAGS = {
 
 LEAVE_ALLOCATED, HAS_PARENT = 1, 2
 
-_TABLE = struct.Struct("<8sHH20s")
-_ENTRY = struct.Struct("<16sIIII")
+TABLE = Fields("<", "Signature:8s Reserved:H EntryCount:H Reserved2:20s")
+ENTRY = Fields("<", "ItemId:16s Offset:I Length:I Flags:I Reserved2:I")
+FILE_ITEM = Fields("<", "BlockSize:I Flags:I")
+"""The file parameters."""
 
 
 class Item(NamedTuple):
@@ -68,7 +71,7 @@ def parse_table(data: bytes, region_length: int, place: int) -> list[Item]:
     Raises MalformedImage when it breaks 2.6.1; UnsupportedFeature, with its name, for an item
     that is required and unknown.
     """
-    signature, _, count, _ = _TABLE.unpack_from(data)
+    signature, _, count, _ = TABLE.unpack_from(data)
     if signature != b"metadata":
         raise MalformedImage("no metadata table", field="Signature", offset=place)
     if count > _MOST_ITEMS:
@@ -76,8 +79,8 @@ def parse_table(data: bytes, region_length: int, place: int) -> list[Item]:
     items: list[Item] = []
     seen: set[tuple[bytes, int]] = set()
     for number in range(count):
-        at = _TABLE.size + number * _ENTRY.size
-        kind, offset, length, flags, _ = _ENTRY.unpack_from(data, at)
+        at = TABLE.size + number * ENTRY.size
+        kind, offset, length, flags, _ = ENTRY.unpack_from(data, at)
         item = Item(kind, offset, length, flags & 7)
         empty = not offset and not length
         if not empty and (
@@ -107,9 +110,9 @@ def parse_table(data: bytes, region_length: int, place: int) -> list[Item]:
 
 def encode_table(items: list[Item]) -> bytes:
     """The 64 KiB of a metadata table."""
-    data = _TABLE.pack(b"metadata", 0, len(items), b"")
+    data = TABLE.pack(b"metadata", 0, len(items), b"")
     for item in items:
-        data += _ENTRY.pack(item.kind, item.offset, item.length, item.flags, 0)
+        data += ENTRY.pack(item.kind, item.offset, item.length, item.flags, 0)
     return data.ljust(TABLE_BYTES, b"\0")
 
 
@@ -128,7 +131,7 @@ class Parameters(NamedTuple):
         """(kind, bytes) of every item but the parent locator."""
         flags = LEAVE_ALLOCATED * self.leave_allocated | HAS_PARENT * self.has_parent
         return [
-            (FILE_PARAMETERS, struct.pack("<II", self.block_size, flags)),
+            (FILE_PARAMETERS, FILE_ITEM.pack(self.block_size, flags)),
             (DISK_SIZE, struct.pack("<Q", self.size)),
             (DISK_ID, self.disk_id),
             (LOGICAL_SECTOR, struct.pack("<I", self.sector_size)),
@@ -175,7 +178,7 @@ def needed(items: list[Item]) -> list[Item]:
 
 def parse_items(parts: list[bytes]) -> Parameters:
     """The values of the items of `needed`.  Raises MalformedImage for one out of its bounds."""
-    block_size, flags = struct.unpack("<II", parts[0])
+    block_size, flags = FILE_ITEM.unpack(parts[0])
     (size,) = struct.unpack("<Q", parts[1])
     (sector,) = struct.unpack("<I", parts[3])
     (physical,) = struct.unpack("<I", parts[4])

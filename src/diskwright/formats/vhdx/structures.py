@@ -11,6 +11,7 @@ from itertools import pairwise
 
 from ...codecs.crc32c import crc32c
 from ...errors import CorruptImage, MalformedImage, UnsupportedFeature
+from ...ondisk import Fields
 from ...records import NamedTuple
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -54,9 +55,13 @@ def new_guid() -> bytes:
 BAT_REGION = guid("2DC27766-F623-4200-9D64-115E9BFD4A08")
 METADATA_REGION = guid("8B7CA206-4790-4B9A-B8FE-575F050F886E")
 
-_HEADER = struct.Struct("<4sIQ16s16s16sHHIQ")
-_REGIONS = struct.Struct("<4sIII")
-_REGION = struct.Struct("<16sQII")
+HEADER = Fields(
+    "<",
+    "Signature:4s Checksum:I SequenceNumber:Q FileWriteGuid:16s DataWriteGuid:16s LogGuid:16s "
+    "LogVersion:H Version:H LogLength:I LogOffset:Q",
+)
+REGION_TABLE = Fields("<", "Signature:4s Checksum:I EntryCount:I Reserved:I")
+REGION_ENTRY = Fields("<", "Guid:16s FileOffset:Q Length:I Required:I")
 
 
 class Header(NamedTuple):
@@ -79,7 +84,7 @@ class Header(NamedTuple):
 
     def encode(self) -> bytes:
         """The 4 KiB of it."""
-        data = _HEADER.pack(
+        data = HEADER.pack(
             b"head", 0, self.sequence, self.file_guid, self.data_guid, self.log_guid,
             self.log_version, self.version, self.log_length, self.log_offset,
         )
@@ -101,7 +106,7 @@ def parse_header(data: bytes, slot: int) -> Header | None:
     """The header in ``data`` (4 KiB); None when signature or checksum are wrong."""
     if data[:4] != b"head" or not is_sealed(data):
         return None
-    return Header(slot, *_HEADER.unpack_from(data)[2:])
+    return Header(slot, *HEADER.unpack_from(data)[2:])
 
 
 def current_header(first: bytes, second: bytes) -> Header:
@@ -164,13 +169,13 @@ def parse_regions(data: bytes, place: int) -> list[Region]:
     """
     if data[:4] != b"regi" or not is_sealed(data):
         raise MalformedImage("no valid region table", field="region table", offset=place)
-    count = _REGIONS.unpack_from(data)[2]
+    count = REGION_TABLE.unpack_from(data)[2]
     if count > _MOST_REGIONS:
         raise MalformedImage(f"{count} regions", field="EntryCount", offset=place + 8)
     regions: list[Region] = []
     for number in range(count):
-        at = _REGIONS.size + number * _REGION.size
-        kind, offset, length, flags = _REGION.unpack_from(data, at)
+        at = REGION_TABLE.size + number * REGION_ENTRY.size
+        kind, offset, length, flags = REGION_ENTRY.unpack_from(data, at)
         if (
             offset % MIB
             or length % MIB
@@ -201,9 +206,9 @@ def check_apart(parts: list[tuple[int, int, str]], place: int) -> None:
 
 def encode_regions(regions: list[Region]) -> bytes:
     """The 64 KiB of a region table."""
-    data = _REGIONS.pack(b"regi", 0, len(regions), 0)
+    data = REGION_TABLE.pack(b"regi", 0, len(regions), 0)
     for region in regions:
-        data += _REGION.pack(region.kind, region.offset, region.length, region.required)
+        data += REGION_ENTRY.pack(region.kind, region.offset, region.length, region.required)
     return sealed(data.ljust(REGION_TABLE_BYTES, b"\0"))
 
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterable
 
 from ....errors import MalformedImage
+from ....ondisk import Fields
 from ....units import align_up
 from .. import header as hd
 
@@ -23,10 +23,17 @@ MIN_GRANULARITY_BITS, MAX_GRANULARITY_BITS = 9, 31
 MAX_TABLE = MAX_DATA >> 9
 """Entries of a table: of clusters of 512 bytes, of which larger ones need fewer."""
 
-FLAGS_AT = 12
+EXTENSION = Fields(
+    ">",
+    "nb_bitmaps:I reserved:I bitmap_directory_size:Q bitmap_directory_offset:Q",
+)
+ENTRY = Fields(
+    ">",
+    "bitmap_table_offset:Q bitmap_table_size:I flags:I type:B granularity_bits:B name_size:H "
+    "extra_data_size:I",
+)
+FLAGS_AT = ENTRY.offset_of("flags")
 """Where an entry has its flags."""
-_EXTENSION = struct.Struct(">IIQQ")
-_ENTRY = struct.Struct(">QIIBBHI")
 
 ENTRY_OFFSET = (1 << 56) - (1 << 9)
 """Bits 9-55 of an entry of a bitmap table: where a cluster of bits is."""
@@ -45,7 +52,7 @@ class Place:
 
     def encode(self) -> bytes:
         """The data of the extension."""
-        return _EXTENSION.pack(self.count, 0, self.size, self.offset)
+        return EXTENSION.pack(self.count, 0, self.size, self.offset)
 
 
 class Entry:
@@ -66,7 +73,7 @@ class Entry:
 
     def encode(self) -> bytes:
         """The entry, padded to 8 bytes."""
-        head = _ENTRY.pack(self.table_offset, self.table_size, self.flags, self.kind,
+        head = ENTRY.pack(self.table_offset, self.table_size, self.flags, self.kind,
                            self.granularity_bits, len(self.name), len(self.extra))
         out = head + self.extra + self.name
         return out.ljust(align_up(len(out), 8), b"\0")
@@ -83,9 +90,9 @@ def parse_place(h: hd.Header) -> Place | None:
     data = h.extension(hd.EXT_BITMAPS)
     if data is None:
         return None
-    if len(data) != _EXTENSION.size:
+    if len(data) != EXTENSION.size:
         raise _bad(f"bitmaps_ext: Invalid extension length: {len(data)}")
-    count, reserved, size, offset = _EXTENSION.unpack(data)
+    count, reserved, size, offset = EXTENSION.unpack(data)
     if reserved:
         raise _bad("bitmaps_ext: Reserved field is not zero")
     if count > MAX_BITMAPS:
@@ -97,7 +104,7 @@ def parse_place(h: hd.Header) -> Place | None:
     if size > MAX_DIRECTORY:
         raise _bad(f"bitmaps_ext: bitmap directory size ({size}) exceeds the maximum supported "
                    f"size ({MAX_DIRECTORY})")
-    if not offset or offset + size > hd.MAX_OFFSET or size < count * _ENTRY.size:
+    if not offset or offset + size > hd.MAX_OFFSET or size < count * ENTRY.size:
         raise _bad("bitmaps_ext: invalid bitmap directory")
     return Place(count, size, offset)
 
@@ -111,18 +118,18 @@ def parse_directory(raw: bytes, place: Place, h: hd.Header) -> list[Entry]:
         start = place.offset + at
         if len(out) == place.count:
             raise _bad("More bitmaps found than specified in header extension", start)
-        if len(raw) - at < _ENTRY.size:
+        if len(raw) - at < ENTRY.size:
             raise _bad("Broken bitmap directory", start)
         entry = Entry(b"", 0)
         (entry.table_offset, entry.table_size, entry.flags, entry.kind, entry.granularity_bits,
-         name_length, extra_length) = _ENTRY.unpack_from(raw, at)
+         name_length, extra_length) = ENTRY.unpack_from(raw, at)
         entry.at = at
-        middle = at + _ENTRY.size + extra_length
+        middle = at + ENTRY.size + extra_length
         end = middle + name_length
         at = align_up(end, 8)
         if at > len(raw):
             raise _bad("Broken bitmap directory", start)
-        entry.extra = raw[start - place.offset + _ENTRY.size : middle]
+        entry.extra = raw[start - place.offset + ENTRY.size : middle]
         entry.name = raw[middle:end]
         _check(entry, h, start)
         if entry.name in names:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import struct
-
 from .. import header as hd
 
-_FIELDS = struct.Struct(">4sIQIIQIIQQIIQ")
-_V3 = struct.Struct(">QQQII")
 _KNOWN = hd.DIRTY | hd.CORRUPT | hd.DATA_FILE | hd.COMPRESSION | hd.EXTENDED_L2
 _MOST_SIZE = 1 << 56
 
@@ -22,7 +18,7 @@ def broken_header(head: bytes, length: int) -> tuple[hd.Header | None, list[str]
     if len(head) < hd.V3_LENGTH:
         return None, []
     magic, version, _, _, bits, size, crypt, l1_size, l1_at, ref_at, refs, _, _ = (
-        _FIELDS.unpack_from(head)
+        hd.V2.unpack_from(head)
     )
     if not 9 <= bits <= 21:
         return None, []
@@ -64,7 +60,7 @@ def broken_header(head: bytes, length: int) -> tuple[hd.Header | None, list[str]
     else:
         dropped.append("the place of the refcount table")
     if h.version > 2:
-        incompatible, _, _, order, header_length = _V3.unpack_from(head, 72)
+        incompatible, _, _, order, header_length = hd.V3.unpack_from(head, hd.V2.size)
         if not incompatible & ~_KNOWN:
             h.incompatible = incompatible
         else:

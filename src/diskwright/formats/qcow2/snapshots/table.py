@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from ....abilities import SnapshotInfo
 from ....contract import Procedure, Progress, Read
 from ....errors import MalformedImage, UsageError
+from ....ondisk import Fields
 from ....records import NamedTuple
 from ....units import align_up
 from .. import header as hd
@@ -16,11 +17,15 @@ from ..machine.core import SLOT
 if TYPE_CHECKING:
     from ..format import Qcow2
 
-ENTRY = struct.Struct(">QIHHIIQII")
-EXTRA_AT = 36
+ENTRY = Fields(
+    ">",
+    "l1_table_offset:Q l1_size:I id_str_size:H name_size:H date_sec:I date_nsec:I "
+    "vm_clock_nsec:Q vm_state_size:I extra_data_size:I",
+)
+EXTRA_AT = ENTRY.offset_of("extra_data_size")
 """Where an entry has the length of its extra data, of 32 bits."""
-_EXTRA = struct.Struct(">QQQ")
-KNOWN_EXTRA = _EXTRA.size
+EXTRA = Fields(">", "vm_state_size_large:Q disk_size:Q icount:Q")
+KNOWN_EXTRA = EXTRA.size
 LEAST_EXTRA = 16
 """Bytes of extra data that every entry of version 3 has: VM state size and disk size."""
 MAX_EXTRA = 1024
@@ -53,7 +58,7 @@ class Snapshot(NamedTuple):
         extra = self.extra
         if self.disk_size is not None:
             icount = _NO_ICOUNT if self.icount is None else self.icount
-            known = _EXTRA.pack(self.vm_state_size, self.disk_size, icount)
+            known = EXTRA.pack(self.vm_state_size, self.disk_size, icount)
             if LEAST_EXTRA <= len(extra) < len(known):
                 known = known[:LEAST_EXTRA] + extra[LEAST_EXTRA:]
             extra = known + extra[len(known) :]
@@ -163,7 +168,7 @@ def parse_entry(h: hd.Header, data: bytes, at: int, place: int) -> tuple[Snapsho
     disk_size = icount = None
     if extra_length >= LEAST_EXTRA:
         state_size, disk_size = struct.unpack_from(">QQ", extra)
-    if extra_length >= _EXTRA.size:
+    if extra_length >= EXTRA.size:
         (icount,) = struct.unpack_from(">Q", extra, LEAST_EXTRA)
         if icount == _NO_ICOUNT:
             icount = None

@@ -15,10 +15,9 @@ the same an extent is written only if both agree with its tables (see :mod:`.spa
 
 from __future__ import annotations
 
-import struct
-
 from ....contract import Barrier, MetaWrite, Procedure, Read, Truncate, Write
 from ....errors import MalformedImage, UnsupportedFeature, UsageError
+from ....ondisk import Fields
 from ....records import NamedTuple
 from ....units import SECTOR, align_up
 
@@ -36,9 +35,15 @@ MAX_CAPACITY = (64 << 40) // SECTOR
 _MAX_SECTOR = 1 << 48
 _REGION = 2048  # sectors that regions are rounded to, as ESXi does
 
-_CONSTANT = struct.Struct("<26Q")
-_VOLATILE = struct.Struct("<4Q")
-FREE_TABLE_AT = 8
+CONSTANT = Fields(
+    "<",
+    "constMagic:Q version:Q capacity:Q grainSize:Q grainTableSize:Q flags:Q reserved:4Q "
+    "volatileOffset:Q volatileSize:Q journalHeaderOffset:Q journalHeaderSize:Q journalOffset:Q "
+    "journalSize:Q directoryOffset:Q directorySize:Q tablesOffset:Q tablesSize:Q "
+    "freeBitmapOffset:Q freeBitmapSize:Q backmapOffset:Q backmapSize:Q grainsOffset:Q grainsSize:Q",
+)
+VOLATILE = Fields("<", "volatileMagic:Q freeTable:Q nextJournalEntry:Q replayJournal:Q")
+FREE_TABLE_AT = VOLATILE.offset_of("freeTable")
 """Where in the volatile header the number of the next free grain table is."""
 
 REPLAY = (
@@ -91,11 +96,11 @@ class Header(NamedTuple):
 
     def encode(self) -> bytes:
         """Both headers, from the start of the file (of a new extent)."""
-        constant = _CONSTANT.pack(
+        constant = CONSTANT.pack(
             MAGIC, VERSION, self.capacity, GRAIN_SECTORS, TABLE_SECTORS, 0, 0, 0, 0, 0,
             *(value for region in self[1:9] for value in region),
         )  # fmt: skip
-        volatile = _VOLATILE.pack(VOLATILE_MAGIC, self.free_table, 0, 0)
+        volatile = VOLATILE.pack(VOLATILE_MAGIC, self.free_table, 0, 0)
         return constant.ljust(SECTOR, b"\0") + volatile.ljust(SECTOR, b"\0")
 
 
@@ -113,7 +118,7 @@ def read_headers(slot: str) -> Procedure:
 
 def parse_constant(data: bytes) -> Header:
     """Check a constant header."""
-    fields = _CONSTANT.unpack_from(data)
+    fields = CONSTANT.unpack_from(data)
     if fields[0] != MAGIC:
         raise MalformedImage("not a seSparse extent", field="constMagic", offset=0)
     if fields[1] != VERSION:
@@ -156,7 +161,7 @@ def parse_constant(data: bytes) -> Header:
 def parse_volatile(header: Header, data: bytes) -> Header:
     """Check a volatile header; returns ``header`` with what it says."""
     at = header.volatile.start
-    magic, free_table, _, replay = _VOLATILE.unpack_from(data)
+    magic, free_table, _, replay = VOLATILE.unpack_from(data)
     if magic != VOLATILE_MAGIC:
         raise MalformedImage("the volatile header is damaged", field="volatileMagic", offset=at)
     if replay:

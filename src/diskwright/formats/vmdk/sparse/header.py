@@ -6,11 +6,11 @@ Sparse Extents".  All integers are little-endian; fields that count or place are
 
 from __future__ import annotations
 
-import struct
 from typing import Any
 
 from ....contract import Length, Procedure, Range, Read
 from ....errors import MalformedImage, UnsupportedFeature
+from ....ondisk import Fields
 from ....records import NamedTuple
 from ....units import is_power_of_two
 
@@ -32,14 +32,20 @@ MAX_DIRECTORY = 8 << 20  # bytes: 64 TiB in grains of 64 KiB
 COWD_ENTRIES = 4096
 _MAX_COWD_DIRECTORY = 4 << 20
 
-# magic, version, flags, capacity, grain, descriptor offset and size, entries of a table, redundant
-# directory, directory, overhead, unclean shutdown, newlines, compression
-_HOSTED = struct.Struct("<4sIIQQQQIQQQB4sH")
-_UNCLEAN = 72
-# magic, version, flags, sectors, grain, directory, its entries, free sector
-_ESX = struct.Struct("<4s7I")
-_ESX_PARENT, _ESX_PARENT_LENGTH = 32, 1024
-_ESX_FREE = 28
+HOSTED = Fields(
+    "<",
+    "magicNumber:4s version:I flags:I capacity:Q grainSize:Q descriptorOffset:Q descriptorSize:Q "
+    "numGTEsPerGT:I rgdOffset:Q gdOffset:Q overHead:Q uncleanShutdown:B lineEnds:4s "
+    "compressAlgorithm:H",
+)
+_UNCLEAN = HOSTED.offset_of("uncleanShutdown")
+ESX = Fields(
+    "<",
+    "magicNumber:4s version:I flags:I numSectors:I grainSize:I gdOffset:I numGDEntries:I "
+    "freeSector:I",
+)
+_ESX_PARENT, _ESX_PARENT_LENGTH = ESX.size, 1024
+_ESX_FREE = ESX.offset_of("freeSector")
 _ESX_UNCLEAN = 1648
 
 
@@ -109,7 +115,7 @@ class Hosted(NamedTuple):
 
     def encode(self) -> bytes:
         """The header's sector."""
-        return _HOSTED.pack(
+        return HOSTED.pack(
             KDMV,
             self.version,
             self.flags,
@@ -167,7 +173,7 @@ class Esx(NamedTuple):
     def encode(self) -> bytes:
         """The four sectors of the header (of one that was just made: no name, generation 0)."""
         out = bytearray(COWD_LENGTH)
-        _ESX.pack_into(out, 0, COWD, 1, self.flags, *self[1:6])
+        ESX.pack_into(out, 0, COWD, 1, self.flags, *self[1:6])
         out[_ESX_PARENT : _ESX_PARENT + len(self.parent)] = self.parent
         out[_ESX_UNCLEAN] = self.unclean
         return bytes(out)
@@ -197,10 +203,10 @@ def _bad(text: str, field: str, offset: int) -> MalformedImage:
 def parse_hosted(data: bytes, at: int = 0) -> Hosted:
     """Check a ``KDMV`` header that was read at ``at``.  Raises MalformedImage with the field,
     UnsupportedFeature for a version or a compression that is not known."""
-    if len(data) < _HOSTED.size or data[:4] != KDMV:
+    if len(data) < HOSTED.size or data[:4] != KDMV:
         raise _bad("not a sparse VMDK extent", "magicNumber", at)
     (_, version, flags, capacity, grain, d_offset, d_size, entries, redundant, directory, overhead,
-     unclean, newlines, compression) = _HOSTED.unpack_from(data)  # fmt: skip
+     unclean, newlines, compression) = HOSTED.unpack_from(data)  # fmt: skip
     if not 1 <= version <= 3:
         raise UnsupportedFeature(f"VMDK extent version {version}", offset=at + 4)
     if flags & NEWLINE_TEST and newlines != _NEWLINES:
@@ -232,7 +238,7 @@ def parse_esx(data: bytes) -> Esx:
     another version."""
     if len(data) < COWD_LENGTH or data[:4] != COWD:
         raise _bad("not a COWD extent", "magicNumber", 0)
-    _, version, flags, capacity, grain, directory, tables, free = _ESX.unpack_from(data)
+    _, version, flags, capacity, grain, directory, tables, free = ESX.unpack_from(data)
     if version != 1:
         raise UnsupportedFeature(f"COWD extent version {version}", offset=4)
     check_grain(grain, 16)

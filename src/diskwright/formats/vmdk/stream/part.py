@@ -7,7 +7,6 @@ grain directory and tables are those of other sparse extents, mostly at the end 
 
 from __future__ import annotations
 
-import struct
 import zlib
 from array import array
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from ....contract import DISCARD, Length, NeedMeta, Plan, Procedure, Range, Read
 from ....errors import CorruptImage, MalformedImage, UnsupportedFeature
 from ....extents import Extent, Hole, Packed, Zero
 from ....findings import CheckResult
-from ....ondisk import little_endian_array, zeros
+from ....ondisk import Fields, little_endian_array, zeros
 from ....records import NamedTuple
 from ....units import MIB, SECTOR
 from ..parts import Plain
@@ -27,7 +26,7 @@ from ..sparse.header import DEFLATE, MARKERS, ZEROED_GRAIN, Hosted, read_header
 if TYPE_CHECKING:
     from ..parts import Image
 
-GRAIN_HEADER = struct.Struct("<QI")
+GRAIN_HEADER = Fields("<", "lba:Q size:I")
 MAX_GRAIN = 16 * MIB
 """Of a compressed grain (bytes): it is unpacked in one piece."""
 _PIECE = 1 << 20

@@ -9,16 +9,16 @@ old").  Grains begin behind 64 KiB of overhead, as in VMware's files.
 
 from __future__ import annotations
 
-import struct
 from array import array
 from collections.abc import Iterator
 
 from ....abilities import Codec
 from ....codecs.deflate import Deflate
 from ....errors import NoSpace, UsageError
-from ....ondisk import little_endian_bytes, zeros
+from ....ondisk import Fields, little_endian_bytes, zeros
 from ....units import SECTOR, align_up
 from ..sparse.header import COMPRESSED, DEFLATE, GD_AT_END, MARKERS, NEWLINE_TEST, Hosted
+from .part import GRAIN_HEADER
 
 GRAIN = 64 << 10
 ENTRIES = 512  # of a grain table
@@ -28,8 +28,7 @@ DESCRIPTOR_SECTORS = 20  # at least
 VERSION = 3
 END_OF_STREAM, TABLE, DIRECTORY, FOOTER = range(4)
 
-_MARKER = struct.Struct("<QII")
-_GRAIN = struct.Struct("<QI")
+MARKER = Fields("<", "numSectors:Q size:I type:I")
 _MAX_SECTOR = 1 << 32  # entries of both kinds of tables have 32 bits
 MAX_SIZE = 64 << 40
 """The largest disk (bytes) that is written: its grain directory has 8 MiB."""
@@ -82,8 +81,8 @@ class StreamOptimized:
             yield from self._end_table()
             self._current = number
         self._table[entry] = self._sector
-        length = _GRAIN.size + len(packed)
-        yield _GRAIN.pack(index * (GRAIN // SECTOR), len(packed))
+        length = GRAIN_HEADER.size + len(packed)
+        yield GRAIN_HEADER.pack(index * (GRAIN // SECTOR), len(packed))
         yield packed
         yield bytes(-length % SECTOR)
         self._advance(length)
@@ -122,7 +121,7 @@ class StreamOptimized:
         self._table = zeros(32, ENTRIES)
 
     def _metadata(self, kind: int, raw: bytes) -> Iterator[bytes]:
-        yield _MARKER.pack(len(raw) // SECTOR, 0, kind).ljust(SECTOR, b"\0")
+        yield MARKER.pack(len(raw) // SECTOR, 0, kind).ljust(SECTOR, b"\0")
         yield raw
         self._advance(SECTOR + len(raw))
 
