@@ -11,7 +11,7 @@ CONVERSIONS := raw:raw,raw:qcow2,qcow2:raw,qcow2:qcow2,raw:vhdx,vhdx:raw,raw:vmd
 # The types are held on each of them.
 TYPES := types-linux types-win32 types-darwin
 
-.PHONY: demo test test-long bench lint types $(TYPES) wheel peers clean
+.PHONY: demo test test-long docs bench lint types $(TYPES) wheel peers clean
 .DEFAULT_GOAL := test
 
 # The core needs no library. Those for encryption and Zstandard are in .venv; where they cannot be
@@ -46,7 +46,18 @@ test: peers $(BIN)/.ready
 	$(BIN)/python -m pytest -n $(WORKERS) --dist worksteal --durations=15 $(PYTEST_ARGS)
 
 test-long: $(BIN)/.ready peers
+	$(BIN)/python -m pip install -q -e '.[docs]'
 	$(BIN)/python -m pytest -n $(WORKERS) --long --timeout=3600 $(PYTEST_ARGS)
+
+# The site; warnings (links that lead nowhere, names that do not exist) are errors.
+docs: $(VENV)-docs/.ready
+	$(VENV)-docs/bin/python -m sphinx -E -W --keep-going -q -b html docs docs/_build
+	@echo docs/_build/index.html
+
+$(VENV)-docs/.ready: pyproject.toml
+	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install -q -e '.[docs]'
+	touch $@
 
 bench: $(BIN)/.ready peers
 	$(BIN)/python bench/nbd.py
@@ -56,4 +67,4 @@ bench: $(BIN)/.ready peers
 	$(BIN)/python bench/chain.py
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-docs docs/_build build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import functools
 from collections.abc import Callable, Coroutine, Generator, Mapping
-from types import TracebackType
+from types import MethodType, TracebackType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from .api import OPERATIONS, OpenDisk
@@ -46,7 +46,7 @@ def open(
 ) -> _Opening:
     """Open a disk: ``disk = await open(...)``, or ``async with open(...) as disk``.
 
-    Takes what :func:`diskwright.api.open` takes, and raises the same.
+    Takes what :func:`diskwright.open` takes, and raises the same.
     """
     named = {
         "format": format,
@@ -72,6 +72,7 @@ def awaitable(
     async def awaited(*arguments: P.args, **named: P.kwargs) -> T:
         return await run(lambda driver: call(driver, *arguments, **named))
 
+    awaited.__wrapped__ = MethodType(call, awaited)  # type: ignore[attr-defined]
     return awaited
 
 

@@ -19,7 +19,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Coroutine, Mapping
-from types import TracebackType
+from types import MethodType, TracebackType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 from weakref import WeakSet
 
@@ -65,10 +65,17 @@ def open(
     Without ``format`` the image is probed.  What the image itself names (a backing file) is opened
     as far as ``policy`` allows (``untrusted``, ``local``, ``trusted`` or a :class:`Policy`; see
     docs/security.md); ``backing=False`` leaves it out.  ``secrets`` are the passphrases that
-    options such as ``key-secret`` name (``{"sec0": b"..."}``).  The other arguments are those of
-    :func:`diskwright.graph.opener.open_disk`.
+    options such as ``key-secret`` name (``{"sec0": b"..."}``), ``options`` those of the format.
 
-    Raises OSError, and the kinds of DiskError; Refused when a policy forbids a reference.
+    ``cache`` is ``writeback``, ``writethrough`` (every write is durable when it returns), ``none``
+    (around the page cache), ``directsync`` (both) or ``unsafe`` (a flush does nothing).
+    ``discard`` is ``unmap`` (space is given back) or ``ignore``; ``detect_zeroes`` is ``off``,
+    ``on`` (zeroes that are written are stored as zeroes) or ``unmap`` (and their space is given
+    back).  ``force_share`` reads an image that another program writes to.
+
+    Raises OSError, and the kinds of DiskError: Refused when the policy forbids a reference,
+    ImageInUse when a lock of another program forbids to open it, MalformedImage, CorruptImage or
+    UnsupportedFeature when it is the image's fault, UsageError when it is the caller's.
     """
     driver = Driver()
     try:
@@ -103,6 +110,8 @@ def blocking(
     def blocked(*arguments: P.args, **named: P.kwargs) -> T:
         return run(lambda driver: call(driver, *arguments, **named))
 
+    # What tells signatures (help, editors) leaves out the first parameter of a method.
+    blocked.__wrapped__ = MethodType(call, blocked)  # type: ignore[attr-defined]
     return blocked
 
 

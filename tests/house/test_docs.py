@@ -1,86 +1,79 @@
-"""What the documents say is true: the README's examples run, and links lead somewhere."""
+"""What the documents say is true: their examples run, and their links lead somewhere."""
 
 from __future__ import annotations
 
-import os
 import re
-import shlex
-import subprocess
-import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
-ENV = {
-    **{k: v for k, v in os.environ.items() if k != "DISKWRIGHT_POLICY"},
-    "PYTHONPATH": str(ROOT / "src"),
-}
+from house.examples import LANGUAGES, PAGES, ROOT, Session, blocks
+
 README = (ROOT / "README.md").read_text()
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+DOCUMENTS = sorted({*ROOT.glob("*.md"), *PAGES})
 
 
-def examples() -> list[tuple[str, str]]:
-    """The fenced blocks of the README as (language, text)."""
-    return re.findall(r"^```(\w+)\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def titled(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
 
 
-def real(line: str) -> list[str]:
-    words = shlex.split(line)
-    if words[0] == "diskwright":
-        return [sys.executable, "-m", "diskwright", *words[1:]]
-    return words
+SESSIONS = {page: blocks(page.read_text()) for page in PAGES}
 
 
-def test_the_five_examples_run_in_their_order(peer: Callable[[str], str], tmp_path: Path) -> None:
-    found = examples()
-    assert len(found) == 5
-    peer("nbdinfo")
-    background: list[subprocess.Popen[bytes]] = []
-    try:
-        for language, text in found:
-            if language == "python":
-                subprocess.run([sys.executable, "-c", text], cwd=tmp_path, env=ENV, check=True)
-                continue
-            for line in text.splitlines():
-                assert line.startswith("$ "), line
-                command = line.removeprefix("$ ")
-                if command.endswith(" &"):
-                    process = subprocess.Popen(real(command[:-2]), cwd=tmp_path, env=ENV)
-                    background.append(process)
-                    limit = time.monotonic() + 20
-                    while not (tmp_path / "disk.sock").exists() and time.monotonic() < limit:
-                        time.sleep(0.02)
-                    continue
-                done = subprocess.run(
-                    real(command), cwd=tmp_path, env=ENV, capture_output=True, timeout=60
-                )
-                assert done.returncode == 0, (command, done.stdout, done.stderr)
-            for process in background:  # it ends with its last client
-                assert process.wait(20) == 0
-            background.clear()
-    finally:
-        for process in background:
-            process.kill()
-
-
-def test_the_python_examples_run_in_their_order(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "page",
+    [
+        page
+        for page, found in SESSIONS.items()
+        if {"console", "python"} & {b.language for b in found}
+    ],
+    ids=titled,
+)
+def test_examples_run(page: Path, peer: Callable[[str], str], tmp_path: Path) -> None:
     pytest.importorskip("cryptography.hazmat.primitives.ciphers")
-    text = (ROOT / "docs" / "python.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)
     # What an entry point does where the package is installed.
-    known = 'fsspec.register_implementation("diskwright", "diskwright.fs.DiskFileSystem", True)\n'
-    code = "\n".join(["import fsspec", known, *blocks])
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=ENV, check=True, timeout=100)
+    fsspec = pytest.importorskip("fsspec")
+    fsspec.register_implementation("diskwright", "diskwright.fs.DiskFileSystem", True)
+    session = Session(tmp_path, peer)
+    try:
+        for block in SESSIONS[page]:
+            if block.why is None:
+                session.run(block)
+    finally:
+        session.close()
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
-def test_links_lead_somewhere(path: Path) -> None:
-    for target in re.findall(r"\]\(([^)#\s]+)\)", path.read_text()):
-        if not target.startswith(("http:", "https:")):
-            assert (path.parent / target).exists(), f"{path.name} links to {target}"
+@pytest.mark.parametrize("page", PAGES, ids=titled)
+def test_no_example_goes_untested(page: Path) -> None:
+    for block in SESSIONS[page]:
+        # Those with braces are made by the site.
+        assert block.language in LANGUAGES or block.language.startswith("{"), block
+        assert block.why is None or block.why.startswith("needs "), block.why
+    text = page.read_text()
+    fences = [block for block in SESSIONS[page] if not block.hidden]
+    printed = sum(block.printed is not None for block in fences)
+    assert text.count("```") == 2 * (len(fences) + printed), "a fence that is not understood"
+    outside = re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+    assert not re.search(r"\n\n    \S", outside), "a block without a language"
+
+
+def anchors(text: str) -> set[str]:
+    """The anchors of a page's headings, as the site and repository hosts make them."""
+    headings = re.findall(r"^#+ (.*)", text, re.MULTILINE)
+    plain = (re.sub(r"[^\w\- ]", "", heading.lower()) for heading in headings)
+    return {heading.strip().replace(" ", "-") for heading in plain}
+
+
+@pytest.mark.parametrize("page", DOCUMENTS, ids=titled)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)(?:#([^)\s]+))?\)", page.read_text()):
+        if target.startswith(("http:", "https:")):
+            continue
+        found = page.parent / target if target else page
+        assert found.exists(), f"a link to {target}"
+        if anchor:
+            assert anchor in anchors(found.read_text()), f"a link to {target}#{anchor}"
 
 
 def test_the_readme_is_one_screen() -> None:

@@ -386,8 +386,11 @@ async def rebase(
 
 
 async def inspect(driver: BaseDriver, source: File) -> Inspection:
-    """What a file (a path, or a binary file object, which may be a stream) is, by its bytes alone:
-    see :func:`diskwright.ops.inspect.inspect`."""
+    """What a file (a path, or a binary file object, which may be a stream) is, by its bytes alone.
+
+    Nothing that it names is opened, no lock is taken, and no policy is asked.  Raises OSError for
+    what cannot be read, OverBudget; what is wrong with the file is told by the result.
+    """
     from .inspect import inspect
 
     return await inspect(driver, source)
