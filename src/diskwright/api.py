@@ -19,6 +19,7 @@ import os
 import threading
 import warnings
 from collections.abc import Callable, Coroutine, Mapping
+from importlib import import_module
 from types import MethodType, TracebackType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 from weakref import WeakSet
@@ -45,6 +46,8 @@ OPERATIONS = (
 )  # fmt: skip
 """Functions of :mod:`diskwright.ops.calls` and :mod:`diskwright.ops.morecalls`, which are imported
 with the first of them."""
+_ELSEWHERE = {"Budget": "engine.budget", "limited": "engine.budget",
+              "Inspector": "ops.inspect", "Progress": "ops.progress"}  # fmt: skip
 
 def open(
     source: Source,
@@ -66,16 +69,10 @@ def open(
     as far as ``policy`` allows (``untrusted``, ``local``, ``trusted`` or a :class:`Policy`; see
     docs/security.md); ``backing=False`` leaves it out.  ``secrets`` are the passphrases that
     options such as ``key-secret`` name (``{"sec0": b"..."}``), ``options`` those of the format.
-
-    ``cache`` is ``writeback``, ``writethrough`` (every write is durable when it returns), ``none``
-    (around the page cache), ``directsync`` (both) or ``unsafe`` (a flush does nothing).
-    ``discard`` is ``unmap`` (space is given back) or ``ignore``; ``detect_zeroes`` is ``off``,
-    ``on`` (zeroes that are written are stored as zeroes) or ``unmap`` (and their space is given
-    back).  ``force_share`` reads an image that another program writes to.
+    ``force_share`` reads what others write to; for the modes see docs/reference/python.md.
 
     Raises OSError, and the kinds of DiskError: Refused when the policy forbids a reference,
-    ImageInUse when a lock of another program forbids to open it, MalformedImage, CorruptImage or
-    UnsupportedFeature when it is the image's fault, UsageError when it is the caller's.
+    ImageInUse, ImageError when it is the image's fault, UsageError when it is the caller's.
     """
     driver = Driver()
     try:
@@ -110,7 +107,7 @@ def blocking(
     def blocked(*arguments: P.args, **named: P.kwargs) -> T:
         return run(lambda driver: call(driver, *arguments, **named))
 
-    # What tells signatures (help, editors) leaves out the first parameter of a method.
+    # What tells signatures leaves out the first parameter of a method.
     blocked.__wrapped__ = MethodType(call, blocked)  # type: ignore[attr-defined]
     return blocked
 
@@ -146,18 +143,8 @@ if TYPE_CHECKING:
 
 
 def __getattr__(name: str) -> Any:
-    if name in ("Budget", "limited"):
-        from .engine import budget
-
-        return getattr(budget, name)
-    if name == "Inspector":
-        from .ops.inspect import Inspector
-
-        return Inspector
-    if name == "Progress":
-        from .ops.progress import Progress
-
-        return Progress
+    if name in _ELSEWHERE:
+        return getattr(import_module(f"{__package__}.{_ELSEWHERE[name]}"), name)
     if name not in OPERATIONS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from .ops import calls, morecalls
@@ -234,7 +221,7 @@ class OpenDisk:
 
     @property
     def writable(self) -> bool:
-        """Whether it was opened for writing (and could be)."""
+        """Whether it was opened for writing."""
         return not self.node.read_only
 
     def __reduce__(self) -> Any:
@@ -262,7 +249,12 @@ class OpenDisk:
 
 class Disk(OpenDisk):
     """An open disk.  Close it, or use it in a ``with`` statement: until then its metadata may be
-    in memory only."""
+    in memory only.
+
+    Offsets and lengths are bytes, of any alignment, and lie inside the disk (UsageError).  Requests
+    raise OSError (EPERM where it was opened for reading), NoSpace where the host is full,
+    CorruptImage where metadata that they meet contradict each other.
+    """
 
     def __init__(self, node: Node, driver: Driver) -> None:
         super().__init__(node)
@@ -273,14 +265,14 @@ class Disk(OpenDisk):
 
     # -- requests
     def read_at(self, offset: int, length: int) -> bytes:
-        """The bytes of a range, which must lie inside the disk."""
+        """The bytes of a range."""
         node = self._inside(offset, length)
         if not length:
             return b""
         return bytes(self._call(lambda: node.read([offset], [length]))[0])
 
     def readinto_at(self, offset: int, buffer: bytearray | memoryview) -> int:
-        """Fill ``buffer`` with the bytes from ``offset``; returns how many that are."""
+        """Fill all of ``buffer`` with the bytes from ``offset``; returns how many that are."""
         view = memoryview(buffer).cast("B")
         node = self._inside(offset, len(view))
         if len(view):
@@ -288,7 +280,7 @@ class Disk(OpenDisk):
         return len(view)
 
     def write_at(self, offset: int, data: Buffer, *, fua: bool = False) -> None:
-        """Write; ``fua``: durable when it returns."""
+        """Write all of ``data``; ``fua``: durable when it returns, otherwise by :meth:`flush`."""
         view = memoryview(data).cast("B")
         node = self._inside(offset, len(view))
         if len(view):
@@ -302,26 +294,28 @@ class Disk(OpenDisk):
             self._call(lambda: node.zero([offset], [length], flags))
 
     def discard(self, offset: int, length: int) -> None:
-        """The bytes are not needed any more; advisory."""
+        """The bytes are not needed any more: they read as before or as zeroes."""
         node = self._inside(offset, length)
         if length:
             self._call(lambda: node.discard([offset], [length]))
 
     def flush(self) -> None:
-        """All writes that have returned are durable when it returns."""
+        """All writes that have returned are durable when it returns.  Raises FlushFailed after an
+        earlier flush failed, until the disk is opened again."""
         node = self.node
         self._call(node.flush)
 
     def resize(self, size: int, *, preallocation: str = "off", shrink: bool = False) -> None:
-        """Change the virtual size (bytes); new space reads as zeroes.  ``shrink`` must be said to
-        lose what lies beyond a smaller size."""
+        """Change the virtual size (a multiple of 512 bytes); new space reads as zeroes, and is
+        preallocated as by ``create``.  ``shrink`` must be said to lose what lies beyond a smaller
+        size.  Raises UsageError, and NotSupported for a format that cannot."""
         node = self.node
         if size < node.size and not shrink:
             raise UsageError("The new size is smaller: shrink=True allows it")
         self._call(lambda: node.truncate(size, preallocation))
 
     def extents(self, offset: int = 0, length: int | None = None) -> list[Extent]:
-        """What the ranges of the disk are (None: to its end), through its whole chain."""
+        """What the ranges of the disk are (None: to its end), in order, through its whole chain."""
         from .ops.map import extents
 
         node = self.node
@@ -336,7 +330,7 @@ class Disk(OpenDisk):
 
     @property
     def snapshots(self) -> Snapshots:
-        """The internal snapshots of the image."""
+        """The internal snapshots of the image (qcow2)."""
         from .ops.snapshot_list import Snapshots
 
         return Snapshots(lambda: self.node, self._call)

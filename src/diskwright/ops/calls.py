@@ -85,7 +85,7 @@ async def info_chain(
     secrets: Keys = None,
     force_share: bool = False,
 ) -> list[NodeInfo]:
-    """:func:`info` of an image and of everything below it, which passes the gate."""
+    """What ``info`` tells of an image and of everything below it, which passes the gate."""
     from .info import info_chain
 
     with plain_errors():
@@ -110,7 +110,7 @@ async def check(
 
     ``repair`` (``leaks`` or ``all``) mends it: what is returned is found by a second check, with
     the counts of what was repaired by the first.  ``undo_file``, which must not exist, keeps what
-    :func:`undo` needs to take it back; :func:`plan_repair` tells what a repair would do.
+    ``undo`` needs to take it back; ``plan_repair`` tells what a repair would do.
     Raises NotSupported for a format that has nothing to check, or that cannot be repaired.
     """
     done = await _check(
@@ -243,7 +243,8 @@ async def convert(
     (``"verify"``: see docs/resume.md).  Returns the bytes of data that were copied.  File and
     directory are durable when it returns, unless ``cache`` is ``unsafe``.
     ``also`` are further targets (file name -> format) made by the same reading; ``on_digests`` is
-    told the ``digests`` (see :func:`digest`) of what was copied.
+    told the ``digests`` (see ``digest``) of what was copied.  A target that was made and is not
+    complete is removed where ``resume`` cannot go on with it.
     """
     from .convert import SPARSE, Settings, convert
 
@@ -331,7 +332,7 @@ async def commit(
     progress: OnProgress | None = None,
 ) -> None:
     """Write what an overlay holds into its backing file (or into ``base`` further down), and
-    empty it unless ``keep`` is set or ``base`` is named."""
+    empty it unless ``keep`` is set or ``base`` is named.  Raises UsageError without one."""
     from .commit import commit
 
     with plain_errors(), reporting(progress) as on_progress:
@@ -376,7 +377,8 @@ async def rebase(
 ) -> None:
     """Give an image another backing file (None: none) without changing what the disk reads.
 
-    ``unsafe`` changes the name alone.
+    What both backing files do not have in common is copied into the image first; ``unsafe``
+    changes the name alone.
     """
     from .rebase import rebase
 
@@ -386,11 +388,8 @@ async def rebase(
 
 
 async def inspect(driver: BaseDriver, source: File) -> Inspection:
-    """What a file (a path, or a binary file object, which may be a stream) is, by its bytes alone.
-
-    Nothing that it names is opened, no lock is taken, and no policy is asked.  Raises OSError for
-    what cannot be read, OverBudget; what is wrong with the file is told by the result.
-    """
+    """What a file (a path, or a binary file object, which may be a stream) is, by its bytes alone:
+    nothing that it names is opened, no lock is taken, and what is wrong with it is in the result."""
     from .inspect import inspect
 
     return await inspect(driver, source)

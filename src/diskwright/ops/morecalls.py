@@ -53,7 +53,7 @@ async def create(
     """Make an image of ``size`` bytes (rounded up to 512) and return its virtual size.
 
     ``options`` are the format's creation options.  With ``backing_file`` and ``backing_fmt``
-    among them ``size`` may be left out (:func:`overlay` says it shorter); what that file names in
+    among them ``size`` may be left out (``overlay`` says it shorter); what that file names in
     turn passes the gate, as when a disk is opened.  An existing file is overwritten.
     """
     name, gate = os.fsdecode(path), gate_of(policy)
