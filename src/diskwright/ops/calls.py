@@ -389,7 +389,7 @@ async def rebase(
 
 async def inspect(driver: BaseDriver, source: File) -> Inspection:
     """What a file (a path, or a binary file object, which may be a stream) is, by its bytes alone:
-    nothing that it names is opened, no lock is taken, and what is wrong with it is in the result."""
+    nothing that it names is opened, no lock is taken; what is wrong with it is in the result."""
     from .inspect import inspect
 
     return await inspect(driver, source)
