@@ -35,7 +35,7 @@ PEERS = ("nbdinfo", "nbdcopy", "qemu-img", "qemu-io")
 _BLOCK = re.compile(
     r"^<!-- setup\n(?P<setup>.*?)^-->"
     r"|^(?:<!-- not run: (?P<why>[^\n]+) -->\n\n?)?"
-    r"^(?P<indent> *)```(?P<language>\S*)\n(?P<text>.*?)^ *```$",
+    r"^(?P<indent> *)```(?P<language>\S*)[^\n]*\n(?P<text>.*?)^ *```$",
     re.MULTILINE | re.DOTALL,
 )
 _STATUS = re.compile(r"\s+# exit status (\d+)$")
