@@ -72,7 +72,7 @@ def awaitable(
     async def awaited(*arguments: P.args, **named: P.kwargs) -> T:
         return await run(lambda driver: call(driver, *arguments, **named))
 
-    awaited.__wrapped__ = MethodType(call, awaited)  # type: ignore[attr-defined]
+    awaited.__wrapped__ = MethodType(call, awaited)
     return awaited
 
 

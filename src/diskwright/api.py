@@ -108,7 +108,7 @@ def blocking(
         return run(lambda driver: call(driver, *arguments, **named))
 
     # What tells signatures leaves out the first parameter of a method.
-    blocked.__wrapped__ = MethodType(call, blocked)  # type: ignore[attr-defined]
+    blocked.__wrapped__ = MethodType(call, blocked)
     return blocked
 
 
