@@ -78,19 +78,10 @@ def open(
     try:
         node = driver.run(
             open_disk(
-                driver,
-                reference_of(source),
-                format=format,
-                writable=writable,
-                options=options,
-                cache=cache,
-                force_share=force_share,
-                gate=gate_of(policy),
-                backing=backing,
-                discard=discard,
-                detect_zeroes=detect_zeroes,
-                secrets=kept(secrets),
-            )
+                driver, reference_of(source), format=format, writable=writable, options=options,
+                cache=cache, force_share=force_share, gate=gate_of(policy), backing=backing,
+                discard=discard, detect_zeroes=detect_zeroes, secrets=kept(secrets),
+            )  # fmt: skip
         )
     except BaseException:
         driver.close()
