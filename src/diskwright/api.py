@@ -76,13 +76,12 @@ def open(
     """
     driver = Driver()
     try:
-        node = driver.run(
-            open_disk(
-                driver, reference_of(source), format=format, writable=writable, options=options,
-                cache=cache, force_share=force_share, gate=gate_of(policy), backing=backing,
-                discard=discard, detect_zeroes=detect_zeroes, secrets=kept(secrets),
-            )  # fmt: skip
-        )
+        opening = open_disk(
+            driver, reference_of(source), format=format, writable=writable, options=options,
+            cache=cache, force_share=force_share, gate=gate_of(policy), backing=backing,
+            discard=discard, detect_zeroes=detect_zeroes, secrets=kept(secrets),
+        )  # fmt: skip
+        node = driver.run(opening)
     except BaseException:
         driver.close()
         raise
