@@ -3,6 +3,7 @@ host's fonts, styles or scripts."""
 
 import sys
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE / "_ext"), str(HERE.parent / "src")]
@@ -14,6 +15,7 @@ author = "the diskwright developers"
 release = version = diskwright.__version__
 html_title = f"diskwright {release}"
 html_theme = "furo"
+smartquotes = False  # they would make one dash of two, in options too
 html_copy_source = html_show_sourcelink = html_show_copyright = False
 extensions = ["myst_parser", "sphinx.ext.autodoc", "declared"]
 exclude_patterns = ["_build", "_ext"]
@@ -34,3 +36,15 @@ add_module_names = False
 python_use_unqualified_type_names = True
 toc_object_entries = False
 maximum_signature_line_length = 90
+
+
+def without_numbers(
+    app: Any, what: str, name: str, found: Any, options: Any, lines: list[str]
+) -> None:
+    """What Python says of the fields of a named tuple tells nobody anything."""
+    if lines and lines[0].startswith("Alias for field number"):
+        lines.clear()
+
+
+def setup(app: Any) -> None:
+    app.connect("autodoc-process-docstring", without_numbers)
