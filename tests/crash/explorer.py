@@ -37,6 +37,8 @@ class Saved(NamedTuple):
     dirty: bool
     format: str
     data: bytes | None
+    sizes: frozenset[int]
+    """Of the disk: more than one in the middle of a resize."""
 
 
 class Workload:
@@ -243,7 +245,8 @@ class Workload:
             driver.close()
         sizes = [s for begun, ended, s in self.sizes if begun <= moment]
         settled = max(i for i, (_, ended, _) in enumerate(self.sizes) if ended <= moment)
-        if len(content) not in {s for _, _, s in self.sizes[settled : len(sizes)]}:
+        admissible = frozenset(s for _, _, s in self.sizes[settled : len(sizes)])
+        if len(content) not in admissible:
             begun = [s for b, _, s in self.sizes if b <= moment]
             raise Mismatch(f"{what}: size {len(content)}, sizes were {begun}")
         if POISON in content:
@@ -252,7 +255,8 @@ class Workload:
         data = files[1] if len(files) > 1 else None
         if self.kind == "raw-data-file" and moment == self.last and data != content:
             raise Mismatch(f"{what}: the raw data file is not what the disk reads")
-        return Saved(self.kind, self.seed, moment, image, self.base, content, dirty, format, data)
+        told = (self.kind, self.seed, moment, image, self.base, content, dirty, format, data)
+        return Saved(*told, admissible)
 
     async def _look(self, node: Any, opening: Any, moment: int, what: str) -> bytes:
         await node.run_procedure(opening, whole_image=False)

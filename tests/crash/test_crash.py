@@ -74,8 +74,8 @@ def told(total: Counter[str]) -> str:
     ("kinds", "seeds", "keep", "least"),
     [
         pytest.param(QCOW2, SEEDS, 12, 1000 * SEEDS, id="qcow2"),
-        pytest.param(VHDX, 2 * SEEDS, 36, 250, id="vhdx"),
-        pytest.param(VMDK, 2 * SEEDS, 18, 500, id="vmdk"),
+        pytest.param(VHDX, 2 * SEEDS, 54, 250, id="vhdx"),
+        pytest.param(VMDK, 2 * SEEDS, 27, 500, id="vmdk"),
     ],
 )
 def test_crash_states(
@@ -133,13 +133,17 @@ def in_qemu(qemu_img: str, folder: Path, saved: Saved) -> str:
     convert = call("convert", "-O", "raw", image.name, "out")
     if convert.returncode:
         return f"{what}: convert: {convert.stderr}"
-    content = (folder / "out").read_bytes()
+    content, ours = (folder / "out").read_bytes(), saved.content
+    if len(content) in saved.sizes:
+        # A VMDK tells its size in two places. Between them either program may believe the other.
+        common = min(len(content), len(ours))
+        content, ours = content[:common], ours[:common]
     for file in folder.iterdir():
         file.unlink()
-    if content != saved.content:
-        pairs = zip(content, saved.content, strict=False)
+    if content != ours:
+        pairs = zip(content, ours, strict=False)
         at = next((i for i, (a, b) in enumerate(pairs) if a != b), -1)
-        lengths = f"{len(content)} and {len(saved.content)} bytes"
+        lengths = f"{len(content)} and {len(ours)} bytes"
         return f"{what}: qemu-img reads other bytes at {at:#x} ({lengths})"
     return ""
 
