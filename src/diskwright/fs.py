@@ -16,11 +16,14 @@ from contextlib import ExitStack
 from typing import Any
 from urllib.parse import quote
 
-from fsspec.core import url_to_fs  # type: ignore[import-untyped]
-from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
-from fsspec.registry import filesystem  # type: ignore[import-untyped]
-from fsspec.spec import AbstractFileSystem  # type: ignore[import-untyped]
-from fsspec.utils import tokenize  # type: ignore[import-untyped]
+try:
+    from fsspec.core import url_to_fs  # type: ignore[import-untyped]
+    from fsspec.implementations.local import LocalFileSystem  # type: ignore[import-untyped]
+    from fsspec.registry import filesystem  # type: ignore[import-untyped]
+    from fsspec.spec import AbstractFileSystem  # type: ignore[import-untyped]
+    from fsspec.utils import tokenize  # type: ignore[import-untyped]
+except ImportError as error:
+    raise ImportError("diskwright.fs needs fsspec (install diskwright[fsspec])") from error
 
 from .api import Disk, open
 from .errors import DiskError
@@ -273,7 +276,7 @@ def _snapshots(disk: Disk) -> dict[str, str]:
 
 
 def _folder_name(name: str) -> str:
-    return quote(name, safe=" !@#$&()+,;=[]{}~'") if name.strip(".") else name.replace(".", "%2E")
+    return quote(name, safe=" !@#$&()+,;=~'") if name.strip(".") else name.replace(".", "%2E")
 
 
 def _file(name: str, part: Partition) -> Info:

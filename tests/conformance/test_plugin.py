@@ -23,7 +23,7 @@ TEST = """
 from diskwright.testing.subjects import subjects
 
 def test_mine(conformance):
-    conformance(next(s for s in subjects() if s.name == "memory"))
+    conformance(next(s for s in subjects() if s.name == "null"))
 
 def test_seed(seeded_driver, recording_leaf):
     leaf = recording_leaf(b"abc", delay=5)

@@ -46,6 +46,9 @@ class RawDisk(io.RawIOBase):
         whole = max(0, self._disk.size - self._start)
         return whole if self._length is None else min(whole, self._length)
 
+    def __repr__(self) -> str:
+        return f"<RawDisk {self.name!r} mode={self.mode!r}>"
+
     def __del__(self) -> None:
         """Nothing: what io does here would flush."""
 
