@@ -55,6 +55,15 @@ def test_the_synchronous_api_under_a_running_loop() -> None:
     asyncio.run(cell())
 
 
+def test_both_apis_have_the_same_names() -> None:
+    def public(thing: Any) -> set[str]:
+        return {name for name in dir(thing) if not name.startswith("_")}
+
+    assert public(diskwright.Disk) == public(aio.Disk)
+    functions = {name for name in diskwright.__all__ if name.islower()}
+    assert all(hasattr(aio, name) for name in functions - {"aio", "errors", "limited"})
+
+
 def test_an_open_disk_is_not_pickled() -> None:
     with diskwright.open("a") as disk:
         with pytest.raises(TypeError, match="open it again by its name"):
