@@ -159,6 +159,24 @@ class FlushFailed(OSError, DiskError):
         )
 
 
+class PeerError(OSError, DiskError):
+    """A server could not be reached, refused what it was asked, or broke its protocol: ``detail``.
+    ``peer`` is its address, ``export`` what was asked of it, where known."""
+
+    exit_code = 1
+    qmp_class = "GenericError"
+
+    def __init__(
+        self, detail: str, number: int = _errno.EPROTO, *, peer: str = "", export: str = ""
+    ) -> None:
+        self.detail, self.peer, self.export = detail, peer, export
+        where = f"NBD server at '{peer}'" + (f", export '{export}'" if export else "")
+        OSError.__init__(self, number, f"{detail} ({where})" if peer else detail)
+
+    def __str__(self) -> str:
+        return str(self.strerror)
+
+
 class NodeClosed(DiskError):
     """The node was closed (or its process forked) and takes no more requests."""
 

@@ -14,8 +14,10 @@ from importlib import import_module
 from typing import Any
 
 from .errors import UnsupportedFeature, UsageError
+from .records import NamedTuple
 
 TYPE = "secret"
+TLS_TYPES = {"tls-creds-x509": "x509", "tls-creds-psk": "psk"}
 FORMATS = ("raw", "base64")
 EXTRA = "diskwright[crypto]"
 """The extra that brings the library of ciphers."""
@@ -27,11 +29,36 @@ _BLOCK = 16
 _NOT_BASE64 = re.compile(rb"[^A-Za-z0-9+/=\s]")
 
 
+class TlsCredentials(NamedTuple):
+    """What one end of a TLS connection shows and trusts, by files in ``folder``.
+
+    ``kind`` is ``x509`` (``ca-cert.pem``, ``ca-crl.pem``, ``client-cert.pem``, ``client-key.pem``,
+    ...; without a folder the system's own certificates are trusted) or ``psk`` (``keys.psk``, or
+    ``key_file``).  ``password`` opens the private key."""
+
+    id: str
+    kind: str
+    folder: str = ""
+    endpoint: str = "client"
+    verify_peer: bool = True
+    username: str = ""
+    key_file: str = ""
+    password: bytes | None = None
+
+
+_TLS_PROPERTIES = {
+    "x509": ("dir", "endpoint", "verify-peer", "passwordid", "sanity-check", "priority"),
+    "psk": ("dir", "endpoint", "username", "verify-peer", "priority"),
+}
+
+
 class Secrets(Mapping[str, bytes]):
     """The secrets of one command or program: id -> bytes."""
 
     def __init__(self, given: Mapping[str, bytes | str] | None = None) -> None:
         self._found: dict[str, bytes] = {}
+        self.credentials: dict[str, TlsCredentials] = {}
+        """TLS credentials; their ids are not those of secrets."""
         for name, value in (given or {}).items():
             self.put(name, value.encode() if isinstance(value, str) else bytes(value))
 
@@ -49,21 +76,25 @@ class Secrets(Mapping[str, bytes]):
 
     def put(self, name: str, value: bytes) -> None:
         """Add a secret.  Raises UsageError for a name that is none, or that is taken."""
+        self._check_id(name)
+        self._found[name] = value
+
+    def _check_id(self, name: str) -> None:
         if not _ID.fullmatch(name):
             raise UsageError(
                 "Parameter 'id' expects an identifier\nIdentifiers consist of letters, digits, "
                 "'-', '.', '_', starting with a letter."
             )
-        if name in self._found:
+        if name in self._found or name in self.credentials:
             raise UsageError(
                 f"attempt to add duplicate property '{name}' to object (type 'container')"
             )
-        self._found[name] = value
 
     def define(
         self, definition: str | Mapping[str, Any], read: Callable[[str], bytes] | None = None
     ) -> str:
-        """Add the secret of an object definition as qemu's tools take it, and return its id.
+        """Add the secret or the TLS credentials of an object definition as qemu's tools take it,
+        and return its id.
 
         ``secret,id=ID,data=TEXT`` or ``file=PATH``, ``format=raw`` (default) or ``base64``; with
         ``keyid=ID`` (a secret of 32 bytes defined before) and ``iv=BASE64`` the data are
@@ -71,24 +102,51 @@ class Secrets(Mapping[str, bytes]):
         twice.  Instead of text it may be the object itself, with ``qom-type``.  ``read`` reads a
         file; without it none is read.
 
+        ``tls-creds-x509,id=ID,dir=PATH,endpoint=client`` and ``tls-creds-psk`` with ``username``:
+        see :class:`TlsCredentials`; their files are read when a connection is made.
+
         Raises UsageError.
         """
         given = split(definition) if isinstance(definition, str) else dict(definition)
         kind = given.get("qom-type")
         if kind is None:
             raise UsageError("Parameter 'qom-type' is missing")
-        if kind != TYPE:
+        tls = TLS_TYPES.get(kind)
+        if kind != TYPE and tls is None:
             raise UsageError(f"Parameter 'qom-type' does not accept value '{kind}'")
+        known = _PROPERTIES if tls is None else ("qom-type", "id", *_TLS_PROPERTIES[tls])
         for key, value in given.items():
-            if key not in _PROPERTIES:
+            if key not in known:
                 raise UsageError(f"Parameter '{key}' is unexpected")
-            if not isinstance(value, str):
+            if not isinstance(value, str) and not (tls and isinstance(value, bool)):
                 raise UsageError(f"Invalid parameter type for '{key}', expected: string")
         name: str | None = given.get("id")
         if name is None:
             raise UsageError("Parameter 'id' is missing")
-        self.put(name, self._value(given, read))
+        if tls is None:
+            self.put(name, self._value(given, read))
+        else:
+            self._check_id(name)
+            self.credentials[name] = self._tls(name, tls, given)
         return name
+
+    def _tls(self, name: str, kind: str, given: Mapping[str, Any]) -> TlsCredentials:
+        endpoint = given.get("endpoint", "client")
+        if endpoint not in ("client", "server"):
+            raise UsageError(f"Parameter 'endpoint' does not accept value '{endpoint}'")
+        verify = given.get("verify-peer", True)
+        if verify not in (True, False, "on", "off", "yes", "no", "true", "false"):
+            raise UsageError("Parameter 'verify-peer' expects 'on' or 'off'")
+        key = given.get("passwordid")
+        return TlsCredentials(
+            name,
+            kind,
+            given.get("dir", ""),
+            endpoint,
+            verify in (True, "on", "yes", "true"),
+            given.get("username", ""),
+            password=None if key is None else find(self, key),
+        )
 
     def _value(self, given: Mapping[str, str], read: Callable[[str], bytes] | None) -> bytes:
         form = given.get("format", "raw")

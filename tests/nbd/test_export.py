@@ -393,7 +393,7 @@ def test_a_client_that_never_reads_makes_room(
         assert not left
         other = Client(str(tmp_path / "s"))
         assert other.read(0, SIZE) == bytes(SIZE)
-        assert left == ["the client does not read its replies"]
+        assert left == ["the other side does not read what is sent"]
         other.close()
         greedy.sock.close()
 

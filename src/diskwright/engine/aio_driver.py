@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import Callable, Coroutine
 from typing import Any, TypeVar
 
@@ -17,6 +18,7 @@ class AsyncioDriver(BaseDriver):
     def __init__(self, loop: asyncio.AbstractEventLoop | None = None) -> None:
         super().__init__()
         self.loop = loop or asyncio.get_running_loop()
+        self._waiters: dict[tuple[int, int], Future[None]] = {}
 
     def soon(self, callback: Callable[[], None]) -> None:
         self.loop.call_soon(callback)
@@ -35,23 +37,22 @@ class AsyncioDriver(BaseDriver):
         self.loop.call_soon_threadsafe(callback)
 
     def readable(self, fd: int) -> Future[None]:
-        future: Future[None] = Future()
-
-        def ready() -> None:
-            self.loop.remove_reader(fd)
-            future.set()
-
-        self.loop.add_reader(fd, ready)
-        return future
+        return self._wait_for(fd, 0, self.loop.add_reader, self.loop.remove_reader)
 
     def writable(self, fd: int) -> Future[None]:
+        return self._wait_for(fd, 1, self.loop.add_writer, self.loop.remove_writer)
+
+    def _wait_for(
+        self, fd: int, direction: int, add: Callable[..., None], remove: Callable[[int], bool]
+    ) -> Future[None]:
         future: Future[None] = Future()
+        self._waiters[fd, direction] = future
 
         def ready() -> None:
-            self.loop.remove_writer(fd)
+            remove(fd)
             future.set()
 
-        self.loop.add_writer(fd, ready)
+        add(fd, ready)
         return future
 
     def watch(self, fd: int, callback: Callable[[], None]) -> None:
@@ -63,6 +64,10 @@ class AsyncioDriver(BaseDriver):
     def forget(self, fd: int) -> None:
         self.loop.remove_reader(fd)
         self.loop.remove_writer(fd)
+        for direction in (0, 1):
+            future = self._waiters.pop((fd, direction), None)
+            if future is not None:
+                future.set(error=OSError(errno.EBADF, "descriptor closed"))
 
     async def bridge(self, coro: Coroutine[Any, Any, T]) -> T:
         """Await an engine coroutine from asyncio.

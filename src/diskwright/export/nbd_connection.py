@@ -15,6 +15,7 @@ from ..contract import FUA
 from ..engine.kernel import Cancelled, Future, Task, Timer
 from ..engine.node import Buffer, Node
 from ..errors import DiskError
+from ..protocols.outgoing import Outgoing
 from ..wire import nbd_const as c
 from ..wire import nbd_reply as reply
 from ..wire.nbd_batch import Batch, Other, ReceiveBuffer
@@ -22,7 +23,6 @@ from ..wire.nbd_server import BUFFER_SIZE, NbdServer
 from .arena import Arena
 from .budget import CLIENT_LIMIT, Budget
 from .nbd_requests import perform
-from .outgoing import Outgoing
 
 if TYPE_CHECKING:
     from .nbd import NbdExport

@@ -160,6 +160,7 @@ async def write_image(
     told = {"file-name": where.get("filename"), "secrets": secrets or {}}
     procedure = primed(found.create({**options, **told}))
     graph = Graph(driver)
+    graph.secrets = secrets or {}
     file, made = await create_file(graph, where, beside)
     node = MappedNode(driver, found.name, _Nothing(), {"file": file}, graph.tables)
     below = options.get("backing_file")

@@ -35,7 +35,8 @@ async def create_file(
     existed = path is None or os.path.lexists(path)
     given = checked(protocol, {k: v for k, v in options.items() if k != "driver"})
     node: Node = await protocol.create(
-        graph.driver, {"driver": protocol.name, **given, **(beside or {})}
+        graph.driver,
+        {"driver": protocol.name, **given, **(beside or {}), "secrets": graph.secrets},
     )
     node.options = {"driver": protocol.name, **given}
     graph.add(node)

@@ -17,6 +17,9 @@ _WEAK: dict[str, frozenset[str] | None] = {
     "vmdk": None,
     "file": None,
     "host_device": None,
+    "nbd": frozenset(
+        {"reconnect-delay", "open-timeout", "connections", "timeout", "x-dirty-bitmap"}
+    ),
     "null-co": frozenset({"latency-ns"}),
     "null-aio": frozenset({"latency-ns"}),
 }
@@ -49,6 +52,8 @@ def plain_name(node: Node) -> str | None:
     if "filename" in node.options and not node.children:
         name = str(node.options["filename"])
         return f"./{name}" if protocol_of(name) and node.driver_name == "file" else name
+    if node.driver_name == "nbd":
+        return _nbd_name(node, strong)
     if node.driver_name in ("null-co", "null-aio"):
         return None if strong else f"{node.driver_name}://"
     if node.driver_name == "blkdebug":
@@ -61,6 +66,23 @@ def plain_name(node: Node) -> str | None:
         return None
     # A format directly over a protocol is what a file name means; more layers it cannot tell.
     return plain_name(file) if "file" not in file.children else None
+
+
+# What an NBD name tells, beside all that begins with `server.`; the rest is asked of no server.
+_NBD_NAMED = frozenset({"export", "path", "host", "port", "tls"})
+_NBD_TLS = frozenset(
+    {"tls-hostname", "tls-certificates", "tls-psk-file", "tls-username", "tls-verify-peer"}
+)
+
+
+def _nbd_name(node: Node, strong: dict[str, Any]) -> str | None:
+    named = _NBD_NAMED | (_NBD_TLS if strong.get("tls") else frozenset())
+    if any(key not in named and not key.startswith("server.") for key in strong):
+        return None
+    from ..protocols.nbd import normalised
+    from ..wire.nbd_uri import uri
+
+    return uri(normalised(node.options))
 
 
 def description(node: Node) -> dict[str, Any]:

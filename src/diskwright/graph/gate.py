@@ -11,7 +11,7 @@ it is no leave: the image still chooses the file below the mapped directory.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from ..errors import DiskError, Outside, Refused, UsageError
@@ -39,6 +39,7 @@ class Gate:
 
     ``policy``: ``untrusted`` admits nothing but what the caller typed; ``local`` regular files
     below the folder of the image that names them, and below ``folders``; ``trusted`` everything.
+    Names of NBD exports among ``folders`` are admitted as they are.
     ``allow``: references (as an image may write them, or resolved) that the caller typed.
     ``paths``: what prefixes of absolute paths mean here, above all of Windows paths.
     """
@@ -52,14 +53,15 @@ class Gate:
         policy: str = "untrusted",
         allow: Iterable[str] = (),
         paths: Mapping[str, str] | None = None,
-        folders: Iterable[str] = (),
+        folders: Sequence[str] = (),
     ) -> None:
         if policy not in POLICIES:
             raise UsageError(f"Unknown policy '{policy}': it must be one of {', '.join(POLICIES)}")
         self.policy = policy
-        self.typed = frozenset(allow)
+        exports = [name for name in folders if _is_nbd(name)]
+        self.typed = frozenset((*allow, *exports))
         self.paths = dict(paths or {})
-        self.folders = tuple(folders)
+        self.folders = tuple(name for name in folders if name not in exports)
         self._map: PathMap | None = None
         if self.paths:
             from .paths import PathMap
@@ -114,6 +116,8 @@ class Gate:
     def _switch(self, target: str) -> str:
         path = _plain(target)
         if path is None:
+            if _is_nbd(target):
+                return f"'--allow {target}' (Policy(allow=...) in Python) or {_TRUST}"
             return _TRUST
         folder = os.path.dirname(os.path.abspath(path))
         return f"{_ALLOW.format(folder)} or {_TRUST}"
@@ -133,6 +137,12 @@ def _is_below(target: str, folders: tuple[str, ...]) -> bool:
 
     path = _plain(target)
     return path is not None and below(path, folders) is not None
+
+
+def _is_nbd(reference: str) -> bool:
+    from .names import protocol_of
+
+    return protocol_of(reference).partition("+")[0] in ("nbd", "nbds")
 
 
 def _plain(reference: str) -> str | None:

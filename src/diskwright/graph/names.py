@@ -82,6 +82,11 @@ def from_filename(name: str) -> Options:
         if rest != "//":
             raise UsageError(f"The only allowed filename for this driver is '{protocol}://'")
         return {"driver": protocol}
+    if protocol.startswith("nbd"):
+        from ..wire import nbd_uri
+
+        if protocol in nbd_uri.SCHEMES:
+            return {"driver": "nbd", **nbd_uri.parse(name)}
     from .registry import known
 
     if not known(protocol):

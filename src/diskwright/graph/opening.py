@@ -137,6 +137,7 @@ class Opening:
             "cache.no-flush": mode.no_flush,
             "discard": mode.discard,
             "within": mode.within,
+            "secrets": self.graph.secrets,
             # Locks are taken once it is known what its users need.
             "perms": frozenset(),
             "shared": ALL,
@@ -277,7 +278,7 @@ class Opening:
             "secrets": self.graph.secrets,
             **self.graph.told_once(),
         }
-        if leaf.driver_name == "host_device":
+        if leaf.driver_name in ("host_device", "nbd"):
             told["zero_beyond_end"] = False  # a device holds whatever it held before
         return told
 

@@ -35,6 +35,7 @@ BUILTIN: dict[str, Entry] = {
     "host_device": Entry("protocol", "diskwright.protocols.file"),
     "file-object": Entry("protocol", "diskwright.protocols.fileobject"),
     "memory": Entry("protocol", "diskwright.protocols.memory"),
+    "nbd": Entry("protocol", "diskwright.protocols.nbd"),
     "null-co": Entry("protocol", "diskwright.protocols.null"),
     "null-aio": Entry("protocol", "diskwright.protocols.null"),
     "blkdebug": Entry("filter", "diskwright.filters.blkdebug"),

@@ -112,7 +112,8 @@ async def block_status(
             end = start
             for part in await _layer(layer, start, count, depth, least_hole):
                 end += part.length
-                if part.present or part.data or part.zero or below is base is not None:
+                told = part.present or part.data or part.zero or part.node is not None
+                if told or below is base is not None:
                     found.append(part)
                     continue
                 inside = 0 if below is None else max(0, min(part.length, below.size - part.start))
@@ -221,7 +222,7 @@ async def _layer(node: Node, start: int, length: int, depth: int, least_hole: in
         if isinstance(extent, Data | Opaque):
             deeper = sparse or (extent.kind == DATA and extent.slot in plain)
             for part in await _told(node, extent, deeper, least_hole):
-                offset = position + shift if leaf and part.offset < 0 else part.offset
+                offset = position + shift if leaf and part.data and part.offset < 0 else part.offset
                 out.append(part._replace(start=position, depth=depth, offset=offset))
                 position += part.length
             if position < end:
@@ -268,6 +269,8 @@ async def _told(
     to fill in)."""
     length = extent.length
     child = node.child(extent.slot)
+    if extent.kind == OPAQUE and child is None:  # nobody knows
+        return [Status(0, length, 0, False, False, False, node=node)]
     if extent.kind == OPAQUE and child is not None:
         inner = await block_status(child, extent.host, length, least_hole=least_hole)
         return [part._replace(depth=0) for part in inner]

@@ -23,6 +23,34 @@ class _Sent(NamedTuple):
 
 Item = Buffer | _Sent
 
+_RECORD = 16 << 10  # the most that one TLS record holds
+
+
+def _tls_sender(sock: socket.socket) -> Callable[[Sequence[Buffer]], int]:
+    """Sends one record after the other; there is no call that gathers buffers."""
+    import ssl
+
+    def send(buffers: Sequence[Buffer]) -> int:
+        done = 0
+        for buffer in buffers:
+            view = memoryview(buffer)
+            for at in range(0, len(view), _RECORD):
+                try:
+                    # Cut alike each time: what was begun must be offered again as it was.
+                    done += sock.send(view[at : at + _RECORD])
+                except (ssl.SSLWantWriteError, ssl.SSLWantReadError):
+                    if not done:
+                        raise BlockingIOError from None
+                    return done
+        return done
+
+    return send
+
+
+def _sender_of(sock: socket.socket) -> Callable[[Sequence[Buffer]], int]:
+    return _tls_sender(sock) if hasattr(sock, "do_handshake") else _sender(sock)
+
+
 if sys.platform == "win32":
 
     def _sender(sock: socket.socket) -> Callable[[Sequence[Buffer]], int]:
@@ -50,10 +78,10 @@ class Outgoing:
         self.sock = sock
         self.on_broken = on_broken
         self.fd = sock.fileno()
-        self._sendmsg = _sender(sock)
+        self._sendmsg = _sender_of(sock)
         self.broken: Exception | None = None
         self.moved = 0.0
-        """When the client last took something (or when it first had to wait for that)."""
+        """When the other side last took something (or when it first had to wait for that)."""
         self._queue: deque[Item] = deque()
         self._drainer: Future[None] | None = None
 
@@ -105,7 +133,7 @@ class Outgoing:
     def abandon(self) -> None:
         """Drop what is queued; the peer does not read."""
         if self._queue:
-            self._break(TimeoutError("the client does not read its replies"))
+            self._break(TimeoutError("the other side does not read what is sent"))
             try:
                 self.sock.shutdown(socket.SHUT_RDWR)  # also wakes whoever waits for it
             except OSError:

@@ -1,0 +1,83 @@
+"""TLS for NBD clients: from credentials to a context of the standard library."""
+
+from __future__ import annotations
+
+import errno
+import os
+import ssl
+from collections.abc import Callable
+
+from ..errors import PeerError, UnsupportedFeature, UsageError
+from ..secrets import TlsCredentials
+
+PSK_FILE = "keys.psk"
+
+
+def client_context(credentials: TlsCredentials) -> ssl.SSLContext:
+    """The context of a client.  Raises UsageError, UnsupportedFeature, OSError (a file that
+    cannot be read) and PeerError (one that holds no certificate)."""
+    if credentials.endpoint != "client":
+        raise UsageError(f"Expecting TLS credentials with a client endpoint: '{credentials.id}'")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if not credentials.verify_peer or credentials.kind == "psk":
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    if credentials.kind == "psk":
+        _use_key(context, credentials)
+        return context
+    folder = credentials.folder
+    try:
+        if not folder:
+            context.load_default_certs()
+        elif credentials.verify_peer:
+            context.load_verify_locations(os.path.join(folder, "ca-cert.pem"))
+            revoked = os.path.join(folder, "ca-crl.pem")
+            if os.path.exists(revoked):
+                context.load_verify_locations(revoked)
+                context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
+        certificate = os.path.join(folder, "client-cert.pem")
+        if folder and os.path.exists(certificate):
+            key = os.path.join(folder, "client-key.pem")
+            context.load_cert_chain(certificate, key, credentials.password)
+    except ssl.SSLError as error:
+        raise PeerError(f"the certificates in '{folder}' cannot be used: {error}") from error
+    except OSError as error:
+        raise OSError(error.errno, f"{os.strerror(error.errno or 0)} (TLS certificates)",
+                      error.filename or folder) from error  # fmt: skip
+    return context
+
+
+def _use_key(context: ssl.SSLContext, credentials: TlsCredentials) -> None:
+    """Authenticate both sides by a key that they share."""
+    offer: Callable[[Callable[[str | None], tuple[str | None, bytes]]], None] | None
+    offer = getattr(context, "set_psk_client_callback", None)
+    if offer is None:
+        raise UnsupportedFeature("TLS with a pre-shared key (Python has it from 3.13 on)")
+    user = credentials.username or "qemu"
+    key = _key_of(credentials.key_file or os.path.join(credentials.folder, PSK_FILE), user)
+    # OpenSSL's callback of this kind serves TLS 1.2; servers that offer 1.3 take that as well.
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers("PSK")
+    offer(lambda hint: (user, key))
+
+
+def _key_of(path: str, user: str) -> bytes:
+    """The key of ``user`` in a file of lines ``USER:HEX``."""
+    with open(path, encoding="utf-8", errors="surrogateescape") as file:
+        for line in file:
+            name, _, key = line.strip().partition(":")
+            if name == user:
+                try:
+                    return bytes.fromhex(key)
+                except ValueError:
+                    raise UsageError(f"'{path}': the key of '{user}' is not hexadecimal") from None
+    raise UsageError(f"'{path}' has no key of '{user}'")
+
+
+def explained(error: Exception) -> PeerError:
+    """Why a TLS handshake failed."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return PeerError(f"its certificate is not accepted: {error.verify_message}", errno.EACCES)
+    reason = getattr(error, "reason", None) or str(error)
+    return PeerError(f"TLS handshake failed: {reason}")

@@ -1,0 +1,66 @@
+"""NBD servers of others, each a process of its own on a unix socket."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+from peers import find_peer
+
+
+class Server:
+    """``command`` (with SOCKET where the socket's path goes) until :meth:`end`.  It can be killed
+    and started again."""
+
+    def __init__(self, folder: Path, *command: str) -> None:
+        self.path = str(folder / "nbd.sock")
+        self.command = [find_peer(command[0]), *command[1:]]
+        self.process: subprocess.Popen[bytes] | None = None
+        self.start()
+
+    def start(self) -> None:
+        if os.path.exists(self.path):
+            os.unlink(self.path)
+        command = [word.replace("SOCKET", self.path) for word in self.command]
+        self.process = subprocess.Popen(command, stderr=subprocess.PIPE)
+        deadline = time.monotonic() + 20
+        while True:
+            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+                if os.path.exists(self.path) and probe.connect_ex(self.path) == 0:
+                    return
+            assert self.process.poll() is None, self.process.communicate()[1].decode()
+            assert time.monotonic() < deadline
+            time.sleep(0.005)
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        assert self.process is not None
+        self.process.send_signal(number)
+        self.process.wait()
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        assert self.process is not None
+        if self.process.poll() is None:
+            self.kill()
+
+    def options(self, export: str = "", **more: Any) -> dict[str, Any]:
+        """How to open it, for writing."""
+        named = {key.replace("_", "-"): value for key, value in more.items()}
+        return {"server.type": "unix", "server.path": self.path, "export": export, **named}
+
+
+def nbdkit(folder: Path, *words: str) -> Server:
+    return Server(folder, "nbdkit", "-f", "-U", "SOCKET", *words)
+
+
+def qemu_nbd(folder: Path, *words: str) -> Server:
+    return Server(folder, "qemu-nbd", "-k", "SOCKET", "-t", "-e", "8", "-x", "disk", *words)

@@ -1,0 +1,94 @@
+"""The NBD client with servers of others, on both drivers."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from diskwright.contract import FUA, MAY_UNMAP
+from diskwright.engine.kernel import BaseDriver
+from diskwright.extents import Zero
+from diskwright.protocols.nbd import open_nbd
+from diskwright.protocols.nbdnode import NbdNode
+
+from .nbd_servers import Server, nbdkit, qemu_nbd
+
+
+def opened(driver: BaseDriver, server: Server, export: str = "", **more: object) -> NbdNode:
+    return driver.run(open_nbd(driver, server.options(export, **more)))  # type: ignore[attr-defined, no-any-return]
+
+
+def use(driver: BaseDriver, node: NbdNode, flags: tuple[int, ...] = (0, MAY_UNMAP, FUA)) -> None:
+    """Everything that a leaf can be asked, against a model."""
+    size = node.size
+    model = bytearray(b"".join(bytes(p) for p in driver.run(node.read([0], [size]))))  # type: ignore[attr-defined]
+    rng = random.Random(3)
+
+    async def work() -> None:
+        for _ in range(3):
+            places = [rng.randrange(size - 9000) for _ in range(16)]
+            parts = [rng.randbytes(rng.choice([1, 512, 4096, 8191])) for _ in places]
+            await node.write(places, parts, rng.choice(flags))
+            for place, part in zip(places, parts, strict=True):
+                model[place : place + len(part)] = part
+            start, length = rng.randrange(size // 2), rng.randrange(size // 2)
+            await node.zero([start], [length], rng.choice(flags))
+            model[start : start + length] = bytes(length)
+            await node.flush()
+            offsets = [rng.randrange(size) for _ in range(16)]
+            lengths = [rng.choice([0, 1, 4096, 30000]) for _ in offsets]
+            found = await node.read(offsets, lengths)
+            for offset, length, part in zip(offsets, lengths, found, strict=True):
+                want = bytes(model[offset : offset + length]).ljust(length, b"\0")
+                assert bytes(part) == want
+        many = [rng.randrange(size - 64) for _ in range(4200)]
+        found = await node.read(many, [64] * 4200)
+        assert [bytes(part) for part in found] == [bytes(model[at : at + 64]) for at in many]
+        at = 0
+        for extent in await node.extents(0, size + 100):
+            if isinstance(extent, Zero):
+                assert not any(model[at : at + extent.length])
+            at += extent.length  # type: ignore[union-attr]
+        assert at == size + 100
+        await node.discard([100], [size - 200])
+        assert bytes((await node.read([0], [100]))[0]) == bytes(model[:100])
+
+    driver.run(work())  # type: ignore[attr-defined]
+    driver.run(node.close())  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("memory", "1M"),
+        ("--no-sr", "memory", "1M"),
+        ("--oldstyle", "memory", "1M"),
+        ("--mask-handshake=0", "memory", "1M"),
+        ("--filter=blocksize-policy", "memory", "1M", "blocksize-minimum=512",
+         "blocksize-preferred=4096", "blocksize-maximum=64k", "blocksize-error-policy=error"),
+        ("--filter=nozero", "--filter=noextents", "memory", "1M", "zeromode=none"),
+        ("--filter=multi-conn", "--filter=delay", "memory", "1M", "multi-conn-mode=unsafe",
+         "delay-read=1ms"),
+    ],
+    ids=["plain", "simple", "oldstyle", "newstyle", "blocks", "poor", "several"],
+)  # fmt: skip
+def test_nbdkit(driver: BaseDriver, tmp_path: Path, words: tuple[str, ...]) -> None:
+    with nbdkit(tmp_path, *words) as server:
+        node = opened(driver, server)
+        if node.agreed.style == "oldstyle":  # nbdkit refuses the flags that it offers there
+            use(driver, node, (MAY_UNMAP,))
+        else:
+            use(driver, node)
+
+
+@pytest.mark.parametrize("format", ["raw", "qcow2"])
+def test_qemu_nbd(driver: BaseDriver, tmp_path: Path, format: str) -> None:
+    image = tmp_path / "disk"
+    subprocess.run(["qemu-img", "create", "-q", "-f", format, image, "1M"], check=True)
+    with qemu_nbd(tmp_path, "-f", format, str(image)) as server:
+        node = opened(driver, server, "disk")
+        assert node.agreed.extended and node.agreed.contexts
+        use(driver, node)
