@@ -18,6 +18,7 @@ PACKAGES = {
     "nbdinfo": "libnbd-bin",
     "nbdcopy": "libnbd-bin",
     "nbdkit": "nbdkit",
+    "nbd-server": "nbd-server",
     "fio": "fio",
     "sfdisk": "fdisk",
     "7z": "p7zip-full",
