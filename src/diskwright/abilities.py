@@ -218,3 +218,15 @@ class StreamWriter(Protocol):
 
     def end(self) -> Iterable[bytes]:
         """What comes last."""
+
+
+class Survey(StreamWriter, Protocol):
+    """What is shown a disk before it is written in one pass.
+
+    It takes the disk as a StreamWriter does and only remembers what it has to: it gives no bytes.
+    Raises NotSupported where that would be too much.
+    """
+
+    def writer(self) -> StreamWriter:
+        """What writes the image when it is handed the same disk again.  Raises ImageError for
+        another one."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from .abilities import StreamWriter
+from .abilities import StreamWriter, Survey
 from .records import NamedTuple
 
 
@@ -30,7 +30,9 @@ class Driver(NamedTuple):
     ``open(options: dict) -> (Format, Procedure)``: the procedure fills the format in and returns
     it.  ``create`` is ``create(options: dict) -> Procedure`` over slot ``file``, or None.
     ``stream(options: dict)`` gives the StreamWriter for these creation options, or None where the
-    image they describe is not written in one pass.
+    image they describe is not written in one pass.  ``survey(options: dict, compress: bool)``
+    gives the Survey that leads to one, for a format that must know before the first byte what the
+    image will hold; None where that does not suffice, either.
 
     ``amend_options`` are those that images which are there can have changed, by
     ``amend(options, force) -> Procedure`` of the format.  ``measure(options: dict)`` tells for an
@@ -51,6 +53,7 @@ class Driver(NamedTuple):
     open: Callable[..., Any] | None = None
     create: Callable[..., Any] | None = None
     stream: Callable[[Mapping[str, Any]], StreamWriter | None] | None = None
+    survey: Callable[[Mapping[str, Any], bool], Survey | None] | None = None
     capabilities: frozenset[str] = frozenset()
     amend_options: tuple[Option, ...] = ()
     salvage_options: tuple[Option, ...] = ()

@@ -99,8 +99,9 @@ def test_a_raw_disk_comes_in(
     ("options", "fmt", "spooled"),
     [
         ("", "raw", False),
-        ("", "qcow2", True),
-        ("-c", "qcow2", True),
+        ("", "qcow2", False),
+        ("-c --digest", "qcow2", False),
+        ("-S 0", "qcow2", True),
         ("-o subformat=streamOptimized", "vmdk", False),
     ],
 )

@@ -133,7 +133,18 @@ class Streamer:
 
     async def _append(self, pieces: Iterable[bytes], guest: int) -> None:
         """Write ``pieces`` at the end of what is there; ``guest`` is where the disk is then."""
-        data = b"".join(pieces)
+        held: list[bytes] = []
+        size = 0
+        for piece in pieces:
+            held.append(piece)
+            size += len(piece)
+            if size >= JOB:
+                await self._write(b"".join(held), guest)
+                held, size = [], 0
+        if size:
+            await self._write(b"".join(held), guest)
+
+    async def _write(self, data: bytes, guest: int) -> None:
         offset, self.length = self.length, self.length + len(data)
         try:
             await self.target.write([offset], [data])

@@ -21,7 +21,7 @@ from .making import (
     opened_with,
     typed_names,
 )
-from .outputs import BUFFER, OnMoved, Output, Segments, Settings, ToImage, unseen
+from .outputs import BUFFER, Count, OnMoved, Output, Segments, Settings, ToImage, unseen
 from .sources import SPARSE, Sources
 
 if TYPE_CHECKING:
@@ -109,6 +109,7 @@ async def convert(
             check_together(settings, [target, *also])
         size = pipe.size if pipe is not None else sum(align_up(n.size, SECTOR) for n in nodes)
         making = Making(driver, nodes, size, on_lost, on_one_pass or _nothing, spool)
+        making.on_progress, making.estimate = on_progress, estimate
         if settings.resume:
             from .resume import begin, only_target
 
@@ -133,8 +134,10 @@ async def convert(
         base, covered = first.below(nodes)
         source = pipe or Sources(nodes, settings.sparse, base, covered, first.offload, unknown)
         looked = (on_progress is not None and not estimate) or unknown is not None
-        data = await source.data() if looked else 0
-        count = _Count(size or 0 if estimate else data, on_progress, estimate)
+        count = making.count
+        if count is None:
+            data = await source.data() if looked else 0
+            count = Count(size or 0 if estimate else data, on_progress, estimate)
         already = 0
         if resumption is not None and isinstance(source, Sources):
             begun, already, _ = resumption.start
@@ -217,30 +220,6 @@ async def _feed(
         return take
 
     await share(driver, segments, [taker(output) for output in outputs])
-
-
-class _Count:
-    """The bytes of data that were copied (``done``), and how far that is of ``total`` (0: nobody
-    knows, or wants to), in which ``holes`` are counted or not."""
-
-    def __init__(
-        self, total: int, on_progress: Callable[[int, int], None] | None, holes: bool
-    ) -> None:
-        self.total, self.on_progress, self.holes = total, on_progress, holes
-        self.done = self.passed = 0
-
-    def begin(self, passed: int, done: int) -> None:
-        """An earlier run has come so far, and copied so much."""
-        self.done, self.passed = done, passed if self.holes else done
-
-    def moved(self, length: int, zero: bool) -> None:
-        """So many bytes were copied, or told to be zeroes."""
-        if not zero:
-            self.done += length
-        if self.on_progress is not None and (self.holes or not zero):
-            self.passed += length
-            passed = min(self.passed, self.total) if self.total else self.passed
-            self.on_progress(passed, self.total)
 
 
 __all__ = ["BUFFER", "SPARSE", "CopyFailed", "Settings", "TargetFailed", "convert"]

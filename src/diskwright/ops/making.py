@@ -16,7 +16,7 @@ from .create import create
 from .fresh import fresh_is_zero
 from .images import ImageSpec, OpenFailed
 from .itself import refuse_itself
-from .outputs import OnLost, Output, Settings, ToImage
+from .outputs import Count, OnLost, Output, Settings, ToImage
 
 if TYPE_CHECKING:
     from .pipes import Pipe, Spool
@@ -53,6 +53,10 @@ class Making:
         self.new: list[str] = []
         self.resumption: Resumption | None = None
         """How an earlier run is gone on with, or a later one will be."""
+        self.on_progress: Callable[[int, int], None] | None = None
+        self.estimate = False
+        self.count: Count | None = None
+        """What has been counted already, where an output looked at the disk first."""
 
     async def output(self, target: ImageSpec | Pipe, settings: Settings) -> Output:
         """``target``, ready to take the disk.  Raises OpenFailed, TargetFailed, UsageError."""
@@ -93,7 +97,7 @@ class Making:
         name, fmt = target.reference, target.format
         options = {key: value for key, value in settings.options.items() if key != "size"}
         if settings.compress:
-            _check_compression(fmt)
+            check_compression(fmt)
             if any(key.startswith("encrypt") and value for key, value in options.items()):
                 raise UsageError("Compression and encryption not supported at the same time")
         driver, gate = self.driver, target.gate
@@ -154,6 +158,12 @@ class Making:
             raise UsageError(f"Nothing can be written into that is behind {spec.name}")
         if fmt == "raw" and not (settings.options or settings.compress):
             return ToPipe(self.driver, pipe, self.size, rate=settings.rate)
+        if self.nodes and registry.driver(fmt).survey is not None:
+            from .inorder import in_order
+
+            ordered = await in_order(self, pipe, settings)
+            if ordered is not None:
+                return ordered
         # The name may be written into the image.
         spec = spec._replace(reference=self.spool.path(f"disk.{fmt}"), cache="unsafe")
         plan, others = await self._make(spec, settings)
@@ -161,7 +171,7 @@ class Making:
             return ToPipe(self.driver, pipe, self.size, plan.writer, settings.rate)
         if others:
             raise UsageError(f"An image of several files does not fit through {pipe.name}")
-        self.spool.tell(f"{fmt} cannot be written in order", str(spec.reference))
+        self.spool.tell(f"This {fmt} image cannot be written in order", str(spec.reference))
         image = await self._open(spec, settings)
         return Spooled(self.driver, pipe, image, str(spec.reference))
 
@@ -209,7 +219,7 @@ def _level(target: ImageSpec, settings: Settings) -> dict[str, Any]:
     return {"compression-level": level} if "compression-level" in names else {}
 
 
-def _check_compression(fmt: str) -> None:
+def check_compression(fmt: str) -> None:
     """Raise unless compressed data may be asked of the format."""
     found = registry.driver(fmt)
     if found.stream is None and "compress" not in found.capabilities:
@@ -218,6 +228,6 @@ def _check_compression(fmt: str) -> None:
 
 def _check_units(out: Node) -> None:
     """Raise for a target whose format could hold compressed data, but not this image."""
-    _check_compression(out.driver_name)
+    check_compression(out.driver_name)
     if not getattr(getattr(out, "format", None), "cluster_size", 0):
         raise UsageError("invalid cluster size")

@@ -71,6 +71,30 @@ def unseen(length: int, zero: bool) -> None:
     """What is called where nobody wants to know what was moved."""
 
 
+class Count:
+    """The bytes of data that were copied (``done``), and how far that is of ``total`` (0: nobody
+    knows, or wants to), in which ``holes`` are counted or not."""
+
+    def __init__(
+        self, total: int, on_progress: Callable[[int, int], None] | None, holes: bool
+    ) -> None:
+        self.total, self.on_progress, self.holes = total, on_progress, holes
+        self.done = self.passed = 0
+
+    def begin(self, passed: int, done: int) -> None:
+        """An earlier run has come so far, and copied so much."""
+        self.done, self.passed = done, passed if self.holes else done
+
+    def moved(self, length: int, zero: bool) -> None:
+        """So many bytes were copied, or told to be zeroes."""
+        if not zero:
+            self.done += length
+        if self.on_progress is not None and (self.holes or not zero):
+            self.passed += length
+            passed = min(self.passed, self.total) if self.total else self.passed
+            self.on_progress(passed, self.total)
+
+
 class Output:
     """Base of all.  ``name`` is what messages call it."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ...abilities import Survey
 from ...contract import Procedure
 from ...declare import Driver, Option
 
@@ -33,6 +34,13 @@ def create_new(options: Mapping[str, Any]) -> Procedure:
     from .creation import create_image
 
     return create_image(options)
+
+
+def survey(options: Mapping[str, Any], compress: bool) -> Survey | None:
+    """See :func:`.ordered.survey`."""
+    from .ordered import survey
+
+    return survey(options, compress)
 
 
 def measure(options: Mapping[str, Any]) -> tuple[int, int]:
@@ -151,6 +159,7 @@ DRIVER = Driver(
     ),
     open=open_format,
     create=create_new,
+    survey=survey,
     measure=measure,
     capabilities=frozenset(
         {

@@ -167,19 +167,20 @@ class Layout:
     """Where the structures of a new image are, in clusters.
 
     Header, refcount table, refcount blocks, L1, encryption header (of ``encryption`` bytes), and
-    for preallocated metadata the L2 tables and (unless they have a file of their own) the data;
-    without gaps.
+    as many L2 tables and clusters of data as the image has from the beginning; without gaps.
     """
 
-    def __init__(self, h: hd.Header, preallocated: bool, encryption: int = 0) -> None:
+    def __init__(
+        self, h: hd.Header, l2_tables: int = 0, data_clusters: int = 0, encryption: int = 0
+    ) -> None:
         bits = h.cluster_bits
         size = 1 << bits
         order = h.refcount_order if h.version > 2 else 4
         per_block = size * 8 >> order
         self.l1_clusters = -(-h.l1_size * 8 >> bits)
-        self.l2_tables = h.l1_size if preallocated else 0
+        self.l2_tables = l2_tables
         self.external = bool(h.incompatible & hd.DATA_FILE)
-        self.data_clusters = -(-h.size >> bits) if preallocated and not self.external else 0
+        self.data_clusters = 0 if self.external else data_clusters
         self.encryption_clusters = -(-encryption >> bits)
         fixed = 1 + self.l1_clusters + self.encryption_clusters + self.l2_tables
         fixed += self.data_clusters
@@ -207,12 +208,18 @@ class Layout:
         """The cluster in the file of the guest data that holds the first of them."""
 
 
+def _layout(h: hd.Header, preallocated: bool, encryption: NewEncryption | None) -> Layout:
+    keys = 0 if encryption is None else encryption.length
+    if not preallocated:
+        return Layout(h, encryption=keys)
+    return Layout(h, h.l1_size, -(-h.size >> h.cluster_bits), keys)
+
+
 def measure(options: Mapping[str, Any]) -> tuple[int, int]:
     """Bytes that an image of ``size`` has beside its data when all of it is allocated, and the size
     of a cluster.  Raises UsageError."""
     h = new_header({**options, "data_file": None, "data_file_raw": False})
-    encryption = _encryption(options)
-    layout = Layout(h, True, 0 if encryption is None else encryption.length)
+    layout = _layout(h, True, _encryption(options))
     return (layout.total - layout.data_clusters) << h.cluster_bits, 1 << h.cluster_bits
 
 
@@ -230,7 +237,7 @@ def create_image(options: Mapping[str, Any]) -> Procedure:
     h.crypt_method = 0 if encryption is None else encryption.method
     if h.crypt_method and h.version == 2 and mapped:
         raise UsageError("Preallocation of an encrypted image requires compat=1.1")
-    layout = Layout(h, mapped, 0 if encryption is None else encryption.length)
+    layout = _layout(h, mapped, encryption)
     bits = h.cluster_bits
     if encryption is not None and encryption.length:
         place = encryption.pointer(layout.encryption << bits)
