@@ -160,6 +160,10 @@ class Layer(NamedTuple):
     format: str
     size: int
 
+    def to_dict(self) -> dict[str, Any]:
+        """With the names that ``info`` has for them."""
+        return {"filename": self.name, "format": self.format, "virtual-size": self.size}
+
 
 class OpenDisk:
     """What an open disk tells of itself: the same in both APIs."""

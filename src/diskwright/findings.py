@@ -7,6 +7,11 @@ from typing import Any
 from .records import NamedTuple
 
 _MOST_FINDINGS = 10_000
+_KEYS = (
+    "image-end-offset", "compressed-clusters", "total-clusters", "corruptions",
+    "corruptions-fixed", "check-errors", "leaks", "leaks-fixed", "allocated-clusters", "filename",
+    "format", "fragmented-clusters",
+)  # fmt: skip
 LOST, GUESSED = "lost", "guessed"
 
 
@@ -21,7 +26,8 @@ class Note(NamedTuple):
 
 
 class CheckResult:
-    """What a check found.  Counts are in the format's units; ``image_end_offset`` in bytes.
+    """What a check has found so far.  Counts are in the format's units; ``image_end_offset`` is in
+    bytes.
 
     ``findings`` are sentences, at most 10,000 of them; ``uncovered`` names what was not looked
     at, in which case space that only this refers to is not reported as leaked.
@@ -46,11 +52,6 @@ class CheckResult:
         self.findings: list[str] = []
         self.uncovered: list[str] = []
 
-    @property
-    def ok(self) -> bool:
-        """Nothing is wrong, and all could be looked at."""
-        return not (self.corruptions or self.leaks or self.check_errors)
-
     def say(self, text: str) -> None:
         """Add a finding."""
         if len(self.findings) < _MOST_FINDINGS:
@@ -61,25 +62,52 @@ class CheckResult:
         self.corruptions += 1
         self.say(f"ERROR {text}")
 
-    def to_dict(self) -> dict[str, Any]:
-        """The keys of ``qemu-img check --output=json``; counts of zero are left out as there."""
-        out: dict[str, Any] = {
-            "image-end-offset": self.image_end_offset,
-            "total-clusters": self.total_clusters,
-            "check-errors": self.check_errors,
-        }
-        for key in (
-            "corruptions",
-            "leaks",
-            "corruptions-fixed",
-            "leaks-fixed",
-            "allocated-clusters",
-            "fragmented-clusters",
-            "compressed-clusters",
-        ):
-            value = getattr(self, key.replace("-", "_"))
-            if value:
+    def report(self, filename: str, format: str) -> CheckReport:
+        """What is told of the check of this file, which is over."""
+        known = {name: value for name, value in vars(self).items() if isinstance(value, int)}
+        return CheckReport(
+            filename, format, **known,
+            findings=tuple(self.findings), uncovered=tuple(self.uncovered),
+        )  # fmt: skip
+
+
+class CheckReport(NamedTuple):
+    """What a check of ``filename`` found; the rest is as in :class:`CheckResult`."""
+
+    filename: str
+    format: str
+    check_errors: int
+    corruptions: int
+    leaks: int
+    corruptions_fixed: int
+    leaks_fixed: int
+    total_clusters: int
+    allocated_clusters: int
+    fragmented_clusters: int
+    compressed_clusters: int
+    image_end_offset: int
+    passes: int
+    bytes_read: int
+    findings: tuple[str, ...]
+    uncovered: tuple[str, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Nothing is wrong, and all could be looked at."""
+        return not (self.corruptions or self.leaks or self.check_errors)
+
+    def to_dict(self, *, stats: bool = False) -> dict[str, Any]:
+        """The keys of ``qemu-img check --output=json``, in its order (measured with 10.0); counts
+        of zero are left out as there.  ``stats``: how often the tables were gone through, and the
+        bytes read, too."""
+        counts = self._asdict()
+        out: dict[str, Any] = {}
+        for key in _KEYS:
+            value = counts[key.replace("-", "_")]
+            if value or key in ("filename", "format", "check-errors"):
                 out[key] = value
         if self.uncovered:
             out["uncovered"] = list(self.uncovered)
+        if stats and self.passes:
+            out |= {"passes": self.passes, "bytes-read": self.bytes_read}
         return out

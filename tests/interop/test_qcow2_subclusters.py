@@ -12,7 +12,7 @@ import pytest
 
 import diskwright
 from diskwright.errors import CorruptImage
-from diskwright.ops.check import Checked
+from diskwright.findings import CheckReport
 from interop.tools import OURS, run
 
 Peer = Callable[[str], str]
@@ -21,7 +21,7 @@ SIZE = COUNT * CLUSTER
 OFFSET = (1 << 56) - 512
 
 
-def check(path: Path, repair: str | None = None) -> Checked:
+def check(path: Path, repair: str | None = None) -> CheckReport:
     return diskwright.check(str(path), repair=repair, policy="trusted")
 
 
@@ -158,7 +158,7 @@ def test_broken_entries(entry: int, bitmap: int, text: str, peer: Peer, tmp_path
     assert check(path).corruptions == 1
     found = check(path, repair="all")
     assert (found.corruptions, found.corruptions_fixed) == (0, 1)
-    assert check(path).findings == []
+    assert not check(path).findings
     run([peer("qemu-img"), "check", "-q", path])
     with diskwright.open(str(path), policy="trusted") as disk:
         data = disk.read_at(0, 3 * CLUSTER)
@@ -190,7 +190,7 @@ def test_noise(word: int, tmp_path: Path) -> None:
                 except CorruptImage:
                     pass
         check(path, repair="all")
-        assert check(path).findings == []
+        assert not check(path).findings
         with diskwright.open(str(path), policy="trusted") as disk:
             assert not disk.read_at(0, SIZE).strip(b"a\0")
 
@@ -214,7 +214,7 @@ def test_rebase_compresses_what_it_can(kind: str, peer: Peer, tmp_path: Path) ->
     run([*OURS, "rebase", "-c", "--policy", "trusted", "-b", "", path])
     with diskwright.open(str(path)) as disk:
         assert disk.read_at(0, SIZE) == model
-    assert check(path).findings == []
+    assert not check(path).findings
     run([peer("qemu-img"), "check", "-q", path])
     run([peer("qemu-img"), "convert", "-O", "raw", path, tmp_path / "out"])
     assert (tmp_path / "out").read_bytes() == model

@@ -70,7 +70,7 @@ def verify(machine: Machine, model: bytearray, tmp_path: Path) -> None:
     if "backing" in machine.slots:
         (tmp_path / "base.raw").write_bytes(machine.slots["backing"])
     report = oracle.check(path)
-    mine = result.to_dict()
+    mine = result.report(str(path), "qcow2").to_dict()
     for key in mine:
         assert mine[key] == report[key], key
     assert oracle.raw(path, tmp_path / "out.raw") == bytes(model)
@@ -152,7 +152,7 @@ def test_theirs(cluster_size: int, width: int, backing: bool, tmp_path: Path) ->
     assert machine.read(0, size) == bytes(model)
     result = own_check(path.read_bytes())
     report = oracle.check(path)
-    for key, value in result.to_dict().items():
+    for key, value in result.report(str(path), "qcow2").to_dict().items():
         assert value == report[key], key
     workload(machine, model, 9, 40)
     verify(machine, model, tmp_path)

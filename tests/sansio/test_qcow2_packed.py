@@ -55,7 +55,8 @@ def agrees(tmp_path: Path, file: bytes, model: bytes) -> None:
     report = oracle.check(path)
     mine = own_check(file)
     assert (mine.corruptions, mine.leaks, mine.findings) == (0, 0, [])
-    assert {key: report[key] for key in mine.to_dict()} == mine.to_dict()
+    told = mine.report(str(path), "qcow2").to_dict()
+    assert {key: report[key] for key in told} == told
     assert oracle.raw(path, tmp_path / "out.raw") == model
 
 

@@ -99,7 +99,8 @@ class Disk:
         path.write_bytes(self.machine.close())
         if "backing" in self.machine.slots:
             (tmp_path / "base.raw").write_bytes(self.machine.slots["backing"])
-        report, mine = oracle.check(path), own_check(path.read_bytes()).to_dict()
+        report = oracle.check(path)
+        mine = own_check(path.read_bytes()).report(str(path), "qcow2").to_dict()
         for key in mine:
             assert mine[key] == report[key], key
         out = tmp_path / "out.raw"

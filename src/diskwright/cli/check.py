@@ -22,7 +22,7 @@ from .output import Call, UsageProblem, to_stderr
 from .progress import Progress
 
 if TYPE_CHECKING:
-    from ..findings import CheckResult
+    from ..findings import CheckReport
     from ..ops.check import Checked
 
 OPTIONS = (
@@ -42,13 +42,6 @@ OPTIONS = (
     *GATE,
     OBJECT,
 )
-
-# The order in which qemu-img prints the keys (measured with 10.0).
-KEYS = (
-    "image-end-offset", "compressed-clusters", "total-clusters", "corruptions",
-    "corruptions-fixed", "check-errors", "leaks", "leaks-fixed", "allocated-clusters",
-)  # fmt: skip
-
 
 def main(call: Call, argv: list[str]) -> int:
     """Check an image; the exit status is 0, 1 (not done), 2 (corrupt), 3 (leaks) or 63."""
@@ -102,10 +95,7 @@ def main(call: Call, argv: list[str]) -> int:
         for finding in result.findings:
             to_stderr(f"{finding}\n")
     if wanted == "json":
-        told = _as_dict(done)
-        if done.found.passes and (stats or not call.name.startswith("qemu-")):
-            told |= {"passes": done.found.passes, "bytes-read": done.found.bytes_read}
-        call.out(dumps(told))
+        call.out(dumps(done.to_dict(stats=stats or not call.name.startswith("qemu-"))))
     elif done.plan is not None:
         call.out(_planned(done), "")
     else:
@@ -128,7 +118,7 @@ def main(call: Call, argv: list[str]) -> int:
     return 3 if found.leaks else 0
 
 
-def _stats(what: str, found: CheckResult) -> str:
+def _stats(what: str, found: CheckReport) -> str:
     from .sizes import human
 
     times = "once" if found.passes == 1 else f"{found.passes} times"
@@ -142,17 +132,7 @@ def _undo(call: Call, image: Any, undo_file: str, wanted: str) -> int:
     call.on_interrupt = f"interrupted: run the command again to finish undoing '{image.name}'"
     done = run(lambda driver: undo(driver, image, undo_file))
     if wanted == "json":
-        call.out(
-            dumps(
-                {
-                    "filename": image.name,
-                    "undone": bool(done.places or done.lengths),
-                    "places": done.places,
-                    "bytes": done.bytes,
-                    "lengths": done.lengths,
-                }
-            )
-        )
+        call.out(dumps(done.to_dict()))
     elif done.places or done.lengths:
         call.out(
             f"The repair was undone: {done.bytes} bytes in {done.places} places and the length of "
@@ -161,39 +141,6 @@ def _undo(call: Call, image: Any, undo_file: str, wanted: str) -> int:
     else:
         call.out("The image is what it was before the repair already.")
     return 0
-
-
-def _as_dict(done: Checked) -> dict[str, Any]:
-    known = done.found.to_dict()
-    if done.repaired is not None and done.plan is None:
-        counts = done.repaired.corruptions_fixed, done.repaired.leaks_fixed
-        for key, count in zip(("corruptions-fixed", "leaks-fixed"), counts, strict=True):
-            if count:
-                known[key] = count
-    for key in ("image-end-offset", "total-clusters"):  # formats without such counts say none
-        if not known.get(key):
-            known.pop(key, None)
-    out = {key: known.pop(key) for key in KEYS if key in known}
-    fragmented = known.pop("fragmented-clusters", None)
-    out.update(filename=done.name, format=done.format)
-    if fragmented is not None:
-        out["fragmented-clusters"] = fragmented
-    out.update(known)
-    if done.undo_size is not None:
-        out["undo-file-size"] = done.undo_size
-    if done.plan is not None:
-        assert done.repaired is not None and done.after is not None
-        out["dry-run"] = True
-        out["repairable"] = {
-            "corruptions": done.repaired.corruptions_fixed,
-            "leaks": done.repaired.leaks_fixed,
-        }
-        out["findings"] = list(done.repaired.findings)
-        out["planned"] = [change._asdict() for change in done.plan.changes]
-        out["planned-writes"], out["planned-bytes"] = done.plan.writes, done.plan.bytes
-        after = done.after.to_dict()
-        out["after"] = {key: after.get(key, 0) for key in ("corruptions", "leaks", "check-errors")}
-    return out
 
 
 def _planned(done: Checked) -> str:
@@ -234,7 +181,7 @@ def _planned(done: Checked) -> str:
     return "\n".join(lines) + "\n\n" + _text(done.found)
 
 
-def _repairs(found: CheckResult) -> str:
+def _repairs(found: CheckReport) -> str:
     return (
         "The following inconsistencies were found and repaired:\n\n"
         f"    {found.leaks_fixed} leaked clusters\n"
@@ -243,7 +190,7 @@ def _repairs(found: CheckResult) -> str:
     )
 
 
-def _text(found: CheckResult) -> str:
+def _text(found: CheckReport) -> str:
     lines = []
     if not (found.corruptions or found.leaks or found.check_errors):
         lines.append("No errors were found on the image.")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .images import arguments, cache_mode, run, spec
-from .options import FORCE_SHARE, FORMAT, GATE, IMAGE_OPTS, OBJECT, PROGRESS, QUIET, Opt
+from .images import arguments, cache_mode, output_format, run, spec
+from .jsontext import dumps
+from .options import FORCE_SHARE, FORMAT, GATE, IMAGE_OPTS, OBJECT, OUTPUT, PROGRESS, QUIET, Opt
 from .output import Call, UsageProblem, reason
 from .progress import Progress
 
@@ -23,6 +24,7 @@ OPTIONS = (
     Opt("s", "strict", "", "sizes and allocation must be the same, too"),
     Opt("T", "cache", "MODE", "cache mode (writeback)"),
     FORCE_SHARE,
+    OUTPUT,
     *GATE,
     OBJECT,
 )
@@ -38,6 +40,7 @@ def main(call: Call, argv: list[str]) -> int:
         return 0
     if len(args.operands) != 2:
         raise UsageProblem("Expecting two image file names")
+    human = output_format(args) == "human"
     call.failure = 2
     progress = Progress.wanted(call, args)
     try:
@@ -50,7 +53,9 @@ def main(call: Call, argv: list[str]) -> int:
         from ..ops.compare import ReadFailed
 
         try:
-            found = run(lambda driver: _compare(call, driver, images, "strict" in args, progress))
+            found = run(
+                lambda driver: _compare(call, driver, images, "strict" in args, progress, human)
+            )
         except ReadFailed as error:
             name = args.operands[error.side]
             text = reason(error.cause)
@@ -59,12 +64,16 @@ def main(call: Call, argv: list[str]) -> int:
             else:
                 text = f"Error while reading offset {error.offset} of {name}: {text}"
             raise call.fail(text, error.exit_code) from error
-        return _report(call, found, "strict" in args, progress)
+        if human:
+            _report(call, found, "strict" in args)
+        else:
+            call.out(dumps(found.to_dict()))
+        return 0 if found.equal else 1
     finally:
         progress.finish(complete=False)
 
 
-def _report(call: Call, found: Comparison, strict: bool, progress: Progress) -> int:
+def _report(call: Call, found: Comparison, strict: bool) -> None:
     if strict and found.sizes_differ:
         call.out("Strict mode: Image size mismatch!")
     elif found.status_offset >= 0:
@@ -73,14 +82,21 @@ def _report(call: Call, found: Comparison, strict: bool, progress: Progress) -> 
         call.out(f"Content mismatch at offset {found.offset}!")
     else:
         call.out("Images are identical.")
-    return 0 if found.equal else 1
 
 
 async def _compare(
-    call: Call, driver: BaseDriver, images: list[ImageSpec], strict: bool, progress: Progress
+    call: Call,
+    driver: BaseDriver,
+    images: list[ImageSpec],
+    strict: bool,
+    progress: Progress,
+    human: bool,
 ) -> Comparison:
     from ..ops.compare import compare
     from ..ops.images import close_all
+
+    def sizes_differ() -> None:
+        call.out("Warning: Image size mismatch!")
 
     nodes = [await images[0].open(driver)]
     try:
@@ -89,7 +105,7 @@ async def _compare(
             *nodes,
             strict=strict,
             on_progress=progress,
-            on_sizes_differ=lambda: call.out("Warning: Image size mismatch!"),
+            on_sizes_differ=sizes_differ if human else None,
         )
     finally:
         await close_all(nodes)

@@ -248,8 +248,7 @@ def _convert(call: Call, args: Args, fmt: str, options: dict[str, Any], progress
         if args.get("progress") == "json":
             import json
 
-            named = {"filename": target_name, "virtual-size": found.size, "digests": found.digests}
-            lines = [json.dumps(named)]
+            lines = [json.dumps(found._replace(filename=target_name).to_dict())]
         else:
             lines = [f"{digest}  {target_name}" for digest in found.digests.values()]
         for line in lines:

@@ -48,7 +48,7 @@ def main(call: Call, argv: list[str]) -> int:
         raise
     progress.finish()
     if wanted == "json":
-        call.out(dumps({"filename": name, "virtual-size": found.size, "digests": found.digests}))
+        call.out(dumps(found._replace(filename=name).to_dict()))
     else:
         for digest in found.digests.values():
             call.out(f"{digest}  {name}")

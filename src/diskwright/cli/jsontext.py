@@ -25,6 +25,11 @@ def dumps(value: Any, level: int = 0) -> str:
     return str(value)
 
 
+def line(value: Mapping[str, Any]) -> str:
+    """An object on one line, as ``map`` prints its parts."""
+    return "{ " + ", ".join(f"{dumps(key)}: {dumps(item)}" for key, item in value.items()) + "}"
+
+
 _SHORT = {'"': '\\"', "\\": "\\\\", "\n": "\\n", "\r": "\\r", "\t": "\\t", "\b": "\\b",
           "\f": "\\f"}  # fmt: skip
 

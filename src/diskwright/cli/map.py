@@ -84,27 +84,16 @@ async def _json(
     call: Call, driver: BaseDriver, image: ImageSpec, offset: int, length: int | None
 ) -> int:
     from ..ops.images import close_all
-    from ..ops.map import map_disk
+    from ..ops.map import Extent, map_disk
+    from .jsontext import line
 
     node = await image.open(driver)
     try:
         separator = "["
         async for part in map_disk(node, offset, length):
-            line = (
-                f'{separator}{{ "start": {part.start}, "length": {part.length}, '
-                f'"depth": {part.depth}, "present": {_word(part.present)}, '
-                f'"zero": {_word(part.zero)}, "data": {_word(part.data)}, '
-                f'"compressed": {_word(part.compressed)}'
-            )
-            if part.offset >= 0:
-                line += f', "offset": {part.offset}'
-            call.out(line + "}", "")
+            call.out(separator + line(Extent.of(part).to_dict()), "")
             separator = ",\n"
         call.out("]")
     finally:
         await close_all([node])
     return 0
-
-
-def _word(value: bool) -> str:
-    return "true" if value else "false"

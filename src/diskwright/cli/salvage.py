@@ -95,13 +95,4 @@ def main(call: Call, argv: list[str]) -> int:
 def _map(done: Salvaged, kind: str) -> str:
     if kind == "text":
         return "\n".join(done.map.text(done.remarks)) + "\n"
-    found = {
-        "filename": done.name,
-        "format": done.format,
-        "virtual-size": done.size,
-        "lost": done.lost,
-        "guessed": done.guessed,
-        "remarks": done.remarks,
-        "ranges": [part._asdict() for part in done.map.parts],
-    }
-    return dumps(found) + "\n"
+    return dumps(done.to_dict()) + "\n"

@@ -29,6 +29,19 @@ class BitmapInfo(NamedTuple):
     busy: bool
     dirty: int | None
 
+    def to_dict(self) -> dict[str, Any]:
+        """The keys of QEMU's ``query-block``, in its order; the count only where it is known."""
+        out: dict[str, Any] = {"name": self.name}
+        if self.dirty is not None:
+            out["count"] = self.dirty
+        return out | {
+            "granularity": self.granularity,
+            "recording": self.enabled and not self.inconsistent,
+            "busy": self.busy,
+            "persistent": self.persistent,
+            "inconsistent": self.inconsistent,
+        }
+
 
 class ActionFailed(DiskError):
     """``kind`` could not be done to the bitmap ``name``."""

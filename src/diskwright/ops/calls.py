@@ -22,7 +22,7 @@ from .images import ImageSpec, OpenFailed, close_all
 from .progress import OnProgress, reporting
 
 if TYPE_CHECKING:
-    from ..findings import CheckResult
+    from ..findings import CheckReport
     from .check import Checked
     from .compare import Comparison
     from .digest import Digests
@@ -105,7 +105,7 @@ async def check(
     repair: str | None = None,
     undo_file: Path | None = None,
     progress: OnProgress | None = None,
-) -> CheckResult:
+) -> CheckReport:
     """Check an image; returns what its format found (leaks, corruptions).
 
     ``repair`` (``leaks`` or ``all``) mends it: what is returned is found by a second check, with
@@ -121,9 +121,6 @@ async def check(
         False,
         None if undo_file is None else os.fsdecode(undo_file),
     )
-    if done.repaired is not None:
-        done.found.leaks_fixed = done.repaired.leaks_fixed
-        done.found.corruptions_fixed = done.repaired.corruptions_fixed
     return done.found
 
 
@@ -315,7 +312,8 @@ async def digest(
         spec = spec_of(source, format, policy, secrets, force_share=force_share)
         node = await spec.open(driver)
         try:
-            return await digest(driver, node, algorithms, on_progress)
+            found = await digest(driver, node, algorithms, on_progress)
+            return found._replace(filename=spec.name)
         finally:
             await close_all([node])
 

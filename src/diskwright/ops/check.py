@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..engine.kernel import BaseDriver
 from ..errors import NotSupported, UsageError
-from ..findings import CheckResult
+from ..findings import CheckReport, CheckResult
 from ..graph.closing import discard_disk
 from ..graph.node import Node
 from ..graph.opener import close_disk
@@ -26,21 +26,36 @@ OnOpen = Callable[[Node], None] | None
 
 
 class Checked(NamedTuple):
-    """A check of the file ``name``: what is wrong with it now (``found``), and, when something was
-    repaired, what the check that did so found (``repaired``).
+    """A check: what is wrong now (``found``, with the counts of what was repaired), and, when
+    something was repaired, what the check that did so found (``repaired``).
 
     ``plan`` is what a repair that was only rehearsed would write; ``found`` then is what is wrong
     without it, ``repaired`` what it would find, ``after`` what would be wrong with it.
     ``undo_size``: bytes of the undo file, 0 when none was needed, None when none was asked for.
     """
 
-    name: str
-    format: str
-    found: CheckResult
-    repaired: CheckResult | None = None
+    found: CheckReport
+    repaired: CheckReport | None = None
     plan: Plan | None = None
-    after: CheckResult | None = None
+    after: CheckReport | None = None
     undo_size: int | None = None
+
+    def to_dict(self, *, stats: bool = False) -> dict[str, Any]:
+        """That of ``found``, and behind it what the repair, or its plan, has to tell."""
+        out = self.found.to_dict()
+        if self.undo_size is not None:
+            out["undo-file-size"] = self.undo_size
+        if self.plan is not None:
+            assert self.repaired is not None and self.after is not None
+            fixed = self.repaired.corruptions_fixed, self.repaired.leaks_fixed
+            out["dry-run"] = True
+            out["repairable"] = dict(zip(("corruptions", "leaks"), fixed, strict=True))
+            out["findings"] = list(self.repaired.findings)
+            out |= self.plan.to_dict()
+            after = self.after
+            left = after.corruptions, after.leaks, after.check_errors
+            out["after"] = dict(zip(("corruptions", "leaks", "check-errors"), left, strict=True))
+        return out | self.found.to_dict(stats=stats)  # those come last
 
 
 async def check(
@@ -66,7 +81,7 @@ async def check(
         raise UsageError("--dry-run and --undo-file need --repair (-r)")
     if dry_run and undo_file is not None:
         raise UsageError("--dry-run changes nothing, so there is nothing for --undo-file")
-    now: CheckResult | None = None
+    now: CheckReport | None = None
     if repair is not None:
         if undo_file is not None:
             from .repairing import check_undo_file
@@ -79,7 +94,7 @@ async def check(
         try:
             _repairable(node)
             if dry_run:
-                now = await _run(node, on_progress, None)
+                now = await _run(node, spec, on_progress, None)
         finally:
             await close_disk(node)
     if dry_run or undo_file is not None:
@@ -104,7 +119,7 @@ async def _rehearsed(
     on_progress: OnProgress | None,
     repair: str,
     on_open: OnOpen,
-    now: CheckResult | None,
+    now: CheckReport | None,
     undo_file: str | None,
     force: bool,
 ) -> Checked:
@@ -140,18 +155,21 @@ async def _rehearsed(
 async def _checked(
     node: Node, spec: ImageSpec, on_progress: OnProgress | None, repair: str | None
 ) -> Checked:
-    found = await _run(node, on_progress, repair)
-    repaired = None
-    if found.leaks_fixed or found.corruptions_fixed:
-        repaired, found = found, await _run(node, on_progress, None)
-    return Checked(spec.name, node.driver_name, found, repaired)
+    found = await _run(node, spec, on_progress, repair)
+    if not (found.leaks_fixed or found.corruptions_fixed):
+        return Checked(found)
+    again = await _run(node, spec, on_progress, None)
+    counts = {"leaks_fixed": found.leaks_fixed, "corruptions_fixed": found.corruptions_fixed}
+    return Checked(again._replace(**counts), found)
 
 
-async def _run(node: Any, on_progress: OnProgress | None, repair: str | None) -> CheckResult:
+async def _run(
+    node: Any, spec: ImageSpec, on_progress: OnProgress | None, repair: str | None
+) -> CheckReport:
     check = _check_of(node)
     procedure = check() if repair is None else check(repair)
     found: CheckResult = await node.run_procedure(procedure, on_progress=on_progress)
-    return found
+    return found.report(spec.name, node.driver_name)
 
 
 def _check_of(node: Node) -> Callable[..., Any]:

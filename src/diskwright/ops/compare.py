@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 from ..errors import DiskError
 from ..graph.node import Node
@@ -42,6 +43,15 @@ class Comparison(NamedTuple):
     offset: int = -1
     sizes_differ: bool = False
     status_offset: int = -1
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys of ``diskwright compare --output=json``; None for a place that there is not."""
+        return {
+            "equal": self.equal,
+            "offset": self.offset if self.offset >= 0 else None,
+            "sizes-differ": self.sizes_differ,
+            "status-offset": self.status_offset if self.status_offset >= 0 else None,
+        }
 
 
 async def compare(

@@ -160,7 +160,7 @@ async def convert(
         while outputs:
             await outputs.pop(0).finish()
         if digests and on_digests is not None:
-            on_digests(digesting.result())
+            on_digests(digesting.result()._replace(filename=target.name))
         return count.done - already
     except BaseException as error:
         for output in outputs:

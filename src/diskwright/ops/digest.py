@@ -11,7 +11,7 @@ height, so holes of any size cost a few operations.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from ..engine.buffers import is_zero, page_buffer
@@ -38,10 +38,20 @@ _ZERO_STEP = 256 << 20
 
 
 class Digests(NamedTuple):
-    """``size`` of the disk in bytes; ``digests``: algorithm -> hexadecimal digest."""
+    """``size`` of the disk in bytes; ``digests``: algorithm -> hexadecimal digest.  ``filename`` is
+    that of the image that was read, or was made."""
 
     size: int
-    digests: dict[str, str]
+    digests: Mapping[str, str]
+    filename: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys of ``diskwright digest --output=json``."""
+        return {
+            "filename": self.filename,
+            "virtual-size": self.size,
+            "digests": dict(self.digests),
+        }
 
 
 class Summer(Protocol):

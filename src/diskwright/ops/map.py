@@ -30,6 +30,15 @@ class Extent(NamedTuple):
     host_offset: int | None
     host: str | None
 
+    @classmethod
+    def of(cls, part: Status, host: str | None = None) -> Extent:
+        """``part`` of a disk, whose bytes are in the file ``host``."""
+        at = part.offset if part.offset >= 0 else None
+        return cls(
+            part.start, part.length, part.depth, part.present, part.data, part.zero,
+            part.compressed, at, host,
+        )  # fmt: skip
+
     def to_dict(self) -> dict[str, Any]:
         """The keys of ``qemu-img map --output=json``, in its order."""
         out: dict[str, Any] = {
@@ -67,17 +76,5 @@ async def extents(node: Node, offset: int = 0, length: int | None = None) -> lis
         host = None
         if part.offset >= 0 and part.node is not None:
             host = names.get(part.node) or names.setdefault(part.node, display_name(part.node))
-        out.append(
-            Extent(
-                part.start,
-                part.length,
-                part.depth,
-                part.present,
-                part.data,
-                part.zero,
-                part.compressed,
-                part.offset if part.offset >= 0 else None,
-                host,
-            )
-        )
+        out.append(Extent.of(part, host))
     return out

@@ -7,19 +7,19 @@ stand in comments.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from ..findings import GUESSED, LOST, Note
+from ..records import NamedTuple
 
 _MOST = 1 << 18
 _MANY = "several damages, too many to tell apart"
 
 
-class DamageMap:
-    """Parts in ascending order, joined where they continue each other; at most 262,144 of them."""
+class Damages:
+    """What becomes a map: parts in ascending order, joined where they continue each other."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    def __init__(self) -> None:
         self.parts: list[Note] = []
 
     def add(self, start: int, length: int, state: str, why: str) -> None:
@@ -34,11 +34,19 @@ class DamageMap:
             return
         self.parts.append(Note(start, length, state, why))
 
+
+class DamageMap(NamedTuple):
+    """Of a disk of ``size`` bytes the ``parts`` that were not simply read, in ascending order; at
+    most 262,144 of them."""
+
+    size: int
+    parts: tuple[Note, ...]
+
     def total(self, state: str) -> int:
         """Bytes in this state."""
         return sum(part.length for part in self.parts if part.state == state)
 
-    def text(self, remarks: list[str]) -> Iterator[str]:
+    def text(self, remarks: Iterable[str]) -> Iterator[str]:
         """The lines of a mapfile."""
         yield "# Mapfile. Created by diskwright salvage"
         for remark in remarks:

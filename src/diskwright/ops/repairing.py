@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..engine.kernel import BaseDriver
 from ..errors import DiskError, UsageError
@@ -63,6 +63,14 @@ class Plan(NamedTuple):
     changes: tuple[Change, ...] = ()
     writes: int = 0
     bytes: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys of ``diskwright check -r all --dry-run --output=json`` that tell it."""
+        return {
+            "planned": [change._asdict() for change in self.changes],
+            "planned-writes": self.writes,
+            "planned-bytes": self.bytes,
+        }
 
 
 def plan_of(rehearsal: Rehearsal) -> Plan:

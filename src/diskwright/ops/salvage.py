@@ -22,7 +22,7 @@ from ..units import SECTOR, align_up
 from .create import creatable, create
 from .fresh import fresh_is_zero
 from .images import ImageSpec
-from .mapfile import DamageMap
+from .mapfile import DamageMap, Damages
 
 _WINDOW = 1 << 40
 _MOST_PARTS = 1 << 18
@@ -38,7 +38,7 @@ class Salvaged(NamedTuple):
     format: str
     size: int
     map: DamageMap
-    remarks: list[str]
+    remarks: tuple[str, ...]
 
     @property
     def lost(self) -> int:
@@ -49,6 +49,18 @@ class Salvaged(NamedTuple):
     def guessed(self) -> int:
         """Bytes that are guessed."""
         return self.map.total(GUESSED)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys of ``diskwright salvage --map-format=json``."""
+        return {
+            "filename": self.name,
+            "format": self.format,
+            "virtual-size": self.size,
+            "lost": self.lost,
+            "guessed": self.guessed,
+            "remarks": list(self.remarks),
+            "ranges": [part._asdict() for part in self.map.parts],
+        }
 
 
 async def salvage(
@@ -164,7 +176,7 @@ class _Job:
         self.on_progress = on_progress
         self.format: Any = getattr(node, "format", None)
         self.unit = int(getattr(self.format, "unit", SECTOR)) or SECTOR
-        self.map = DamageMap(node.size)
+        self.damages = Damages()
         self._known: list[_Part] = []
         """What the tables say, in order (start, end, state, why)."""
         self._failed: list[_Part] = []
@@ -176,8 +188,10 @@ class _Job:
         options = CopyOptions(target_zero=True, salvage=True, damaged=min(self.unit, 2 << 20))
         await copy(self.driver, self.out, self._segments(), options, None, self._lost)
         self._settle(self.node.size)
-        remarks = list(getattr(self.format, "remarks", ()))
-        return Salvaged(name, self.node.driver_name, self.node.size, self.map, remarks)
+        remarks = tuple(getattr(self.format, "remarks", ()))
+        size = self.node.size
+        damages = DamageMap(size, tuple(self.damages.parts))
+        return Salvaged(name, self.node.driver_name, size, damages, remarks)
 
     async def _segments(self) -> AsyncIterator[Segment]:
         """What to read, without what is lost or reads as zeroes."""
@@ -257,7 +271,7 @@ class _Job:
         for start, end, state, why in sorted(clean):
             end = min(end, size)
             if start < end:
-                self.map.add(start, end - start, state, why)
+                self.damages.add(start, end - start, state, why)
 
 
 def _keep(parts: list[_Part], part: _Part) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import AsyncIterator, Iterator
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from ..contract import MAY_UNMAP
 from ..errors import ImageError
@@ -259,12 +259,23 @@ async def _joined(node: Node, windows: list[int]) -> AsyncIterator[int]:
 
 # -- bringing back
 class Undone(NamedTuple):
-    """What was brought back: ``bytes`` in ``places`` (ranges of sectors), and the ``lengths`` of so
-    many files.  All are 0 where the image was as before already."""
+    """What was brought back of the image ``filename``: ``bytes`` in ``places`` (ranges of sectors),
+    and the ``lengths`` of so many files.  All are 0 where it was as before already."""
 
     places: int
     bytes: int
     lengths: int
+    filename: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """The keys of ``diskwright check --undo --output=json``."""
+        return {
+            "filename": self.filename,
+            "undone": bool(self.places or self.lengths),
+            "places": self.places,
+            "bytes": self.bytes,
+            "lengths": self.lengths,
+        }
 
 
 async def verify(reader: Reader, nodes: list[Node]) -> None:

@@ -41,7 +41,7 @@ async def undo(driver: BaseDriver, spec: ImageSpec, undo_file: str) -> Undone:
             raise
         for node in nodes:
             await close_disk(node)
-    return done
+    return done._replace(filename=spec.name)
 
 
 def _files(

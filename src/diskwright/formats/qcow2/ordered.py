@@ -109,8 +109,8 @@ class Survey:
 
 
 class Placing:
-    """Where data of given lengths go, counted in bytes from the first: compressed ones where the last
-    ones end, as long as the count of that cluster has room, others at the beginning of a cluster."""
+    """Where data of given lengths go, counted in bytes from the first: compressed ones where the
+    last ones end, as long as the count of that cluster has room, others at the beginning of one."""
 
     def __init__(self, image: Core) -> None:
         self.unit, self.most = image.unit, (1 << image.refcount_bits) - 1
