@@ -100,6 +100,7 @@ if TYPE_CHECKING:
     overlay = awaitable(morecalls.overlay)
     measure = awaitable(morecalls.measure)
     map = awaitable(morecalls.map)
+    picture = awaitable(morecalls.picture)
 
 
 def __getattr__(name: str) -> Any:

@@ -43,6 +43,7 @@ T = TypeVar("T")
 OPERATIONS = (
     "info", "info_chain", "check", "plan_repair", "undo", "convert", "compare", "commit", "rebase",
     "amend", "salvage", "digest", "inspect", "create", "overlay", "measure", "map",
+    "picture",
 )  # fmt: skip
 """Functions of :mod:`diskwright.ops.calls` and :mod:`diskwright.ops.morecalls`, which are imported
 with the first of them."""
@@ -130,6 +131,7 @@ if TYPE_CHECKING:
     overlay = blocking(morecalls.overlay)
     measure = blocking(morecalls.measure)
     map = blocking(morecalls.map)
+    picture = blocking(morecalls.picture)
 
 
 def __getattr__(name: str) -> Any:

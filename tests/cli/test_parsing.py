@@ -17,8 +17,9 @@ from diskwright.cli import main as program
 from diskwright.cli.jsontext import dumps
 from diskwright.cli.options import Opt, OptionError, parse
 from diskwright.cli.progress import clock
-from diskwright.cli.sizes import BadNumber, bounded, human, number
+from diskwright.cli.sizes import BadNumber, bounded, number
 from diskwright.errors import UsageError
+from diskwright.units import human
 
 DECLARED = (
     Opt("f", "format", "FMT"),

@@ -119,7 +119,7 @@ def main(call: Call, argv: list[str]) -> int:
 
 
 def _stats(what: str, found: CheckReport) -> str:
-    from .sizes import human
+    from ..units import human
 
     times = "once" if found.passes == 1 else f"{found.passes} times"
     return f"The {what} went through the tables {times} and read {human(found.bytes_read)}."

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from ..units import human
 from .images import arguments, one_image, output_format, run, spec
 from .jsontext import dumps
-from .options import FORCE_SHARE, FORMAT, GATE, IMAGE_OPTS, OBJECT, OUTPUT, Opt
-from .output import Call
-from .sizes import human
+from .options import FORCE_SHARE, FORMAT, GATE, IMAGE_OPTS, OBJECT, OUTPUT, PICTURE, Opt
+from .output import Call, UsageProblem
 
 if TYPE_CHECKING:
     from ..ops.info import NodeInfo
@@ -19,6 +19,7 @@ OPTIONS = (
     Opt("b", "backing-chain", "", "also show all images below"),
     FORCE_SHARE,
     OUTPUT,
+    *PICTURE,
     *GATE,
     OBJECT,
 )
@@ -33,12 +34,21 @@ def main(call: Call, argv: list[str]) -> int:
     image = spec(args, one_image(args))
     from ..ops import info as ops
 
+    picture = "picture" in args or "svg" in args
+    if picture and "backing-chain" not in args:
+        raise UsageProblem("--picture and --svg need --backing-chain")
     if "backing-chain" in args:
         found = run(lambda driver: ops.info_chain(driver, image))
         if wanted == "json":
             call.out(dumps([entry.to_dict() for entry in found]))
         else:
             call.out("\n".join(text(entry) for entry in found), "")
+        if picture:
+            from .picture import show
+
+            if "picture" in args:
+                call.out("")
+            show(call, args, image)
         return 0
     entry = run(lambda driver: ops.info(driver, image))
     if wanted == "json":

@@ -5,11 +5,11 @@ from __future__ import annotations
 import sys
 from typing import TYPE_CHECKING
 
+from ..units import human
 from .images import arguments, one_image, output_format, run
 from .jsontext import dumps
 from .options import OUTPUT, QUIET, Opt
-from .output import Call, UsageProblem
-from .sizes import human
+from .output import Call, UsageProblem, printable
 
 if TYPE_CHECKING:
     from ..abilities import Reference
@@ -56,7 +56,7 @@ def main(call: Call, argv: list[str]) -> int:
 def text(found: Inspection) -> str:
     """For people; what comes from the file is shown without control characters."""
     lines = [
-        f"image: {_shown(found.filename)}",
+        f"image: {printable(found.filename)}",
         f"file length: {human(found.length)} ({found.length} bytes)",
         f"verdict: {found.verdict}",
         f"file format: {found.format or 'not told: several match'}",
@@ -74,22 +74,22 @@ def text(found: Inspection) -> str:
     if found.features:
         lines.append("features:")
     for key, value in found.features.items():
-        lines.append(f"    {key.replace('-', ' ')}: {_shown(str(_plain(value)))}")
+        lines.append(f"    {key.replace('-', ' ')}: {printable(str(_plain(value)))}")
     if found.violations:
         lines.append("violations:")
     for bad in found.violations:
         field = f"field '{bad.field}'" if bad.field else ""
         place = f"offset {bad.offset:#x}" if bad.offset is not None else ""
         at = ", ".join(filter(None, (field, place)))
-        lines.append(f"    {bad.format}: {_shown(bad.detail)}" + (f" ({at})" if at else ""))
-    lines += [f"not known here: {_shown(what)}" for what in found.not_known]
+        lines.append(f"    {bad.format}: {printable(bad.detail)}" + (f" ({at})" if at else ""))
+    lines += [f"not known here: {printable(what)}" for what in found.not_known]
     lines += [f"not seen: {length} bytes at {at:#x}" for at, length in found.not_seen]
     return "\n".join(lines) + "\n"
 
 
 def _reference(reference: Reference) -> str:
-    format = f" (format {_shown(reference.format)})" if reference.format else ""
-    return f"{reference.role}: {_shown(reference.name)}{format}"
+    format = f" (format {printable(reference.format)})" if reference.format else ""
+    return f"{reference.role}: {printable(reference.name)}{format}"
 
 
 def _behind(detail: str) -> str:
@@ -103,7 +103,3 @@ def _plain(value: object) -> object:
     if isinstance(value, dict):
         return ", ".join(f"{key} {_plain(part)}" for key, part in value.items())
     return ("true" if value else "false") if isinstance(value, bool) else value
-
-
-def _shown(text: str) -> str:
-    return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text)

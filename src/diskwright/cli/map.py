@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from .images import arguments, one_image, output_format, run, spec
-from .options import FORCE_SHARE, FORMAT, GATE, IMAGE_OPTS, OBJECT, OUTPUT, Opt
+from .options import FORCE_SHARE, FORMAT, GATE, IMAGE_OPTS, OBJECT, OUTPUT, PICTURE, Opt
 from .output import Call
 from .sizes import bounded
 
@@ -21,6 +21,7 @@ OPTIONS = (
     Opt("l", "max-length", "LENGTH", "how much to show"),
     FORCE_SHARE,
     OUTPUT,
+    *PICTURE,
     *GATE,
     OBJECT,
 )
@@ -36,6 +37,11 @@ def main(call: Call, argv: list[str]) -> int:
     offset = bounded("start offset", start) if start is not None else 0
     length = bounded("max length", most) if most is not None else None
     image = spec(args, one_image(args))
+    if "picture" in args or "svg" in args:
+        from .picture import show as show_picture
+
+        show_picture(call, args, image, offset, length)
+        return 0
     show = _json if wanted == "json" else _human
     status: int = run(lambda driver: show(call, driver, image, offset, length))
     return status

@@ -38,6 +38,10 @@ PROGRESS = Opt(
     "p", "progress", "WHEN", "show progress ('--progress json': as lines of JSON)", ("json",)
 )
 OUTPUT = Opt("", "output", "OFMT", "human or json")
+PICTURE = (
+    Opt("", "picture", "", "show what each layer holds as a strip of columns"),
+    Opt("", "svg", "FILE", "write that picture to FILE as SVG"),
+)
 POLICY = Opt(
     "", "policy", "POLICY", "what images may name: untrusted, local (default) or trusted"
 )

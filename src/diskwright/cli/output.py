@@ -82,6 +82,11 @@ def to_stderr(text: str) -> None:
         pass  # nobody is left to be told
 
 
+def printable(text: str) -> str:
+    """``text`` of anybody's making, for a terminal: without control characters."""
+    return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text)
+
+
 def reason(error: BaseException) -> str:
     """Why something failed, as one text."""
     if isinstance(error, (OSError, DiskError)):

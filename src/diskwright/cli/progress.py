@@ -7,9 +7,9 @@ import time
 from contextlib import suppress
 from typing import Any, TextIO
 
+from ..units import human
 from .options import Args
 from .output import Call
-from .sizes import human
 
 _INTERVAL = 0.2
 _STEP = 1.0

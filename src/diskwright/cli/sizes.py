@@ -6,7 +6,6 @@ from ..errors import UsageError
 
 INT64_MAX = (1 << 63) - 1
 _SUFFIXES = "bkmgtpe"
-_UNITS = ("B", "KiB", "MiB", "GiB", "TiB", "PiB", "EiB")
 
 
 class BadNumber(ValueError):
@@ -70,12 +69,3 @@ def bounded(
     if not low <= value <= high:
         raise UsageError(f"Invalid {name} specified. Must be between {low} and {high}.")
     return value
-
-
-def human(size: int) -> str:
-    """A size for people, three digits: ``196 KiB``, ``1.5 GiB``."""
-    value, unit = float(size), 0
-    while value >= 1000 and unit < len(_UNITS) - 1:
-        value /= 1024
-        unit += 1
-    return f"{value:.3g} {_UNITS[unit]}"

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable
 
 from ..abilities import SnapshotInfo
-from .sizes import human
+from ..units import human
 
 _SECOND = 1_000_000_000
 

@@ -16,6 +16,7 @@ from .gates import Path, Policy, Source, gate_of, kept
 if TYPE_CHECKING:
     from .map import Extent
     from .measure import Measured
+    from .picture import Picture
 
 
 async def map(
@@ -36,6 +37,30 @@ async def map(
         node = await spec_of(source, format, policy, secrets, force_share=force_share).open(driver)
     try:
         return await extents(node, offset, length)
+    finally:
+        await close_disk(node)
+
+
+async def picture(
+    driver: BaseDriver,
+    source: Source,
+    *,
+    columns: int = 456,
+    offset: int = 0,
+    length: int | None = None,
+    format: str | None = None,
+    policy: str | Policy | None = None,
+    secrets: Keys = None,
+    force_share: bool = False,
+) -> Picture:
+    """What each layer of a disk holds of a range (None: to its end), and which of them is read
+    where, summed up in at most so many ``columns``; ``svg()`` draws it."""
+    from .picture import picture
+
+    with plain_errors():
+        node = await spec_of(source, format, policy, secrets, force_share=force_share).open(driver)
+    try:
+        return await picture(node, columns, offset, length)
     finally:
         await close_disk(node)
 
