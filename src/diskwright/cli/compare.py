@@ -22,7 +22,7 @@ OPTIONS = (
     Opt("F", "b-format", "FMT", "format of the second image"),
     IMAGE_OPTS,
     Opt("s", "strict", "", "sizes and allocation must be the same, too"),
-    Opt("T", "cache", "MODE", "cache mode (writeback)"),
+    Opt("T", "cache", "CACHE", "cache mode (writeback)"),
     FORCE_SHARE,
     OUTPUT,
     *GATE,

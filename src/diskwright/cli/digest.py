@@ -20,9 +20,9 @@ OPTIONS = (
     PROGRESS,
     FORMAT,
     IMAGE_OPTS,
-    Opt("a", "algorithm", "NAME", "sha256 (default), sha512, sha1, md5, blake2b, or tree: of "
+    Opt("a", "algorithm", "ALGO", "sha256 (default), sha512, sha1, md5, blake2b, or tree: of "
         "blocks, at the cost of the data (repeatable)"),
-    Opt("T", "cache", "MODE", "cache mode (writeback)"),
+    Opt("T", "cache", "CACHE", "cache mode (writeback)"),
     FORCE_SHARE,
     OUTPUT,
     *GATE,

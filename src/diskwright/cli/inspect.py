@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 OPTIONS = (
     QUIET,
     Opt("f", "format", "FMT", "exit with 2 unless this is the format"),
-    Opt("", "require", "VERDICT[,...]", "exit with 2 unless the verdict is one of these: "
+    Opt("", "require", "VERDICT", "exit with 2 unless the verdict is one of these: "
         "self-contained, refers, ambiguous, damaged, unknown, raw"),
     OUTPUT,
     Opt("", "json", "", "the same as --output=json"),

@@ -49,6 +49,7 @@ IMG_VERBS = {
     "snapshot": "List, take, apply or delete an image's own snapshots",
 }
 OWN_VERBS = {
+    "completion": "Print what completes command lines in a shell",
     "digest": "Print digests of a disk's content",
     "inspect": "Tell what a file is, opening nothing that it names",
     "io": "Read and write by commands",

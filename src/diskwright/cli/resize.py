@@ -13,7 +13,7 @@ OPTIONS = (
     FORMAT,
     IMAGE_OPTS,
     Opt("", "shrink", "", "let the disk become smaller, which loses data"),
-    Opt("", "preallocation", "MODE", "how new space is allocated: off, metadata, falloc, full"),
+    Opt("", "preallocation", "PREALLOC", "how new space is allocated: off, metadata, falloc, full"),
     *GATE,
     OBJECT,
 )

@@ -26,7 +26,7 @@ OPTIONS = (
     Opt("", "assume", "OPTS", "what the source does not say any more, as its creation options"),
     FORCE_SHARE,
     Opt("", "map", "FILE", "write what is lost and what is guessed, and why, to FILE"),
-    Opt("", "map-format", "KIND", "text (a mapfile of ddrescue, the default) or json"),
+    Opt("", "map-format", "MAPFMT", "text (a mapfile of ddrescue, the default) or json"),
     Opt("", "force", "", "TARGET and FILE may exist and are replaced"),
     *GATE,
     OBJECT,
