@@ -30,7 +30,7 @@ read from layer
 ....#000.......................+
 1: base.qcow2 (qcow2, 6 MiB), 576 KiB data, 1 MiB compressed
 ##..+...............CCCC        <
-0 B           4 MiB        8 MiB
+0 B          4 MiB         8 MiB
 #+ data  Cc compressed  0 zeroes  . not in this layer  (the second: less than half)
 """.replace("<\n0 B", "\n0 B")
 
@@ -45,7 +45,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     assert not ours(*words, cwd=found).status
     with diskwright.open(base, writable=True) as disk:
         disk.write_at(0, b"x" * 512 * 1024)
-        disk.write_at(MIB, b"x")
+        disk.write_at(MIB, b"x" * 64 * 1024)
     with contextlib.chdir(found):
         diskwright.overlay("base.qcow2", NAME, size=8 * MIB)
         with diskwright.open(NAME, writable=True) as disk:
@@ -83,12 +83,12 @@ def test_columns_hold_shares(folder: Path) -> None:
 
 def test_a_large_disk_and_an_empty_one(tmp_path: Path) -> None:
     path = tmp_path / "large"
-    diskwright.create(path, format="qcow2", size=1 << 44, options={"cluster_size": 2 * MIB})
+    diskwright.create(path, format="qcow2", size=1 << 40, options={"cluster_size": 2 * MIB})
     with diskwright.open(path, writable=True) as disk:
-        for at in range(0, 1 << 44, 1 << 39):
+        for at in range(0, 1 << 40, 1 << 35):
             disk.write_at(at, b"x")
     found = diskwright.picture(path, columns=64)
-    assert [column[0] for column in found.layers[0].columns] == [2 * MIB, 0] * 32
+    assert [column[0] > 0 for column in found.layers[0].columns] == [True, False] * 32
     (tmp_path / "empty").touch()
     found = diskwright.picture(tmp_path / "empty", format="raw")
     assert found.length == 0 and "<svg" in found.svg() and list(terminal.text(found, True, True))
@@ -100,7 +100,7 @@ def test_blocks_and_colours(folder: Path, monkeypatch: pytest.MonkeyPatch) -> No
     lines = list(terminal.text(found, True, False))
     assert lines[5] == "····█░░░·······················▄"
     coloured = "\n".join(terminal.text(found, True, True))
-    assert re.sub(r"\33\[[0-9]*m", "", coloured) == "\n".join(lines) != coloured
+    assert re.sub(r"\x1b\[[0-9]*m", "", coloured) == "\n".join(lines) != coloured
 
     class Screen(io.TextIOWrapper):
         def isatty(self) -> bool:

@@ -98,7 +98,7 @@ def test_what_changes_files(tmp_path: Path, folder: Path, monkeypatch: pytest.Mo
     assert list(json.loads(printed)) == list(undone)
     saved = diskwright.salvage("a", "out").to_dict()
     words = ["--map", "map", "--map-format=json", "--force", "a", "out"]
-    assert not ours("salvage", *words).status
+    assert not ours("salvage", *words, name="diskwright").status
     assert json.loads(Path("map").read_text()) == saved
 
 

@@ -45,7 +45,7 @@ def test_undone_to_the_byte(tmp_path: Path, row: Damage) -> None:
     planned = diskwright.plan_repair(tmp_path / "a", format="qcow2")
     assert (tmp_path / "a").read_bytes() == before
     done = diskwright.check(tmp_path / "a", format="qcow2", repair="all", undo_file=tmp_path / "u")
-    assert done.to_dict() == plain.to_dict()
+    assert done == plain._replace(filename=done.filename)
     after = (tmp_path / "a").read_bytes()
     assert after == (tmp_path / "b").read_bytes()
     assert planned.plan is not None and planned.after is not None
@@ -59,7 +59,7 @@ def test_undone_to_the_byte(tmp_path: Path, row: Damage) -> None:
     assert undone.places or undone.lengths
     assert (tmp_path / "a").read_bytes() == before
     again = diskwright.undo(tmp_path / "a", tmp_path / "u")
-    assert again == (0, 0, 0)
+    assert again[:3] == (0, 0, 0)
 
 
 class Killed(Exception):

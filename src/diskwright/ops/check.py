@@ -159,8 +159,10 @@ async def _checked(
     if not (found.leaks_fixed or found.corruptions_fixed):
         return Checked(found)
     again = await _run(node, spec, on_progress, None)
-    counts = {"leaks_fixed": found.leaks_fixed, "corruptions_fixed": found.corruptions_fixed}
-    return Checked(again._replace(**counts), found)
+    again = again._replace(
+        leaks_fixed=found.leaks_fixed, corruptions_fixed=found.corruptions_fixed
+    )
+    return Checked(again, found)
 
 
 async def _run(

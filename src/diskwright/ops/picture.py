@@ -75,7 +75,9 @@ class Picture(NamedTuple):
 
         return draw(self)
 
-    _repr_svg_ = svg
+    def _repr_svg_(self) -> str:
+        """What a notebook shows."""
+        return self.svg()
 
 
 async def picture(
@@ -87,9 +89,10 @@ async def picture(
     count = max(1, min(columns, -(-(end - start) // SECTOR)))
     layers = list(chain(node))
     served = [_Columns(start, end, count, 1) for _ in layers]
-    async for part in all_status(layers[0], start, end - start):
-        if part.present:
-            served[part.depth].add(part.start, part.length, 0)
+    if len(layers) > 1:
+        async for part in all_status(layers[0], start, end - start):
+            if part.present:
+                served[part.depth].add(part.start, part.length, 0)
     strips = []
     for layer, given in zip(layers, served, strict=True):
         sums = _Columns(start, end, count, len(STATES))
@@ -97,6 +100,8 @@ async def picture(
         below = layer.child("backing")
         async for part in all_status(layer, start, inside - start, base=below):
             sums.add(part.start, part.length, _state(part))
+            if part.present and len(layers) == 1:
+                given.add(part.start, part.length, 0)
         sums.add(inside, end - inside, BEYOND)
         name, shares = display_name(layer), tuple(zip(*sums.sums, strict=True))
         strips.append(
