@@ -25,7 +25,7 @@ IN_ASCII = """\
 <top> & 'co'.qcow2: 8 MiB, 256 KiB a column
 
 read from layer
-11..0000............1111.......0
+11--0000------------1111-------0
 0: <top> & 'co'.qcow2 (qcow2, 8 MiB), 320 KiB data, 768 KiB zeroes
 ....#000.......................+
 1: base.qcow2 (qcow2, 6 MiB), 576 KiB data, 1 MiB compressed

@@ -129,6 +129,7 @@ def test_every_key_of_json(tmp_path: Path) -> None:
         ["measure", "--output=json", "-O", "qcow2", "top"],
         ["digest", "--output=json", "top"],
         ["inspect", "--json", "top"],
+        ["compare", "--output=json", "top", "disk"],
     ):
         done = ours(*words, cwd=tmp_path, name="diskwright")
         found = keys(json.loads(done.out)) - {"sha256", "refcount-bits"}

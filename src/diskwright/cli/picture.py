@@ -108,11 +108,11 @@ def _glyph(shares: tuple[int, ...], glyphs: tuple[str, ...]) -> tuple[int, str]:
 
 
 def _served(picture: Picture, column: int) -> str:
-    """The layer that most of what a column reads comes from; a dot: none holds any of it."""
+    """The layer that most of what a column reads comes from; a dash: none holds any of it."""
     given = [layer.served[column] for layer in picture.layers]
     most = max(given)
     if not most:
-        return "."
+        return "-"
     depth = given.index(most)
     return _DEPTHS[depth] if depth < len(_DEPTHS) else "+"
 
