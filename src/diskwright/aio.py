@@ -255,12 +255,13 @@ class Disk(OpenDisk):
         return AsyncBitmaps(lambda: self.node, self._driver.bridge)
 
     async def close(self) -> None:
-        """Write everything back, flush and close; a second call does nothing."""
+        """Write everything back, flush and close; a second call does nothing.  A cancellation
+        waits for the end; a second one does not, and what was not flushed is lost."""
         if self.closed:
             return
         node, self._node = self.node, None
         try:
-            await self._driver.bridge(close_disk(node))
+            await self._driver.bridge(close_disk(node), patient=True)
         finally:
             self._driver.stop_pool()
 

@@ -341,14 +341,17 @@ class Disk(OpenDisk):
     # -- end
     def close(self) -> None:
         """Write everything back, flush and close.  Raises what the last flush raised; it is
-        closed all the same.  A second call does nothing."""
+        closed all the same.  A second call does nothing.  Ctrl-C waits for the end; a second one
+        does not, and what was not flushed is lost."""
         if self.closed:
             return
         with self._lock:
+            if self.closed:  # by another thread, while we waited
+                return
             node, self._node = self.node, None
             _open_disks.discard(self)
             try:
-                self._driver.run(close_disk(node))
+                self._driver.run(close_disk(node), patient=True)
             finally:
                 self._driver.close()
 

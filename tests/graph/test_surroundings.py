@@ -197,6 +197,20 @@ def test_an_interrupt_leaves_a_disk_that_works(image: Path) -> None:
         held.left = -1
     with diskwright.open(held) as disk:
         assert disk.read_at(0, 5) == b"after"
+    for turn in range(1, 4):  # what was begun to be closed is closed, and loses nothing
+        disk = diskwright.open(held, writable=True)
+        disk.zero(0, SIZE, unmap=True)
+        disk.write_at(0, bytes([turn]) * 300_000)
+        held.left = turn
+        try:
+            disk.close()
+        except KeyboardInterrupt:
+            interrupted += 1
+        held.left = -1
+        assert disk.closed
+        with diskwright.open(held) as again:
+            assert again.read_at(299_999, 2) == bytes([turn, 0])
+    assert interrupted >= 4 and diskwright.check(held).ok
 
 
 @pytest.mark.parametrize("most", [1, 2])
@@ -272,6 +286,45 @@ def test_cancelling_any_call_leaves_a_disk_that_works() -> None:
     diskwright.convert("a", "b", target_format="qcow2")
     assert asyncio.run(work()) > 40
     assert not diskwright.check("a").corruptions and diskwright.check("b").ok
+
+
+def test_a_close_that_is_cancelled_loses_nothing() -> None:
+    async def work(turns: int) -> None:
+        disk = await aio.open("a", writable=True)
+        await disk.write_at(turns * 100_000, b"kept" * 20_000)
+        closing = asyncio.ensure_future(disk.close())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        closing.cancel()
+        await asyncio.gather(closing, return_exceptions=True)
+        if not turns:  # it had not begun
+            await disk.close()
+        assert disk.closed
+        async with aio.open("a", writable=True) as again:
+            assert await again.read_at(turns * 100_000, 4) == b"kept"
+
+    for turns in range(8):
+        asyncio.run(work(turns))
+    assert diskwright.check("a").ok
+
+
+def test_several_threads_may_close() -> None:
+    disk = diskwright.open("a", writable=True)
+    disk.write_at(0, b"x" * 500_000)
+    problems: list[BaseException] = []
+
+    def close() -> None:
+        try:
+            disk.close()
+        except BaseException as error:
+            problems.append(error)
+
+    threads = [threading.Thread(target=close) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not problems and disk.closed
 
 
 def test_the_file_of_a_disk_on_a_loop_is_for_other_threads() -> None:

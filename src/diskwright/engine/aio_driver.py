@@ -69,11 +69,11 @@ class AsyncioDriver(BaseDriver):
             if future is not None:
                 future.set(error=OSError(errno.EBADF, "descriptor closed"))
 
-    async def bridge(self, coro: Coroutine[Any, Any, T]) -> T:
+    async def bridge(self, coro: Coroutine[Any, Any, T], patient: bool = False) -> T:
         """Await an engine coroutine from asyncio.
 
-        A cancellation of the asyncio task cancels the coroutine and waits until its issued I/O
-        has ended before it is raised.
+        A cancellation of the asyncio task cancels the coroutine (``patient``: the second one does)
+        and waits until its issued I/O has ended before it is raised.
         """
         task = Task(self, coro)
         ended = asyncio.Event()
@@ -83,8 +83,9 @@ class AsyncioDriver(BaseDriver):
             try:
                 await ended.wait()
             except asyncio.CancelledError:
+                if not patient or cancelled:
+                    task.cancel()
                 cancelled = True
-                task.cancel()
         if cancelled:
             raise asyncio.CancelledError
         return await task_result(task)

@@ -201,11 +201,12 @@ class Driver(BaseDriver):
             self._skip = min(1 << self._vain, 256)
         return None
 
-    def run(self, coro: Coroutine[Any, Any, T]) -> T:
+    def run(self, coro: Coroutine[Any, Any, T], patient: bool = False) -> T:
         """Run ``coro`` to its end and return its result.
 
         Raises what it raises; :class:`Deadlock` when it waits for something that cannot come.
-        KeyboardInterrupt cancels it, waits for its issued I/O, and is raised again.
+        KeyboardInterrupt cancels it (``patient``: the second one does), waits for its issued I/O,
+        and is raised again.
         """
         task = Task(self, coro)
         interrupted: KeyboardInterrupt | None = None
@@ -213,8 +214,9 @@ class Driver(BaseDriver):
             try:
                 self._run_until(task)
             except KeyboardInterrupt as error:
+                if not patient or interrupted is not None:
+                    task.cancel()
                 interrupted = error
-                task.cancel()
         if interrupted is not None:
             raise interrupted
         if task.error is not None:
