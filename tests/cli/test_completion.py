@@ -61,6 +61,7 @@ EXPECTED = {
     "dw digest --algorithm=sha5": ["sha512"],
     "dw convert --digest=t": ["tree"],
     "dw convert --digest t": [],
+    "dw completion f": ["fish"],
     "dw serve --disc": ["--discard"],
     "dw io --cache=w": ["writeback", "writethrough"],
 }

@@ -132,9 +132,10 @@ def test_what_is_refused(folder: Path) -> None:
     before = (folder / "base.qcow2").read_bytes()
     for words, said in (
         (["map", "--svg", "base.qcow2"], b"is no SVG"),
-        (["map", "--picture", "--output=json"], b"excludes"),
+        (["map", "--picture", "--output=json"], b"exclude"),
+        (["info", "--backing-chain", "--svg", "x", "--output=json"], b"exclude"),
         (["info", "--picture"], b"need --backing-chain"),
     ):
         done = ours(*words, NAME, cwd=folder, name="diskwright")
-        assert done.status == 1 and said in done.err
+        assert done.status == 1 and said in done.err and not done.out
     assert (folder / "base.qcow2").read_bytes() == before

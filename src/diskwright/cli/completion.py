@@ -66,11 +66,13 @@ class Flag(NamedTuple):
 
 
 class Verb(NamedTuple):
-    """A subcommand; of a tool without verbs the name is empty."""
+    """A subcommand; of a tool without verbs the name is empty.  ``operands`` are the words that it
+    takes instead of files."""
 
     name: str
     help: str
     flags: tuple[Flag, ...]
+    operands: tuple[str, ...] = ()
 
 
 class Choice(NamedTuple):
@@ -141,7 +143,8 @@ def program(tool: str, names: tuple[str, ...]) -> Program:
 def _verb(module: str, name: str, text: str) -> Verb:
     declared: tuple[Opt, ...] = import_module(f"{__package__}.{module}").OPTIONS
     every = {option.key: option for option in (HELP, *declared, *BUDGETS)}
-    return Verb(name, text, tuple(_flag(option, name, declared) for option in every.values()))
+    flags = tuple(_flag(option, name, declared) for option in every.values())
+    return Verb(name, text, flags, SHELLS if name == "completion" else ())
 
 
 def _flag(option: Opt, verb: str, declared: tuple[Opt, ...]) -> Flag:

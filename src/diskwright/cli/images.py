@@ -146,6 +146,15 @@ def output_format(args: Args) -> str:
     return wanted
 
 
+def wants_picture(args: Args) -> bool:
+    """Whether ``--picture`` or ``--svg`` asks for a picture, which is no JSON.  Raises
+    UsageProblem."""
+    wanted = "picture" in args or "svg" in args
+    if wanted and output_format(args) == "json":
+        raise UsageProblem("--picture and --svg exclude --output=json")
+    return wanted
+
+
 def run(make: Callable[[Driver], Coroutine[Any, Any, T]]) -> T:
     """Run the coroutine that ``make(driver)`` returns on a driver of its own.
 

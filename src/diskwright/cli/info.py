@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from ..units import human
-from .images import arguments, one_image, output_format, run, spec
+from .images import arguments, one_image, output_format, run, spec, wants_picture
 from .jsontext import dumps
 from .options import FORCE_SHARE, FORMAT, GATE, IMAGE_OPTS, OBJECT, OUTPUT, PICTURE, Opt
 from .output import Call, UsageProblem
@@ -34,7 +34,7 @@ def main(call: Call, argv: list[str]) -> int:
     image = spec(args, one_image(args))
     from ..ops import info as ops
 
-    picture = "picture" in args or "svg" in args
+    picture = wants_picture(args)
     if picture and "backing-chain" not in args:
         raise UsageProblem("--picture and --svg need --backing-chain")
     if "backing-chain" in args:

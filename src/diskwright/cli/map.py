@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .images import arguments, one_image, output_format, run, spec
+from .images import arguments, one_image, output_format, run, spec, wants_picture
 from .options import FORCE_SHARE, FORMAT, GATE, IMAGE_OPTS, OBJECT, OUTPUT, PICTURE, Opt
 from .output import Call
 from .sizes import bounded
@@ -37,7 +37,7 @@ def main(call: Call, argv: list[str]) -> int:
     offset = bounded("start offset", start) if start is not None else 0
     length = bounded("max length", most) if most is not None else None
     image = spec(args, one_image(args))
-    if "picture" in args or "svg" in args:
+    if wants_picture(args):
         from .picture import show as show_picture
 
         show_picture(call, args, image, offset, length)

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 
 from ..errors import UsageError
 from ..units import human
-from .images import output_format, run
+from .images import run
 from .options import Args
-from .output import Call, UsageProblem, printable
+from .output import Call, printable
 
 if TYPE_CHECKING:
     from ..engine.kernel import BaseDriver
@@ -31,10 +31,8 @@ _SVG_COLUMNS = 456
 def show(
     call: Call, args: Args, image: ImageSpec, start: int = 0, length: int | None = None
 ) -> None:
-    """Print and write the pictures that ``args`` ask for.  Raises UsageProblem, UsageError."""
+    """Print and write the pictures that ``args`` ask for.  Raises UsageError."""
     path = args.get("svg")
-    if "picture" in args and output_format(args) == "json":
-        raise UsageProblem("--picture is for people, and excludes --output=json")
     if path is not None:
         _check(path)
 

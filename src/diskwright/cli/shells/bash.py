@@ -55,7 +55,7 @@ _SCRIPT = """\
     case "$verb $flag" in
 @arguments@
     esac
-    [[ $word == -* ]] || return 0
+    [[ $word == -* ]] || verb+=" operand"
     case "$verb" in
 @flags@
     esac
@@ -155,3 +155,6 @@ def _flags(program: Program) -> Iterator[str]:
     for verb in program.verbs:
         words = " ".join(spelling for flag in verb.flags for spelling in flag.spellings)
         yield f'        "{verb.name}") @function@_reply "" "$word" "{words}" ;;'
+        if verb.operands:
+            words = " ".join(verb.operands)
+            yield f'        "{verb.name} operand") @function@_reply "" "$word" "{words}" ;;'

@@ -57,6 +57,8 @@ def _verb(program: Program, verb: Verb) -> Iterator[str]:
     if verb.name:
         yield f"-n __fish_use_subcommand -f -a {verb.name} -d {_quoted(verb.help)}"
         where = f"-n '__fish_seen_subcommand_from {verb.name}' "
+    if verb.operands:
+        yield f"{where}-f -a '{' '.join(verb.operands)}'"
     for flag in verb.flags:
         short = f"-s {flag.short} " if flag.short else ""
         long = f"-l {flag.long} " if flag.long else ""

@@ -83,7 +83,8 @@ def _value(choice: Choice) -> str:
 
 
 def _arguments(program: Program, verb: Verb) -> str:
-    lines = ["_arguments -s -S :", *_flags(program, verb), "'*:file:_files'"]
+    operands = f"({' '.join(verb.operands)})" if verb.operands else "_files"
+    lines = ["_arguments -s -S :", *_flags(program, verb), f"'*:operand:{operands}'"]
     return "            " + " \\\n                ".join(lines)
 
 
