@@ -92,6 +92,10 @@ info -Z x
 info --backing-chain=3 x
 info -f foo a.raw
 info foo:bar
+info nbd://127.0.0.1:1/disk
+info nbd+unix:///disk?socket=/nonexistent/socket
+info --image-opts driver=nbd
+info --image-opts driver=nbd,path=/x,host=y
 info json:{}
 info json:[]
 info --image-opts foo
@@ -214,6 +218,8 @@ create -f qcow2 new foo
 create -f qcow2 -- new -1
 create -f qcow2 new 1X
 create -f nope new 1G
+create -f bochs new 1G
+create -f bochs nbd://127.0.0.1:1 1G
 create -f qcow2 -o foo=1 new 1G
 create -f qcow2 -o cluster_size=3 new 1G
 create -f qcow2 -o size=1M new 2M
@@ -237,6 +243,7 @@ resize base.qcow2 1M 2M
 resize nonexistent 1G
 convert -O qcow2 nonexistent new
 convert -O nope a.raw new
+convert -O bochs a.raw new
 convert a.raw a.raw
 convert a.raw /nonexistent/new
 convert -n a.raw nonexistent
@@ -282,6 +289,26 @@ amend -o size=1M nonexistent
 amend -f raw -o size=1M a.raw
 amend -f foo -o size=1M a.raw
 amend -f raw -o help
+amend -f bochs -o help
+bitmap base.qcow2
+bitmap --add base.qcow2
+bitmap --add base.qcow2 a b
+bitmap --add -b x base.qcow2
+bitmap --add -F raw base.qcow2
+bitmap -g 1k --remove base.qcow2
+bitmap --add -g x base.qcow2 a
+bitmap --remove base.qcow2 a
+snapshot -d nobody base.qcow2
+snapshot -a nobody base.qcow2
+snapshot -l -c x base.qcow2
+snapshot -c x a.raw
+dd if=a.raw
+dd of=new
+dd if=a.raw of=new bs=0
+dd if=a.raw of=new count=x
+dd if=a.raw of=new foo=1
+dd -O foo if=a.raw of=new
+dd -O bochs if=a.raw of=new
 amend -t foo -o size=1M base.qcow2
 amend -o foo=1 base.qcow2
 amend -o cluster_size=64k base.qcow2

@@ -65,8 +65,6 @@ def main(call: Call, argv: list[str]) -> int:
 
 
 def _check(args: Args, kinds: set[str]) -> None:
-    if len(args.operands) != 2:
-        raise UsageError("Expecting filename and bitmap name")
     if not kinds:
         raise UsageError(
             "Need at least one of --add, --remove, --clear, --enable, --disable, or --merge"
@@ -77,3 +75,5 @@ def _check(args: Args, kinds: set[str]) -> None:
         raise UsageError("Merge bitmap source file only supported with --merge")
     if "source-format" in args and "source-file" not in args:
         raise UsageError("-F only supported with -b")
+    if len(args.operands) != 2:
+        raise UsageError("Expecting filename and bitmap name")

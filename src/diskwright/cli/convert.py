@@ -160,6 +160,8 @@ def _convert(call: Call, args: Args, fmt: str, options: dict[str, Any], progress
     create = "no-create" not in args
     to_stdout = target_name == "-" and "target-image-opts" not in args
     also = [_further(args, text) for text in args.all("also")]
+    for wanted in [*([fmt] if create else []), *(further.format for further in also)]:
+        creatable(wanted or "")
     digests = list(dict.fromkeys(name or "sha256" for name in args.all("digest")))
     resume = "resume" in args
     call.on_interrupt = (
@@ -171,11 +173,8 @@ def _convert(call: Call, args: Args, fmt: str, options: dict[str, Any], progress
         call.on_interrupt = "interrupted: what was written to standard output is not complete"
 
     def prepared() -> None:
-        """What is wrong with the target is told after what is wrong with the sources."""
-        for further in also:
-            creatable(further.format or "")
+        """What is wrong with the target's options is told after what is wrong with the sources."""
         if create:
-            creatable(fmt)
             overlay(options, args.get("backing"), None)
             if args.get("backing-format") is not None:
                 options["backing_fmt"] = args.get("backing-format")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from ..units import human
 from .images import arguments, one_image, output_format, run, spec, wants_picture
@@ -89,8 +89,10 @@ def text(info: NodeInfo, path: str = "", indent: str = "") -> str:
 
         lines += snapshot_lines(info.snapshots)
     if info.specific:
+        from ..ops.info import nested
+
         lines.append("Format specific information:")
-        lines += _specific(info.specific, "    ")
+        lines += nested(info.specific, "    ")
     shown = "".join(f"{indent}{line}\n" for line in lines)
     for slot, child in info.children:
         inner = f"{path}/{slot}"
@@ -110,23 +112,3 @@ def _backing(info: NodeInfo) -> list[str]:
     if info.backing_format:
         lines.append(f"backing file format: {info.backing_format}")
     return lines
-
-
-def _specific(data: dict[str, Any], indent: str) -> list[str]:
-    lines: list[str] = []
-    for key, value in data.items():
-        _item(lines, indent, key.replace("-", " "), value)
-    return lines
-
-
-def _item(lines: list[str], indent: str, name: str, value: Any) -> None:
-    if isinstance(value, dict):
-        lines.append(f"{indent}{name}:")
-        lines.extend(_specific(value, indent + "    "))
-    elif isinstance(value, list):
-        lines.append(f"{indent}{name}:")
-        for index, part in enumerate(value):
-            _item(lines, indent + "    ", f"[{index}]", part)
-    else:
-        shown = ("true" if value else "false") if isinstance(value, bool) else value
-        lines.append(f"{indent}{name}: {shown}")

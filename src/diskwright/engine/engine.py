@@ -271,6 +271,13 @@ class Engine:
             await self.gate
         await self.writeback.flush()
 
+    async def reclaim(self) -> None:
+        """Make what was given up so far durable, and with that ready to be used again."""
+        await self.flush()
+        while not self.epochs.idle():
+            self.check_failed()
+            await self.epochs.changed.wait()
+
     # -- end
     async def close(self) -> None:
         """Wait for shared work; flush until nothing is dirty; run the format's closing procedure.

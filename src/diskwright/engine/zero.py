@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 # One plan covers at most so many bytes (about: whole units), so that a request over terabytes
 # neither runs for seconds without giving way nor dirties more tables than the budget holds.
 _PIECE = 1 << 30
+# From so much on that was discarded it is made sure of, so that it can be used again before the
+# file grows for want of it.
+_RECLAIM = 8 << 20
 
 # From this length on the host zeroes a range sooner than it takes that much data.
 _IN_PLACE = 64 << 10
@@ -62,6 +65,7 @@ class Zeroer:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
+        self._given_up = 0  # bytes that were discarded since it was last made sure of
 
     async def zero(self, offsets: Sequence[int], lengths: Sequence[int], flags: int = 0) -> None:
         """Make ranges read as zeroes: whole units by the map, ragged ends as data."""
@@ -93,10 +97,14 @@ class Zeroer:
                 for part in portions(start, end, whole, size)
             ]
             await self.engine.allocator.allocate(ranges, DISCARD, None)
-            return
-        for start, end in spans:
-            for part in portions(start, end, whole, size):
-                await self.engine.allocator.allocate([part], DISCARD, None)
+        else:
+            for start, end in spans:
+                for part in portions(start, end, whole, size):
+                    await self.engine.allocator.allocate([part], DISCARD, None)
+        self._given_up += sum(end - start for start, end in spans)
+        if self._given_up >= _RECLAIM:
+            self._given_up = 0
+            await self.engine.reclaim()
 
     async def _zero_one(self, offset: int, length: int, kind: str, flags: int) -> None:
         """Zero one range.  A ragged end whose unit holds nothing else but zeroes takes the whole

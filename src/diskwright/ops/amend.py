@@ -22,12 +22,14 @@ def amend_options(fmt: str) -> tuple[Option, ...]:
     Raises NotSupported for a format that has none.
     """
     try:
-        found = registry.driver(fmt)
+        found = registry.driver(fmt).amend_options
+    except NotSupported:  # a format that has no driver here
+        found = ()
     except DiskError:
         raise UsageError(f"Unknown file format '{fmt}'") from None
-    if not found.amend_options:
+    if not found:
         raise NotSupported(f"Format driver '{fmt}' does not support option amendment")
-    return found.amend_options
+    return found
 
 
 def typed(fmt: str, given: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Any
 
 from ..declare import Option
 from ..engine.kernel import BaseDriver
-from ..errors import DiskError, UsageError
+from ..errors import DiskError, NotSupported, UsageError
 from ..graph import registry
 from ..graph.create import prepare, write_image
 from ..graph.gate import Gate
@@ -95,6 +95,8 @@ def creatable(name: str) -> Any:
     """
     try:
         found = registry.driver(name)
+    except NotSupported:
+        raise UsageError(f"Format driver '{name}' does not support image creation") from None
     except DiskError:
         raise UsageError(f"Unknown file format '{name}'") from None
     if found.create is None:

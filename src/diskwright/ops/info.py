@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from ..abilities import SnapshotInfo
@@ -178,6 +179,27 @@ def actual_size(node: Node) -> int | None:
         found: int | None = measure()
         return found
     return 0 if node.driver_name in ("null-co", "null-aio", "memory") else None
+
+
+def nested(data: Mapping[str, Any], indent: str) -> list[str]:
+    """Facts of a format in lines, as ``qemu-img info`` shows them."""
+    lines: list[str] = []
+    for key, value in data.items():
+        _item(lines, indent, key.replace("-", " "), value)
+    return lines
+
+
+def _item(lines: list[str], indent: str, name: str, value: Any) -> None:
+    if isinstance(value, dict):
+        lines.append(f"{indent}{name}:")
+        lines.extend(nested(value, indent + "    "))
+    elif isinstance(value, list):
+        lines.append(f"{indent}{name}:")
+        for index, part in enumerate(value):
+            _item(lines, indent + "    ", f"[{index}]", part)
+    else:
+        shown = ("true" if value else "false") if isinstance(value, bool) else value
+        lines.append(f"{indent}{name}: {shown}")
 
 
 def _dirty(node: Node) -> bool | None:

@@ -47,21 +47,11 @@ async def run_info(session: Session, name: str, words: list[str]) -> None:
     describe: Callable[[], dict[str, Any]] | None = getattr(format, "info", None)
     specific = describe() if describe is not None else {}
     if specific:
+        from .info import nested
+
         session.emit("Format specific information:", "out")
-        for line in _nested(specific, "    "):
+        for line in nested(specific, "    "):
             session.emit(line, "out")
-
-
-def _nested(data: dict[str, Any], indent: str) -> list[str]:
-    lines = []
-    for key, value in data.items():
-        key = key.replace("-", " ")
-        if isinstance(value, dict):
-            lines += [f"{indent}{key}:", *_nested(value, indent + "    ")]
-        else:
-            shown = ("true" if value else "false") if isinstance(value, bool) else value
-            lines.append(f"{indent}{key}: {shown}")
-    return lines
 
 
 async def _held(node: Node, start: int, length: int) -> list[tuple[int, int, bool]]:

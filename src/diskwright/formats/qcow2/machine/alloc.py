@@ -308,11 +308,17 @@ class Allocator(Mapping):
         return out
 
     def _new_block(self, index: int) -> None:
-        """Install a refcount block at the first cluster that it counts from the cursor on."""
+        """Install a refcount block at the second cluster that it counts from the cursor on: the
+        first is for what needed it, as QEMU has it."""
         base = index << self.block_shift
-        for cluster, _ in self.reserved.outside(
-            self.cursor, min(base + self.per_block, self.max_clusters)
-        ):
+        end = min(base + self.per_block, self.max_clusters)
+        runs = self.reserved.outside(self.cursor, end)
+        vacant = [cluster for run in runs[:2] for cluster in range(*run)[:2]]
+        if vacant:
+            first, cluster = vacant[0], vacant[min(1, len(vacant) - 1)]
+            if self.fresh <= first < cluster:  # behind the end, which now moves
+                self.clean.add(first, first + 1)
+                self.cursor = cluster
             self.install_block(index, cluster)
             self._count(cluster, cluster + 1, 1)
             return
