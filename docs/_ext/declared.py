@@ -84,7 +84,7 @@ def format_text(name: str) -> str:
             default = option.default
             if isinstance(default, bool):
                 default = "on" if default else "off"
-            shown = "" if default is None else f"`{default}`"
+            shown = "" if default in (None, "") else f"`{default}`"
             value = cell(kinds.get(option.type, option.type))
             out.append(f"| `{option.name}` | {value} | {shown} | {cell(option.help)} |")
         out.append("")
