@@ -225,7 +225,7 @@ class DiskFile(io.BufferedReader):
         """The path with its protocol."""
         return str(self.fs.unstrip_protocol(self.path))
 
-    def __reduce__(self) -> Any:
+    def __reduce_ex__(self, protocol: Any) -> Any:
         return _again, (self.fs, self.path, self.tell())
 
     def __del__(self) -> None:
