@@ -65,6 +65,7 @@ bench: $(BIN)/.ready peers
 	$(BIN)/python -m pip install -q numpy
 	$(BIN)/python bench/qcow2.py $(QCOW2_ARGS)
 	$(BIN)/python bench/chain.py
+	$(BIN)/python bench/start.py
 
 clean:
 	rm -rf $(VENV) $(VENV)-docs docs/_build build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -7,7 +7,7 @@ package costs nothing.  The asyncio API is :mod:`diskwright.aio`, the errors are
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from .hints import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from . import aio, errors

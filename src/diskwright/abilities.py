@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from typing import Protocol
 
 from .bitmaps import BitmapSet, DirtyBitmap
 from .contract import Procedure
+from .hints import Protocol
 from .records import NamedTuple
 
 Buffer = bytes | bytearray | memoryview

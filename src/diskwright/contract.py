@@ -13,9 +13,9 @@ Offsets and lengths are bytes.  A *slot* names a child node: ``file``, ``backing
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Sequence
-from typing import Any, ClassVar, Protocol
 
 from .extents import Extent
+from .hints import Any, ClassVar, Protocol
 from .records import NamedTuple
 
 # What is asked of `plan`.

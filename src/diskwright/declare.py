@@ -4,9 +4,9 @@ monitors' schema and the documentation are all made from."""
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from .abilities import StreamWriter, Survey
+from .hints import Any
 from .records import NamedTuple
 
 

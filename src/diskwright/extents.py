@@ -8,8 +8,7 @@ so that a loop can branch on an integer.  The hot path does not build them at al
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
-
+from .hints import Any, ClassVar
 from .records import NamedTuple
 
 DATA, ZERO, HOLE, PACKED, INLINE, OPAQUE = range(6)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from .contract import Groups, HostRange, Plan, TableStore
+from .hints import Any
 
 
 class Tableless:

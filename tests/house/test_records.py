@@ -27,6 +27,12 @@ class Ours(NamedTuple):
         return cls(int(text))
 
 
+class Derived(Ours):
+    """With nothing of its own."""
+
+    __slots__ = ()
+
+
 class Theirs(typing.NamedTuple):
     """What it is."""
 
@@ -47,6 +53,28 @@ def test_it_is_what_typing_makes() -> None:
     assert pickle.loads(pickle.dumps(made)) == made
     assert (made.twice, Nothing(), repr(Ours(1))) == (4, (), "Ours(one=1, two=None)")
     loose: Any = Ours
-    with pytest.raises(TypeError):
-        loose()
+    for wrong in (loose, lambda: loose(1, 2, 3), lambda: loose(three=3), lambda: loose._make([1])):
+        with pytest.raises(TypeError):
+            wrong()
+    with pytest.raises(ValueError):
+        loose(1)._replace(three=3)
     assert isinstance(made, tuple) and issubclass(Ours, tuple)
+    assert made._asdict() == {"one": 2, "two": [Ours(1)]}
+
+
+def test_what_is_derived_is_made_like_its_base() -> None:
+    first: Any = Derived(two=None, one=5)
+    assert (first, first.twice, type(first._replace(one=6))) == ((5, None), 10, Derived)
+    with pytest.raises(AttributeError):
+        first.three = 3
+    match first:
+        case Ours(one, two):
+            assert (one, two) == (5, None)
+
+
+def test_a_default_is_followed_by_defaults() -> None:
+    with pytest.raises(TypeError, match="one"):
+
+        class Wrong(NamedTuple):
+            two: int = 2
+            one: int  # type: ignore[misc]

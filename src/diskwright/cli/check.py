@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from ..errors import NotSupported, UsageError
+from ..hints import TYPE_CHECKING, Any
 from .images import arguments, cache_mode, one_image, output_format, run, spec, warn_if_guessed
 from .jsontext import dumps
 from .options import (

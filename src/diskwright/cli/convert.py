@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
 
 from ..errors import DiskError, UsageError
+from ..hints import TYPE_CHECKING, Any
 from .create import check_names, collect, creation_failed, list_options, overlay, wants_list
 from .images import arguments, cache_mode, gate, run, spec
 from .options import FORCE_SHARE, GATE, IMAGE_OPTS, OBJECT, PROGRESS, QUIET, Args, Opt

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING, Any
 
 from ..errors import DiskError, UsageError
+from ..hints import TYPE_CHECKING, Any
 from .images import arguments, gate, run, secrets
 from .options import GATE, OBJECT, QUIET, Args, Opt
 from .output import Call, UsageProblem, reason

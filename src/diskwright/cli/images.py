@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Coroutine
-from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import UsageError
+from ..hints import TYPE_CHECKING, Any, TypeVar
 from .options import BUDGETS, FORMAT, HELP, Args, Opt, help_text, parse
 from .output import Call, UsageProblem
 
@@ -153,6 +153,18 @@ def wants_picture(args: Args) -> bool:
     if wanted and output_format(args) == "json":
         raise UsageProblem("--picture and --svg exclude --output=json")
     return wanted
+
+
+def look(make: Callable[[Driver], Coroutine[Any, Any, T]]) -> T:
+    """Run the coroutine that ``make(driver)`` returns, and that only reads, on a driver of its own.
+
+    Raises KeyboardInterrupt after Ctrl-C, which may stop it anywhere.
+    """
+    driver = new_driver()
+    try:
+        return driver.run(driver.in_time(make(driver)))
+    finally:
+        driver.close()
 
 
 def run(make: Callable[[Driver], Coroutine[Any, Any, T]]) -> T:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from ..hints import TYPE_CHECKING
 from ..units import human
-from .images import arguments, one_image, output_format, run, spec, wants_picture
+from .images import arguments, look, one_image, output_format, spec, wants_picture
 from .jsontext import dumps
 from .options import FORCE_SHARE, FORMAT, GATE, IMAGE_OPTS, OBJECT, OUTPUT, PICTURE, Opt
 from .output import Call, UsageProblem
@@ -38,7 +37,7 @@ def main(call: Call, argv: list[str]) -> int:
     if picture and "backing-chain" not in args:
         raise UsageProblem("--picture and --svg need --backing-chain")
     if "backing-chain" in args:
-        found = run(lambda driver: ops.info_chain(driver, image))
+        found = look(lambda driver: ops.info_chain(driver, image))
         if wanted == "json":
             call.out(dumps([entry.to_dict() for entry in found]))
         else:
@@ -50,7 +49,7 @@ def main(call: Call, argv: list[str]) -> int:
                 call.out("")
             show(call, args, image)
         return 0
-    entry = run(lambda driver: ops.info(driver, image))
+    entry = look(lambda driver: ops.info(driver, image))
     if wanted == "json":
         call.out(dumps(entry.to_dict()))
     else:

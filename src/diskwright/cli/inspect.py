@@ -6,7 +6,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from ..units import human
-from .images import arguments, one_image, output_format, run
+from .images import arguments, look, one_image, output_format
 from .jsontext import dumps
 from .options import OUTPUT, QUIET, Opt
 from .output import Call, UsageProblem, printable
@@ -42,7 +42,7 @@ def main(call: Call, argv: list[str]) -> int:
         if word not in VERDICTS:
             raise UsageProblem(f"--require expects one of {', '.join(VERDICTS)}, not '{word}'")
     source = sys.stdin.buffer if name == "-" else name
-    found = run(lambda driver: inspect(driver, source))._replace(filename=name)
+    found = look(lambda driver: inspect(driver, source))._replace(filename=name)
     if wanted == "json":
         call.out(dumps(found.to_dict()))
     else:

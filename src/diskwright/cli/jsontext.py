@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+
+from ..hints import Any
 
 
 def dumps(value: Any, level: int = 0) -> str:

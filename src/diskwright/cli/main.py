@@ -11,7 +11,6 @@ import gc
 import os
 import sys
 from collections.abc import Sequence
-from contextlib import suppress
 from importlib import import_module
 
 from .. import __version__
@@ -67,8 +66,10 @@ def console() -> None:
     gc.set_threshold(20_000, 20, 20)
     status = main(sys.argv[0], sys.argv[1:])
     # Everything is closed and flushed.  To take the interpreter apart would cost a tenth, too.
-    with suppress(OSError, ValueError, AttributeError):
+    try:
         sys.stderr.flush()
+    except (OSError, ValueError, AttributeError):
+        pass  # nobody is left to be told
     os._exit(status)
 
 

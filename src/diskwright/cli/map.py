@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from .images import arguments, one_image, output_format, run, spec, wants_picture
+from ..hints import TYPE_CHECKING
+from .images import arguments, look, one_image, output_format, spec, wants_picture
 from .options import FORCE_SHARE, FORMAT, GATE, IMAGE_OPTS, OBJECT, OUTPUT, PICTURE, Opt
 from .output import Call
 from .sizes import bounded
@@ -43,7 +42,7 @@ def main(call: Call, argv: list[str]) -> int:
         show_picture(call, args, image, offset, length)
         return 0
     show = _json if wanted == "json" else _human
-    status: int = run(lambda driver: show(call, driver, image, offset, length))
+    status: int = look(lambda driver: show(call, driver, image, offset, length))
     return status
 
 

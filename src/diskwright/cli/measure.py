@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..errors import UsageError
 from .convert import snapshot_of
 from .create import collect, option_size
-from .images import arguments, output_format, run, secrets, spec
+from .images import arguments, look, output_format, secrets, spec
 from .jsontext import dumps
 from .options import FORCE_SHARE, FORMAT, GATE, IMAGE_OPTS, OBJECT, OUTPUT, Opt
 from .output import Call
@@ -61,7 +61,7 @@ def main(call: Call, argv: list[str]) -> int:
     else:
         assert source is not None
         image = source
-        found = run(lambda driver: ops.measure(driver, fmt, options, image, snapshot))
+        found = look(lambda driver: ops.measure(driver, fmt, options, image, snapshot))
     if wanted == "json":
         call.out(dumps(found.to_dict()))
     else:

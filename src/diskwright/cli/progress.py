@@ -5,11 +5,14 @@ from __future__ import annotations
 import sys
 import time
 from contextlib import suppress
-from typing import Any, TextIO
 
+from ..hints import TYPE_CHECKING, Any
 from ..units import human
 from .options import Args
 from .output import Call
+
+if TYPE_CHECKING:
+    from typing import TextIO
 
 _INTERVAL = 0.2
 _STEP = 1.0

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ..errors import DiskError, NoSuchSnapshot
-from .images import arguments, one_image, run, spec, warn_if_guessed
+from ..hints import TYPE_CHECKING
+from .images import arguments, look, one_image, run, spec, warn_if_guessed
 from .options import FORCE_SHARE, FORMAT, GATE, IMAGE_OPTS, OBJECT, QUIET, Opt
 from .output import Call, UsageProblem, reason
 
@@ -41,7 +40,7 @@ def main(call: Call, argv: list[str]) -> int:
     image = spec(args, one_image(args))
     action = given[0] if given else "list"
     if action == "list":
-        return run(lambda driver: _list(call, driver, image))
+        return look(lambda driver: _list(call, driver, image))
     name = args.get(action) or ""
     return run(lambda driver: _change(call, driver, image, action, name))
 

@@ -12,10 +12,10 @@ from array import array
 from collections.abc import Callable, Iterable
 from functools import cache, lru_cache
 from importlib import import_module
-from typing import Any
 
 from ..abilities import Buffer
 from ..errors import UnsupportedFeature
+from ..hints import Any
 from ..secrets import EXTRA
 
 SECTOR = 512

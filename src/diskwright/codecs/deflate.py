@@ -10,9 +10,9 @@ from __future__ import annotations
 import zlib
 from functools import cache
 from importlib import import_module
-from typing import Any
 
 from ..abilities import Buffer
+from ..hints import Any
 
 BARE, FRAMED = -15, 15
 _LEVEL = 6

@@ -11,9 +11,9 @@ from __future__ import annotations
 from array import array
 from functools import cache
 from importlib import import_module
-from typing import Any
 
 from ..abilities import Buffer
+from ..hints import Any
 from .aes import BLOCK, BLOCKS, SECTOR, Ecb, Runs, Vectors, library
 
 # Below so many sectors one call of the library each is quicker than a batch.

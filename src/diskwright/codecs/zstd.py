@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from functools import cache
 from importlib import import_module
-from typing import Any
 
 from ..abilities import Buffer
 from ..errors import UnsupportedFeature
+from ..hints import Any
 
 # What a frame may make the decoder keep (bytes); RFC 8878 asks for 8 MiB at least.
 _WINDOW_BITS = 23

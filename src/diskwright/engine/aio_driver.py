@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import errno
 from collections.abc import Callable, Coroutine
-from typing import Any, TypeVar
 
+from ..hints import Any, TypeVar
 from .kernel import BaseDriver, Future, Task, Timer
 
 T = TypeVar("T")

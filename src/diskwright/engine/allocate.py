@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from ..bitmaps import spans_of
 from ..contract import (
@@ -22,6 +21,7 @@ from ..contract import (
     Table,
 )
 from ..errors import NoSpace
+from ..hints import TYPE_CHECKING
 from ..units import align_down, align_up
 from .buffers import page_buffer
 from .kernel import gather

@@ -7,9 +7,9 @@ file has no part in them.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from ..extents import DATA, PACKED
+from ..hints import TYPE_CHECKING
 from ..units import align_down, align_up
 
 if TYPE_CHECKING:

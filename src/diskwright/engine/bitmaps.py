@@ -8,12 +8,12 @@ are stored when the node is closed, or by :func:`store`.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
 
 from ..abilities import KeepsBitmaps
 from ..bitmaps import DEFAULT_GRANULARITY, DirtyBitmap, check_granularity
 from ..bits import BitmapError
 from ..contract import Procedure
+from ..hints import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .engine import Engine

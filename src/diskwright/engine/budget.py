@@ -10,9 +10,9 @@ from collections.abc import Coroutine, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from time import monotonic
-from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..errors import OverBudget
+from ..hints import TYPE_CHECKING, Any, TypeVar
 from .futures import Cancelled
 from .procedure import wait_out
 

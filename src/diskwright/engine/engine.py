@@ -4,34 +4,45 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..bitmaps import BitmapSet
 from ..contract import FastMap, Format, NeedMeta, Range, Table, total
 from ..errors import CorruptImage, FlushFailed
 from ..extents import Extent
-from .allocate import Allocator
+from ..hints import TYPE_CHECKING, Any, Generic, TypeVar
 from .epochs import Epochs
 from .kernel import BaseDriver, Future, Shared, wait_all
 from .leases import Leases
 from .node import Node
 from .procedure import Procedures
-from .read import Reader
 from .tables import Tables
-from .write import Writer
-from .writeback import Writeback
-from .zero import Zeroer
 
 if TYPE_CHECKING:
+    from .allocate import Allocator
     from .flat import Flat
     from .pack import Packer
     from .packed import Unpacker
+    from .read import Reader
     from .transform import Transformer
+    from .write import Writer
+    from .writeback import Writeback
+    from .zero import Zeroer
 
 T = TypeVar("T")
 
 Opener = Callable[[str, str, str | None, bool], Awaitable[None]]
 Creator = Callable[[str, str], Awaitable[None]]
+
+
+class part(Generic[T]):
+    """``functools.cached_property``, for parts that are imported when they are first asked for."""
+
+    def __init__(self, make: Callable[[Engine], T]) -> None:
+        self._make = make
+
+    def __get__(self, engine: Engine, owner: type[Engine]) -> T:
+        made = engine.__dict__[self._make.__name__] = self._make(engine)
+        return made
 
 
 class Engine:
@@ -63,19 +74,11 @@ class Engine:
         self.opener = opener
         self.leases = Leases()
         self.epochs = Epochs(self)
-        self.writeback = Writeback(self)
         self.shared = Shared(driver)
         self.creator: Creator | None = None
         """Makes a file beside the image: ``creator(slot, name)``."""
-        self.reader = Reader(self)
         self.flat: Flat | None = None
         """The whole chain as one map, while nobody writes to it."""
-        self._unpacker: Unpacker | None = None
-        self._packer: Packer | None = None
-        self._transformer: Transformer | None = None
-        self.writer = Writer(self)
-        self.zeroer = Zeroer(self)
-        self.allocator = Allocator(self)
         self.procedures = Procedures(self)
         self.gate: Future[None] | None = None
         """Set while a whole-image procedure runs: new reads wait for it."""
@@ -85,37 +88,67 @@ class Engine:
         self.map_batch = fast.map_batch if hasattr(format, "map_batch") else _no_map
         self._loading: dict[tuple[str, int], Future[None]] = {}
 
-    @property
+    @part
+    def reader(self) -> Reader:
+        """For the guest's reads."""
+        from .read import Reader
+
+        return Reader(self)
+
+    @part
+    def writer(self) -> Writer:
+        """For the guest's writes."""
+        from .write import Writer
+
+        return Writer(self)
+
+    @part
+    def zeroer(self) -> Zeroer:
+        """For zeroes and discards."""
+        from .zero import Zeroer
+
+        return Zeroer(self)
+
+    @part
+    def allocator(self) -> Allocator:
+        """For what changes the map."""
+        from .allocate import Allocator
+
+        return Allocator(self)
+
+    @part
+    def writeback(self) -> Writeback:
+        """For metadata that are dirty."""
+        from .writeback import Writeback
+
+        return Writeback(self)
+
+    @part
     def unpacker(self) -> Unpacker:
         """For compressed units; most disks have none."""
-        if self._unpacker is None:
-            from .packed import Unpacker
+        from .packed import Unpacker
 
-            self._unpacker = Unpacker(self)
-        return self._unpacker
+        return Unpacker(self)
 
-    @property
+    @part
     def packer(self) -> Packer:
         """For units that are to be compressed; most disks get none."""
-        if self._packer is None:
-            from .pack import Packer
+        from .pack import Packer
 
-            self._packer = Packer(self)
-        return self._packer
+        return Packer(self)
 
-    @property
+    @part
     def transformer(self) -> Transformer:
         """For what is encrypted."""
-        if self._transformer is None:
-            from .transform import Transformer
+        from .transform import Transformer
 
-            self._transformer = Transformer(self)
-        return self._transformer
+        return Transformer(self)
 
     def forget_units(self) -> None:
         """Host space may hold something else from now on: unpacked units are void."""
-        if self._unpacker is not None:
-            self._unpacker.forget()
+        unpacker: Unpacker | None = self.__dict__.get("unpacker")
+        if unpacker is not None:
+            unpacker.forget()
 
     @property
     def zero_unit(self) -> int:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
 from ..contract import MAY_UNMAP, NO_FALLBACK, HostRange
+from ..hints import TYPE_CHECKING, Any
 from .kernel import Condition
 
 if TYPE_CHECKING:

@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from ..contract import Range
 from ..extents import HOLE, ZERO, Data
+from ..hints import TYPE_CHECKING
 from ..ondisk import zeros
 from ..units import align_down, align_up
 from .kernel import Future, wait_all

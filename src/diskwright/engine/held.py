@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import aclosing, suppress
-from typing import Any
 
 from ..errors import DiskError
+from ..hints import Any
 from .buffers import page_buffer
 from .copy import CopyFailed, Segment
 from .kernel import BaseDriver, Cancelled, Condition, Future, Task, wait_all

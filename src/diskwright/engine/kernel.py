@@ -9,13 +9,11 @@ from __future__ import annotations
 
 import errno
 import heapq
-import threading
 from collections import deque
 from collections.abc import Callable, Coroutine
-from contextlib import suppress
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, TypeVar
 
+from ..hints import TYPE_CHECKING, Any, TypeVar
 from .futures import (
     BaseDriver,
     Cancelled,
@@ -31,6 +29,7 @@ from .futures import (
 
 if TYPE_CHECKING:
     import socket
+    import threading
 
     from .poller import Poller
 
@@ -67,7 +66,7 @@ class Driver(BaseDriver):
         self._wake: tuple[socket.socket, socket.socket] | None = None
         self._wake_fd = -1
         self._asleep = False
-        self._alarm = threading.Event()
+        self._alarm: threading.Event | None = None
         self._waiters: dict[int, list[Future[None] | None]] = {}
         self._readers: dict[int, Callable[[], None]] = {}
         self._masks: dict[int, int] = {}
@@ -89,10 +88,13 @@ class Driver(BaseDriver):
     def from_thread(self, callback: Callable[[], None]) -> None:
         self._from_threads.append(callback)
         if self._asleep:  # set before the sleeper looks at the queue a last time
+            assert self._alarm is not None
             self._alarm.set()
             if self._wake is not None:
-                with suppress(BlockingIOError):
+                try:
                     self._wake[1].send(b"\0")
+                except BlockingIOError:
+                    pass  # it will hear of those that it has not read yet
 
     # -- descriptors: registered once and kept, so that waiting again costs no system call
     def _hear(self, fd: int, bit: int) -> None:
@@ -141,14 +143,19 @@ class Driver(BaseDriver):
 
     def _poll(self, timeout: float | None) -> None:
         """Wait for descriptors, threads or the timeout."""
+        alarm = self._alarm
+        if alarm is None:
+            from threading import Event
+
+            alarm = self._alarm = Event()
         self._asleep = True
         try:
             if self._from_threads:
                 timeout = 0
             if self._poller is None:
                 if timeout != 0:
-                    self._alarm.wait(timeout)
-                self._alarm.clear()
+                    alarm.wait(timeout)
+                alarm.clear()
                 return
             if self.linger and timeout != 0:
                 found = self._linger(self._poller)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Sequence
-from typing import TYPE_CHECKING, Any
 
 from ..contract import Limits
 from ..extents import HOLE, ZERO, Data, Extent
+from ..hints import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .kernel import BaseDriver, Future

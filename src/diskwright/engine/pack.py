@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from ..abilities import Codec
 from ..contract import WRITE, WRITE_PACKED
+from ..hints import TYPE_CHECKING
 from .kernel import Future, wait_all
 from .node import Buffer
 from .spans import Overlay, merge_spans

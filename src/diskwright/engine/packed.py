@@ -7,11 +7,11 @@ from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, Any
 
 from ..abilities import Buffer
 from ..errors import DamagedData
 from ..extents import Packed
+from ..hints import TYPE_CHECKING, Any
 from .buffers import page_buffer
 from .kernel import wait_all
 from .spans import merge_spans

@@ -9,8 +9,8 @@ import sys
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Any, TypeVar
 
+from ..hints import Any, TypeVar
 from .futures import BaseDriver, Future
 
 T = TypeVar("T")

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
-from typing import TYPE_CHECKING, Any
 
 from ..contract import (
     Barrier,
@@ -29,6 +27,7 @@ from ..contract import (
 )
 from ..errors import NotSupported, Refused
 from ..extents import ZERO
+from ..hints import TYPE_CHECKING, Any
 from .kernel import Cancelled, Future
 from .leases import WHOLE
 
@@ -199,5 +198,7 @@ def _timed(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[An
 async def wait_out(task: Future[Any]) -> None:
     """Wait for ``task`` whatever it does, ignoring further cancellations."""
     while not task.done:
-        with suppress(Exception, Cancelled):
+        try:
             await task
+        except (Exception, Cancelled):  # noqa: S110 - who asks for its result is told
+            pass

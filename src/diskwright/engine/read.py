@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from ..errors import CorruptImage
 from ..extents import DATA, HOLE, INLINE, OPAQUE, PACKED, ZERO, Data, Packed
+from ..hints import TYPE_CHECKING
 from ..units import align_down, align_up
 from .kernel import Future, wait_all
 from .node import Buffer

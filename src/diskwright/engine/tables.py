@@ -7,9 +7,9 @@ other.  Only this class evicts; a table that is dirty, pinned or in write-back s
 from __future__ import annotations
 
 from collections import OrderedDict
-from typing import Any
 
 from ..contract import Table
+from ..hints import Any
 
 _Key = tuple[int, str, int]
 

@@ -4,11 +4,11 @@ in pieces that go through the pool side by side."""
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
 
 from ..abilities import Transform
 from ..contract import OP_DATA, Step
 from ..extents import Data
+from ..hints import TYPE_CHECKING, Any
 from ..records import NamedTuple
 from .buffers import page_buffer
 from .kernel import wait_all

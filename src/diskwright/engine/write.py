@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from ..contract import COMPRESSED, FUA, OP_DATA, WRITE, Step
 from ..extents import Data
+from ..hints import TYPE_CHECKING
 from .node import Buffer
 from .spans import Overlay
 

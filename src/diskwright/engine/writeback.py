@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
 
 from ..contract import Groups, MetaWrite, Table
 from ..errors import FlushFailed
+from ..hints import TYPE_CHECKING
 from .kernel import Future, Task, gather, wait_all
 
 if TYPE_CHECKING:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from ..contract import (
     DISCARD,
@@ -17,6 +16,7 @@ from ..contract import (
     Range,
 )
 from ..extents import HOLE, ZERO, Data, Extent
+from ..hints import TYPE_CHECKING
 from ..units import align_down, align_up
 from .leases import Span
 from .spans import Overlay, merge_spans

@@ -10,7 +10,6 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
 
 from ..contract import NO_FALLBACK, Limits
 from ..declare import Driver, Option
@@ -18,6 +17,7 @@ from ..engine.kernel import BaseDriver, Future, gather
 from ..errors import NodeClosed, UsageError
 from ..extents import Extent, Opaque
 from ..graph.node import Buffer, Node
+from ..hints import Any
 from ..protocols.bounce import Bounce
 from ..units import align_down, align_up
 from .blkdebug_config import make_rules, option_sections, read_config

@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from typing import Any
 
 from ..errors import UsageError
 from ..graph.options import boolean
+from ..hints import Any
 from .blkdebug_rules import EVENTS, IOTYPES, InjectError, SetState
 
 MOST_BYTES = 1 << 20

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Any
 
 from ..contract import Limits
 from ..engine.kernel import Condition
 from ..errors import UsageError
+from ..hints import Any
 from ..units import align_down, align_up, is_power_of_two
 
 _INT_MAX = (1 << 31) - 1

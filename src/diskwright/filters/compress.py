@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
 
 from ..contract import COMPRESSED, FUA
 from ..declare import Driver, Option
@@ -12,6 +11,7 @@ from ..engine.kernel import BaseDriver
 from ..errors import NodeClosed, UsageError
 from ..extents import Extent, Opaque
 from ..graph.node import Buffer, Node
+from ..hints import Any
 from ..protocols.bounce import Bounce
 from ..units import align_down, align_up
 

@@ -7,11 +7,11 @@ The names are those of Linux's dm-crypt, as LUKS1 headers have them: ``aes`` and
 from __future__ import annotations
 
 import hashlib
-from typing import Protocol
 
 from ..abilities import Buffer, Places
 from ..codecs.aes import KEY_BYTES, SECTOR, Cbc, Essiv, Plain, Runs, Vectors
 from ..errors import UnsupportedFeature, UsageError
+from ..hints import Protocol
 from ..records import NamedTuple
 
 HASHES = ("sha1", "sha224", "sha256", "sha384", "sha512", "ripemd160")

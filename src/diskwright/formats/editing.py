@@ -7,10 +7,10 @@ is done here step by step.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from ..contract import Barrier, Format, Groups, NeedMeta, Procedure, Punch, Read, Table, Write
 from ..errors import CorruptImage
+from ..hints import Any
 
 
 def ask(image: Format, question: Callable[[], Any], pins: list[Table]) -> Procedure:

@@ -13,10 +13,10 @@ import hmac
 import struct
 from itertools import pairwise
 from secrets import token_bytes
-from typing import Any
 
 from ..codecs.aes import SECTOR
 from ..errors import MalformedImage, UnsupportedFeature
+from ..hints import Any
 from ..ondisk import Fields
 from ..records import NamedTuple
 from ..units import align_up

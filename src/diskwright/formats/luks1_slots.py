@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from secrets import token_bytes
-from typing import Any
 from uuid import uuid4
 
 from ..contract import Barrier, Compute, MetaWrite, Procedure, Read, Timed, Write
 from ..errors import MalformedImage, UsageError
+from ..hints import Any
 from ..records import NamedTuple
 from ..secrets import find
 from ..units import align_up

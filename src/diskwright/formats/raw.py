@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
 
 from ..contract import (
     DISCARD,
@@ -24,6 +23,7 @@ from ..contract import (
 from ..declare import Driver, Option
 from ..errors import NotSupported, UsageError
 from ..extents import Data, Extent
+from ..hints import Any, ClassVar
 from ..tableless import Tableless
 from ..units import align_up
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
 
 from ..contract import (
     NeedMeta,
@@ -17,6 +16,7 @@ from ..declare import Driver
 from ..engine.kernel import BaseDriver
 from ..errors import DiskError, NotSupported, UsageError
 from ..extents import Extent
+from ..hints import Any, ClassVar
 from ..tableless import Tableless
 from ..units import SECTOR, align_up
 from . import registry

@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from ..contract import Barrier, Create, GuestWrite, Procedure, Punch, Request, Truncate, Write
 from ..errors import NotSupported, UsageError
+from ..hints import Any
 from . import registry
 from .closing import discard_disk
 from .display import base_of

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ..errors import ImageError, UsageError
+from ..hints import Any
 from .graph import leaf_of, primary
 from .names import directory_of, protocol_of
 from .node import Node

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from ..errors import DiskError, Outside, Refused, UsageError
+from ..hints import TYPE_CHECKING
 from ..records import NamedTuple
 
 if TYPE_CHECKING:

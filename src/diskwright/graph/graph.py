@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from ..engine.kernel import BaseDriver
 from ..engine.tables import Tables
 from ..errors import UsageError
+from ..hints import Any
 from .node import Node
 from .perms import ALL, RESIZE, WRITE, Use, child_use, combined
 from .registry import kind

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Awaitable, Callable, Sequence
-from typing import Any
 
 from ..contract import FUA, MAY_UNMAP
 from ..engine.kernel import Future
+from ..hints import Any
 from ..records import NamedTuple
 from .mapped import MappedNode
 from .node import Buffer

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import suppress
-from typing import Any
 
 from ..contract import Format, Limits, Procedure
 from ..engine.engine import Engine, Opener
@@ -12,6 +10,7 @@ from ..engine.kernel import BaseDriver, Timer
 from ..engine.tables import Tables
 from ..errors import CorruptImage, DamagedData, DiskError, NodeClosed, NotSupported
 from ..extents import Extent
+from ..hints import Any
 from .node import Buffer, Node
 
 
@@ -166,9 +165,10 @@ class MappedNode(Node):
         procedure = mark() if mark is not None and not sound else None
         if procedure is None:
             return error
-        # The format refuses to write from now on, whether the mark reaches the disk or not.
-        with suppress(OSError, DiskError):
+        try:
             await self.run_procedure(procedure)
+        except (OSError, DiskError):
+            pass  # the format refuses to write from now on, mark or no mark
         told = CorruptImage(
             f"{self.driver_name}: Marking image as corrupt: {error.detail}; "
             "further corruption events will be suppressed"

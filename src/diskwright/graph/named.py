@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from typing import Any
 
 from ..errors import ImageError, Refused, UsageError
+from ..hints import Any
 from . import names
 from .display import base_of, display_name
 from .gate import Gate, Leave

@@ -8,11 +8,13 @@ keys are lists.  File names stay ``str`` with surrogates for bytes that are not 
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from ..errors import UsageError
+from ..hints import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import re
 
 Options = dict[str, Any]
 Reference = str | Mapping[str, Any]
@@ -20,8 +22,7 @@ Reference = str | Mapping[str, Any]
 _DEPTH = 64
 """Deepest nesting of a description that is taken."""
 
-_DRIVE = re.compile(r"[A-Za-z]:(?:[\\/]|\Z)")
-_STRING = re.compile(r'"(?:[^"\\]|\\.)*"' r"|'(?:[^'\\]|\\.)*'", re.DOTALL)
+_STRING = r'(?s)"(?:[^"\\]|\\.)*"' r"|'(?:[^'\\]|\\.)*'"
 
 
 def protocol_of(name: str) -> str:
@@ -37,7 +38,8 @@ def protocol_of(name: str) -> str:
 
 def foreign(name: str) -> bool:
     """True for a name that only Windows can follow: by drive, share, volume or device."""
-    return name.startswith(("\\\\", "//?/", "//./")) or _DRIVE.match(name) is not None
+    drive = name[:1].isascii() and name[:1].isalpha() and name[1:2] == ":"
+    return name.startswith(("\\\\", "//?/", "//./")) or (drive and name[2:3] in ("", "\\", "/"))
 
 
 def is_json(name: str) -> bool:
@@ -110,9 +112,10 @@ def parse_json(text: str) -> Options:
     Strings may stand in single quotes, as qemu's tools take them.
     """
     import json
+    import re
 
     try:
-        value = json.loads(_STRING.sub(_double_quoted, text) if "'" in text else text)
+        value = json.loads(re.sub(_STRING, _double_quoted, text) if "'" in text else text)
     except (ValueError, RecursionError) as error:
         raise UsageError(f"Could not parse the JSON options: {_json_error(error)}") from None
     if not isinstance(value, dict):
@@ -123,6 +126,7 @@ def parse_json(text: str) -> Options:
 def _json_error(error: ValueError | RecursionError) -> str:
     """What is wrong with a JSON text, in the words of qemu's tools."""
     import json
+    import re
 
     if not isinstance(error, json.JSONDecodeError):
         return "JSON parse error, too deeply nested"

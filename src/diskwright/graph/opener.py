@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
 
 from ..engine.kernel import BaseDriver
+from ..hints import TYPE_CHECKING, Any
 from . import names
 from .closing import close_disk, discard_disk, explain
 from .gate import Gate

@@ -3,9 +3,8 @@ images name."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from ..errors import DiskError, ImageError, Outside, UsageError
+from ..hints import TYPE_CHECKING, Any
 from ..records import NamedTuple
 from . import names, registry
 from .closing import discard_disk

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from typing import Any
 
 from ..declare import Driver, Option
 from ..errors import UsageError
+from ..hints import Any
 from ..records import NamedTuple
 from .names import Options, flatten
 
@@ -143,6 +142,8 @@ def size(name: str, value: Any) -> int:
     """A size in bytes: a number, or text with a suffix of 1024's powers (k, M, G, T, P, E)."""
     if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 1 << 64:
         return value
+    import re
+
     text = "" if isinstance(value, float) else str(value).lower()
     if re.fullmatch(r"-[0-9]+", text):
         raise UsageError(f"Value '{value}' is out of range for parameter '{name}'")

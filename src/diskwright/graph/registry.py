@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import importlib
-from typing import TYPE_CHECKING
 
 from ..declare import Driver
 from ..errors import NotSupported, UsageError
+from ..hints import TYPE_CHECKING
 from ..records import NamedTuple
 from .probe import SIGNATURES
 

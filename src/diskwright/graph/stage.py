@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
+from ..hints import Protocol
 from .node import Node
 
 

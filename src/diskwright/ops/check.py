@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
 
 from ..engine.kernel import BaseDriver
 from ..errors import NotSupported, UsageError
@@ -11,6 +10,7 @@ from ..findings import CheckReport, CheckResult
 from ..graph.closing import discard_disk
 from ..graph.node import Node
 from ..graph.opener import close_disk
+from ..hints import TYPE_CHECKING, Any
 from ..records import NamedTuple
 from .images import ImageSpec
 

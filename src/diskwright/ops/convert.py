@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from ..engine.copy import CopyFailed
 from ..engine.kernel import BaseDriver
@@ -11,6 +10,7 @@ from ..errors import DiskError, UsageError
 from ..graph.creating import remove
 from ..graph.node import Node
 from ..graph.perms import CONSISTENT_READ, WRITE_UNCHANGED
+from ..hints import TYPE_CHECKING
 from ..units import SECTOR, align_up
 from .images import ImageSpec, close_all
 from .making import (

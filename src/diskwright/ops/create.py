@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
 
 from ..declare import Option
 from ..engine.kernel import BaseDriver
@@ -13,6 +12,7 @@ from ..graph import registry
 from ..graph.create import prepare, write_image
 from ..graph.gate import Gate
 from ..graph.names import parse
+from ..hints import Any
 from ..units import SECTOR, align_up
 
 JOURNAL = ".resume"

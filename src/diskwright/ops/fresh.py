@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from ..extents import Data
 from ..graph.graph import leaf_of, primary
 from ..graph.node import Node
 from ..graph.status import all_status
+from ..hints import Any
 from ..units import SECTOR
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any, Protocol
 
 from ..errors import UsageError
 from ..graph.gate import VARIABLE as POLICY_VARIABLE
 from ..graph.gate import Gate
+from ..hints import TYPE_CHECKING, Any, Protocol
 from ..records import NamedTuple
 
 if TYPE_CHECKING:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from ..engine.kernel import BaseDriver
 from ..errors import DiskError, ImageError
@@ -13,6 +12,7 @@ from ..graph.names import Reference
 from ..graph.node import Node
 from ..graph.opener import close_disk, open_disk
 from ..graph.perms import ALL
+from ..hints import Any
 from ..records import NamedTuple
 
 

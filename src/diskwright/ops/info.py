@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from ..abilities import SnapshotInfo
 from ..engine.kernel import BaseDriver
@@ -14,6 +13,7 @@ from ..graph.named import backing_names, located, meaning
 from ..graph.node import Node
 from ..graph.opener import close_disk
 from ..graph.registry import kind
+from ..hints import Any
 from ..records import NamedTuple
 from ..units import SECTOR, align_up
 from .images import ImageSpec, OpenFailed

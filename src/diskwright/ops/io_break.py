@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ..graph.graph import primary
 from ..graph.node import Node
+from ..hints import TYPE_CHECKING
 from .io_text import Complaint
 
 if TYPE_CHECKING:

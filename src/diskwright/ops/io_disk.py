@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
 
 from ..engine.kernel import BaseDriver
 from ..errors import DiskError, ImageError, UsageError
@@ -14,6 +13,7 @@ from ..graph.names import Reference
 from ..graph.node import Node
 from ..graph.opener import open_disk
 from ..graph.options import CACHE_MODES, discard_mode
+from ..hints import TYPE_CHECKING, Any
 from .io_text import Complaint, getopt
 
 if TYPE_CHECKING:

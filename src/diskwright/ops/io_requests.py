@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Coroutine
-from typing import TYPE_CHECKING
 
 from ..errors import DamagedData, DiskError, ImageError, UnsupportedFeature
 from ..graph.closing import explain
+from ..hints import TYPE_CHECKING
 from .io_text import (
     MAX_REQUEST,
     Complaint,

@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import os
 import time
-from typing import TYPE_CHECKING
 
 from ..contract import COMPRESSED, FUA, MAY_UNMAP, NO_FALLBACK
 from ..graph.node import Buffer, Node
+from ..hints import TYPE_CHECKING
 from ..records import NamedTuple
 from .io_text import Flags, Transfer, dump
 from .snapshots import read_vm_state, write_vm_state

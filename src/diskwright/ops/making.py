@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
 
 from ..engine.kernel import BaseDriver
 from ..errors import DiskError, ImageInUse, UsageError
@@ -12,6 +11,7 @@ from ..graph import registry
 from ..graph.names import parse
 from ..graph.node import Node
 from ..graph.opener import discard_disk
+from ..hints import TYPE_CHECKING, Any
 from .create import create
 from .fresh import fresh_is_zero
 from .images import ImageSpec, OpenFailed

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from typing import Any
 
 from ..graph.display import display_name
 from ..graph.node import Node
 from ..graph.status import Status, all_status
+from ..hints import Any
 from ..records import NamedTuple
 
 

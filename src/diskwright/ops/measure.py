@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any
 
 from ..engine.kernel import BaseDriver
 from ..errors import DiskError, NotSupported, UsageError
@@ -12,6 +11,7 @@ from ..graph.create import create_options
 from ..graph.node import Node
 from ..graph.opener import close_disk
 from ..graph.status import all_status
+from ..hints import Any
 from ..records import NamedTuple
 from ..units import SECTOR, align_up
 from .create import creatable

@@ -6,7 +6,6 @@ import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import TYPE_CHECKING, Any
 
 from ..contract import COMPRESSED
 from ..engine.copy import CopyOptions, Segment, copy
@@ -15,6 +14,7 @@ from ..errors import UsageError
 from ..graph.graph import chain, leaf_of, primary
 from ..graph.node import Node
 from ..graph.opener import close_disk, discard_disk
+from ..hints import TYPE_CHECKING, Any
 from ..records import NamedTuple
 from ..units import SECTOR, align_up
 from .sources import SPARSE

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from ..engine.kernel import BaseDriver
 from ..errors import DiskError, NotSupported, UsageError
@@ -11,6 +10,7 @@ from ..graph.graph import primary
 from ..graph.node import Node
 from ..graph.opener import close_disk
 from ..graph.registry import kind
+from ..hints import Any
 from .images import ImageSpec
 
 PREALLOCATIONS = ("off", "metadata", "falloc", "full")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
 
 from ..abilities import SnapshotInfo, Snapshots
 from ..errors import NoSuchSnapshot, NotSupported, UsageError
+from ..hints import TYPE_CHECKING, Any
 from ..records import NamedTuple
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class Selector(NamedTuple):
 def ability(node: Node) -> Snapshots | None:
     """What the disk's format can do; None when it has no snapshots."""
     format: Any = getattr(node, "format", None)
-    return cast(Snapshots, format) if hasattr(format, "create_snapshot") else None
+    return format if hasattr(format, "create_snapshot") else None
 
 
 def listed(node: Node) -> Sequence[SnapshotInfo]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any
 
 from ..abilities import StreamWriter
 from ..engine.copy import Segment
@@ -19,6 +18,7 @@ from ..graph.create import create_file, prepare
 from ..graph.gate import Gate
 from ..graph.graph import Graph
 from ..graph.names import Options, parse
+from ..hints import Any
 from ..records import NamedTuple
 from ..units import SECTOR
 from .outputs import OnMoved, Output, Segments, unseen

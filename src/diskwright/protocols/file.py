@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ..declare import Driver, Option
 from ..engine.kernel import BaseDriver
 from ..errors import UsageError
+from ..hints import Any
 from .filenode import FileNode
 from .opening import CACHE_MODES
 

@@ -9,25 +9,24 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Awaitable, Callable, Sequence
-from contextlib import suppress
 from itertools import islice, repeat
 from operator import add, eq
 from time import perf_counter
-from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..contract import FUA
 from ..engine.kernel import BaseDriver, Condition, Future, wait_all
 from ..errors import FlushFailed
+from ..hints import TYPE_CHECKING, Any, TypeVar
 from ..units import align_up
 from .base import Buffer, Leaf, clear
 from .os_portable import Device, Portable, Writable
-from .outward import WriteOut
 from .space import HoleMap, Space
 from .transfer import Guard, fill, fill_all, put, put_all
 
 if TYPE_CHECKING:
     from .bounce import Bounce
     from .lane import Lane
+    from .outward import WriteOut
 
 T = TypeVar("T")
 
@@ -144,8 +143,10 @@ class FileIO(Leaf):
         views: Sequence[Writable] = list(map(bytearray, lengths)) if into is None else into
         counts: list[int] = []
         descriptors = [node._fd for node in nodes]
-        with suppress(OSError):  # the medium must be waited for, or it is told below
+        try:
             counts.extend(map(fast, descriptors, zip(views), offsets, repeat(flag)))
+        except OSError:
+            pass  # the medium must be waited for, or it is told below
         if counts != lengths:
             counts += [-1] * (len(views) - len(counts))
             rest: dict[FileIO, tuple[list[int], list[int], list[memoryview]]] = {}
@@ -292,6 +293,8 @@ class FileIO(Leaf):
             and not (self._no_flush or self._write_through or self._bounce is not None)
             and not self.table.memory_backed(self._fd)
         ):
+            from .outward import WriteOut
+
             self._write_out = WriteOut()
 
     def _begin_write_out(self, out: WriteOut) -> None:

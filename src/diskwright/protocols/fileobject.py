@@ -12,7 +12,6 @@ import io
 import os
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
 from weakref import WeakValueDictionary
 
 from ..contract import FUA, NO_FALLBACK
@@ -20,6 +19,7 @@ from ..declare import Driver, Option
 from ..engine.kernel import BaseDriver
 from ..errors import FlushFailed, UsageError, words
 from ..extents import Extent
+from ..hints import Any
 from .base import Buffer, Leaf, clear
 from .lane import Lane
 

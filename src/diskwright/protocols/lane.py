@@ -5,9 +5,9 @@ from __future__ import annotations
 import threading
 from collections import deque
 from collections.abc import Callable
-from typing import Any
 
 from ..engine.kernel import BaseDriver, Future
+from ..hints import Any
 
 
 class Lane:

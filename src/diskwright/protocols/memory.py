@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
-from typing import Any
 
 from ..declare import Driver, Option
 from ..engine.kernel import BaseDriver
 from ..extents import Extent
+from ..hints import Any
 from .base import Buffer, Leaf
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from ..declare import Driver, Option
 from ..engine.kernel import BaseDriver
 from ..errors import NotSupported
 from ..extents import Extent, Zero
+from ..hints import Any
 from ..units import GIB
 from .base import Buffer, Leaf, clear
 

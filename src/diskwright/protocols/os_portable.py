@@ -11,7 +11,7 @@ import errno
 import os
 import stat
 import sys
-import threading
+from _thread import allocate_lock
 from collections.abc import Callable, Sequence
 
 from ..records import NamedTuple
@@ -59,7 +59,7 @@ class Portable:
     """``lock`` and ``locked`` exist."""
 
     def __init__(self) -> None:
-        self._seek = threading.Lock()
+        self._seek = allocate_lock()
 
     # -- opening
     def open(self, filename: str, flags: int, mode: int = 0o666) -> int:

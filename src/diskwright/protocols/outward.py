@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-
 from .os_portable import Portable
 
 _LEAST = 64 << 10  # what is smaller is metadata, and may soon change again
@@ -41,5 +39,7 @@ class WriteOut:
     @staticmethod
     def begin(table: Portable, fd: int, offset: int, length: int) -> None:
         """Runs in the pool.  Nothing depends on it: whatever is wrong, the flush will say."""
-        with suppress(OSError):
+        try:
             table.write_out(fd, offset, length)
+        except OSError:
+            pass

@@ -4,10 +4,10 @@ own."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
 
 from ...contract import Procedure
 from ...declare import Driver, Option
+from ...hints import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .format import Luks

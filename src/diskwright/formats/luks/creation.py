@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from ...contract import Barrier, Length, MetaWrite, Procedure, Truncate, Write
 from ...errors import DiskError, UsageError
+from ...hints import Any
 from ...units import align_up
 from ..luks1 import LENGTH
 from ..luks1_slots import area, make_keys, plan_header

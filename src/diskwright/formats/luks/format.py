@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
 
 from ...abilities import Transform
 from ...contract import (
@@ -21,6 +20,7 @@ from ...contract import (
 )
 from ...errors import MalformedImage, NotSupported, UnsupportedFeature, UsageError
 from ...extents import Data, Extent
+from ...hints import Any, ClassVar
 from ...secrets import find
 from ...tableless import Tableless
 from ...units import SECTOR, align_down, align_up

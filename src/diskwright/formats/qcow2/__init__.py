@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
 
 from ...abilities import Survey
 from ...contract import Procedure
 from ...declare import Driver, Option
+from ...hints import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .format import Qcow2
+    from .image import Image
 
 
-def open_format(options: Mapping[str, Any]) -> tuple[Qcow2, Procedure]:
+def open_format(options: Mapping[str, Any]) -> tuple[Image, Procedure]:
     """A format and the procedure that fills it in; see :func:`.opening.open_image`.
 
     With ``salvage`` among the options one that reads what is left (:mod:`.salvage.reading`).
@@ -22,10 +22,16 @@ def open_format(options: Mapping[str, Any]) -> tuple[Qcow2, Procedure]:
         from .salvage.opening import open_salvaged
 
         return open_salvaged(options)
-    from .format import Qcow2
-    from .opening import open_image
+    from .image import Image
+    from .machine.core import is_writable
+    from .opening import open_image, open_writable
 
-    image = Qcow2(options)
+    if is_writable(options):
+        from .format import Qcow2
+
+        written = Qcow2(options)
+        return written, open_writable(written)
+    image = Image(options)
     return image, open_image(image)
 
 

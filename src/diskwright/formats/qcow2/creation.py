@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 from array import array
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any
 
 from ...contract import Barrier, Create, Length, MetaWrite, Procedure, Progress, Truncate, Write
 from ...errors import DiskError, UsageError
+from ...hints import TYPE_CHECKING, Any
 from ...ondisk import big_endian_bytes, zeros
 from ...units import align_up, is_power_of_two
 from . import header as hd

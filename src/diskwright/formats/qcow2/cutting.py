@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ...contract import Barrier, Length, MetaWrite, Procedure, Quiesce, Read, Truncate, Write
 from ...errors import NotSupported
+from ...hints import TYPE_CHECKING
 from .check.checking import check
 from .machine.core import REFTABLE_OFFSET_MASK, SLOT
 from .machine.refblock import RefBlock, decode

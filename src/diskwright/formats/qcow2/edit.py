@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ...contract import Procedure
+from ...hints import TYPE_CHECKING
 from .. import editing
 
 if TYPE_CHECKING:

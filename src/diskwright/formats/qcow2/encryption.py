@@ -9,10 +9,10 @@ of the file in method 2.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
 
 from ...contract import Compute, Procedure
 from ...errors import MalformedImage, UsageError
+from ...hints import TYPE_CHECKING, Any
 from ...ondisk import Fields
 from ...secrets import find
 from ..luks1 import Header as Luks
@@ -22,6 +22,7 @@ from .machine.core import SLOT
 
 if TYPE_CHECKING:
     from .format import Qcow2
+    from .image import Image
 
 NONE, AES, LUKS = range(3)
 NAMES = {AES: "aes", LUKS: "luks"}
@@ -50,7 +51,7 @@ def place_of(h: hd.Header) -> tuple[int, int]:
     return offset, length
 
 
-def open_encryption(image: Qcow2) -> Procedure:
+def open_encryption(image: Image) -> Procedure:
     """Read the encryption header and unlock the image by ``encrypt.key-secret``.
 
     An image that is opened to be checked (and not to be salvaged) stays locked: its metadata are
@@ -90,7 +91,7 @@ def open_encryption(image: Qcow2) -> Procedure:
     image.use_cipher(SectorTransform(cipher, by_host=h.crypt_method == LUKS), key)
 
 
-def told(image: Qcow2) -> dict[str, Any]:
+def told(image: Image) -> dict[str, Any]:
     """What `info` tells, keyed and ordered as ``qemu-img info --output=json`` does."""
     kind = NAMES[image.header.crypt_method]
     if image.luks is None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
 
 from ...contract import Length, Open, Procedure, Read
 from ...errors import MalformedImage, UsageError
+from ...hints import TYPE_CHECKING, Any
 from ...ondisk import big_endian_array
 from ...units import is_power_of_two
 from . import header as hd
@@ -14,6 +14,7 @@ from .machine.core import DATA_SLOT, SLOT
 
 if TYPE_CHECKING:
     from .format import Qcow2
+    from .image import Image
 
 _NO_END = 1 << 62
 _LEAST_BLOCKS = 4  # refcount blocks that have room in a cache
@@ -21,14 +22,13 @@ _MOST_CACHED = (1 << 31) - 1  # entries of a cache
 _MOST_CLEAN_INTERVAL = (1 << 32) - 1  # seconds
 
 
-def open_image(image: Qcow2) -> Procedure:
+def open_image(image: Image) -> Procedure:
     """Read and check the header, L1 and refcount table; open the backing file that it names.
 
     Options: ``backing`` None switches the backing file off, any other value says that the caller
     fills the slot; ``check`` allows images that are marked corrupt or dirty to be opened writable
     as they are; ``lazy-refcounts`` overrules the header; ``zero_beyond_end`` False says that space
-    beyond the end of the file may hold anything.  An image that is dirty gets its refcounts
-    rebuilt when it is opened writable.
+    beyond the end of the file may hold anything.
     Returns ``image``.
     """
     length = yield Length(SLOT)
@@ -61,8 +61,14 @@ def open_image(image: Qcow2) -> Procedure:
     if image.writable and not image.refuse_io:
         yield from image.load_inactive()
     yield from _open_backing(image)
-    if image.writable and not (image.refuse_io or image.refuse_write or checking):
-        if h.incompatible & hd.DIRTY:
+    return image
+
+
+def open_writable(image: Qcow2) -> Procedure:
+    """`open_image`; an image that is dirty gets its refcounts rebuilt.  Returns ``image``."""
+    yield from open_image(image)
+    if not (image.refuse_io or image.refuse_write or image.options.get("check")):
+        if image.header.incompatible & hd.DIRTY:
             from .repair.rebuild import rebuild
 
             yield from rebuild(image)
@@ -136,7 +142,7 @@ def refusals(h: hd.Header) -> tuple[str | None, str | None]:
     return read, write
 
 
-def _read_tables(image: Qcow2) -> Procedure:
+def _read_tables(image: Image) -> Procedure:
     h = image.header
     if image.writable:
         for what, offset, count in (
@@ -154,7 +160,7 @@ def _read_tables(image: Qcow2) -> Procedure:
     image.reserve_structures()
 
 
-def _read_snapshots(image: Qcow2, checking: bool) -> Procedure:
+def _read_snapshots(image: Image, checking: bool) -> Procedure:
     """A table that breaks the specification keeps an image from being opened but for a check."""
     from .snapshots.table import read_table
 
@@ -167,7 +173,7 @@ def _read_snapshots(image: Qcow2, checking: bool) -> Procedure:
     image.reserve_structures()
 
 
-def open_data_file(image: Qcow2) -> Procedure:
+def open_data_file(image: Image) -> Procedure:
     """Fill slot ``data-file`` by what the header names or, option ``data-file`` "given", by what
     the caller gives instead; with ``metadata-only`` guest data stay out of reach."""
     h = image.header
@@ -193,7 +199,7 @@ def open_data_file(image: Qcow2) -> Procedure:
     yield Open(DATA_SLOT, name or "", None, True)
 
 
-def _open_backing(image: Qcow2) -> Procedure:
+def _open_backing(image: Image) -> Procedure:
     name = image.backing_file
     if "backing" in image.options:
         image.has_backing = image.options["backing"] is not None

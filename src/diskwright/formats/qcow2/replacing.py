@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING
 
 from ...contract import Barrier, MetaWrite, Procedure, Write
+from ...hints import TYPE_CHECKING
 from ...units import align_up
 from . import header as hd
 from .header import Header

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING
 
 from ...contract import (
     WRITE,
@@ -26,6 +25,7 @@ from ...contract import (
 )
 from ...errors import NotSupported, UsageError
 from ...extents import DATA, PACKED
+from ...hints import TYPE_CHECKING
 from ...ondisk import big_endian_bytes, zeros
 from ...units import align_down, align_up
 from ..editing import ask, flush, unpin

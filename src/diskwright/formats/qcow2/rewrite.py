@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
 
 from ...contract import HostRange, NeedMeta, Procedure, Progress, Punch, Quiesce, Table
 from ...errors import CorruptImage, NoSpace, UsageError
+from ...hints import TYPE_CHECKING
 from ...ondisk import big_endian_bytes
 from ..editing import ask, flush, unpin
 from .check.scan import Loose, pieces

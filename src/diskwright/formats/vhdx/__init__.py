@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
 
 from ...contract import Procedure
 from ...declare import Driver, Option
+from ...hints import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .format import Vhdx

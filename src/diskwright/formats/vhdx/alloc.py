@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Mapping
-from typing import Any
 
 from ...errors import NoSpace
+from ...hints import Any
 from ...units import align_down
 from .mapping import Mapping as BlockMapping
 from .structures import MAX_FILE, MIB

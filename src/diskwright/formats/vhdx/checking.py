@@ -10,11 +10,11 @@ what lies behind everything that is in use, once it has room for a block.
 from __future__ import annotations
 
 from array import array
-from typing import TYPE_CHECKING
 
 from ...contract import Length, Procedure, Progress, Read
 from ...errors import MalformedImage
 from ...findings import CheckResult
+from ...hints import TYPE_CHECKING
 from ...ondisk import little_endian_array
 from .claims import LIMIT, Claims
 from .core import OFFSET, PARTIAL, SB_PRESENT, STATE, UNMAPPED_095

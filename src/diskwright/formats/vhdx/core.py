@@ -6,10 +6,10 @@ import errno
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar
 
 from ...contract import Table, TableStore
 from ...errors import CorruptImage
+from ...hints import Any, ClassVar
 from ...units import align_up
 from . import structures as st
 from .locator import Locator

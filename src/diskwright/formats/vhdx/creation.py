@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from ...contract import Barrier, Length, MetaWrite, Procedure, Progress, Truncate, Write
 from ...errors import DiskError, UsageError
+from ...hints import Any
 from ...ondisk import little_endian_bytes, zeros
 from ...units import align_up, is_power_of_two
 from . import locator

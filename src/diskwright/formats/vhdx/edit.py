@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 from ...contract import (
     Barrier,
@@ -21,6 +20,7 @@ from ...contract import (
     Truncate,
 )
 from ...errors import UsageError
+from ...hints import TYPE_CHECKING
 from ...ondisk import little_endian_array
 from ...units import align_up
 from .. import editing

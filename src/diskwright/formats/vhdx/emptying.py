@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ...contract import Barrier, Length, Procedure, Progress, Quiesce, Read, Truncate
+from ...hints import TYPE_CHECKING
 from .core import PART
 from .structures import MIB, SLOT
 from .writeback import as_changes

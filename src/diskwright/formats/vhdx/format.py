@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 from ...abilities import Reference
 from ...contract import Procedure
+from ...hints import Any
 from .structures import guid_text
 from .writeback import Writeback
 

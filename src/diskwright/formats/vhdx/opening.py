@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ...contract import Barrier, Length, MetaWrite, Open, Procedure, Read, Write
 from ...errors import CorruptImage, DiskError, MalformedImage, UnsupportedFeature
+from ...hints import TYPE_CHECKING
 from ...ondisk import little_endian_array
 from . import metadata as md
 from . import structures as st

@@ -9,7 +9,6 @@ was or less.
 from __future__ import annotations
 
 from array import array
-from typing import TYPE_CHECKING
 
 from ...contract import (
     Barrier,
@@ -22,6 +21,7 @@ from ...contract import (
     Truncate,
     Write,
 )
+from ...hints import TYPE_CHECKING
 from ...ondisk import little_endian_array, little_endian_bytes
 from ...units import align_up
 from .checking import Checker

@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 import struct
 from array import array
-from typing import TYPE_CHECKING
 
 from ...contract import MetaWrite, Procedure, Progress, Read, Write
 from ...errors import CorruptImage, NoSpace, NotSupported, UsageError
+from ...hints import TYPE_CHECKING
 from ...units import align_up
 from ..editing import unpin
 from .core import ENTRIES, FULL, NOT_PRESENT, OFFSET, PARTIAL, SB_PRESENT, STATE

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 from array import array
-from typing import TYPE_CHECKING
 
 from ...contract import (
     Barrier,
@@ -22,6 +21,7 @@ from ...contract import (
     Write,
 )
 from ...errors import CorruptImage, NotSupported, UsageError
+from ...hints import TYPE_CHECKING
 from ...units import align_up
 from ..editing import unpin
 from .checking import Checker

@@ -9,11 +9,11 @@ file that nothing names make every block doubtful that seems to be empty.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
 
 from ...bits import Bits
 from ...contract import DataRanges, Length, Procedure, Progress, Read
 from ...findings import GUESSED, Note
+from ...hints import Any
 from ...ondisk import little_endian_array
 from .core import BITMAP_BLOCK, FULL, OFFSET, PARTIAL, STATE
 from .format import Vhdx

@@ -6,7 +6,6 @@ from array import array
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Any, overload
 
 from ...contract import (
     Barrier,
@@ -21,6 +20,7 @@ from ...contract import (
     Write,
 )
 from ...errors import DiskError
+from ...hints import Any, overload
 from ...ondisk import little_endian_bytes
 from ...units import align_down, align_up
 from . import log

@@ -4,11 +4,11 @@ Format 5.0"; ESX's formats by libvmdk's documentation and by measurement)."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
 
 from ...abilities import StreamWriter
 from ...contract import Procedure
 from ...declare import Driver, Option
+from ...hints import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .format import Vmdk

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ...abilities import Reference
 from ...contract import Barrier, Procedure, Truncate, Write
 from ...errors import NotSupported, UsageError
+from ...hints import TYPE_CHECKING
 from .descriptor import NO_CONTENT, Descriptor, parse
 
 if TYPE_CHECKING:

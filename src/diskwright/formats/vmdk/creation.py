@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
 
 from ...abilities import StreamWriter
 from ...contract import Barrier, Create, MetaWrite, Procedure, Progress, Truncate, Write
 from ...errors import UsageError
+from ...hints import Any
 from ...records import NamedTuple
 from ...units import SECTOR, align_up
 from .backing import parent_cid

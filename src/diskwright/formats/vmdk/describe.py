@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
-
 from ...contract import Procedure
 from ...findings import CheckResult
+from ...hints import TYPE_CHECKING, Any
 from .descriptor import NO_CONTENT, NOACCESS
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import Any
 
 from ...errors import ImageError, MalformedImage, UnsupportedFeature, UsageError
+from ...hints import Any
 from ...records import NamedTuple
 
 MAX_EMBEDDED = 64 << 10

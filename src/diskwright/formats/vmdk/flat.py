@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
 from ...contract import (
     DISCARD,
@@ -21,6 +20,7 @@ from ...contract import (
 )
 from ...extents import Data, Extent, Zero
 from ...findings import CheckResult
+from ...hints import TYPE_CHECKING, Any
 from .parts import Plain
 
 if TYPE_CHECKING:

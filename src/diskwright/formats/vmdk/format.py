@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
 from ...contract import (
     DISCARD,
@@ -22,6 +21,7 @@ from ...contract import (
 )
 from ...errors import NoSpace
 from ...extents import Data, Extent
+from ...hints import TYPE_CHECKING, Any, ClassVar, Protocol
 from .backing import Links
 from .cid import new_cid
 from .descriptor import NOACCESS, RW, Descriptor, parse

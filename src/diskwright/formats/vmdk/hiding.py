@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING
 
 from ...contract import (
     ZERO_UNMAP,
@@ -14,6 +13,7 @@ from ...contract import (
     Progress,
     Table,
 )
+from ...hints import TYPE_CHECKING
 from ...units import align_up
 from ..editing import ask, before, flush, unpin
 

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING
 
 from ...contract import Length, Open, Procedure, Read
 from ...errors import CorruptImage, ImageError, MalformedImage, UnsupportedFeature
+from ...hints import TYPE_CHECKING
 from ...units import SECTOR, align_up
 from .cid import Place
 from .descriptor import (

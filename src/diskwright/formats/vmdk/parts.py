@@ -9,11 +9,11 @@ guest offsets of the image (``start`` added) and host offsets in ``slot``.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Protocol
 
 from ...contract import HostRange, MetaWrite, NeedMeta, Plan, Procedure, Range, TableStore
 from ...extents import Extent
 from ...findings import CheckResult
+from ...hints import Any, Protocol
 
 
 class Image(Protocol):

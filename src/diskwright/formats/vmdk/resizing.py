@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
 from ...contract import (
     Barrier,
@@ -16,6 +15,7 @@ from ...contract import (
     Write,
 )
 from ...errors import DiskError, NotSupported, UsageError
+from ...hints import TYPE_CHECKING, Any
 from ...units import SECTOR, align_up
 from .backing import rewrite
 from .creation import PREALLOCATIONS, SPLIT

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
 
 from ....contract import Procedure, Progress
 from ....errors import UsageError
+from ....hints import TYPE_CHECKING, Any
 from ....units import is_power_of_two
 from ...editing import flush
 from .. import header as hd

@@ -5,7 +5,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING
 
 from ....contract import (
     Barrier,
@@ -19,6 +18,7 @@ from ....contract import (
     Write,
 )
 from ....errors import UsageError
+from ....hints import TYPE_CHECKING
 from ....ondisk import big_endian_bytes, zeros
 from ...editing import ask, flush, unpin
 from .. import header as hd

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from array import array
-from typing import TYPE_CHECKING
 
 from ....contract import (
     Barrier,
@@ -20,6 +19,7 @@ from ....contract import (
     Write,
 )
 from ....errors import CorruptImage, UsageError
+from ....hints import TYPE_CHECKING
 from ....ondisk import big_endian_array
 from ...editing import ask, flush, unpin
 from .. import header as hd

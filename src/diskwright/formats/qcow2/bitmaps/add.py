@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ....bits import BitmapError
 from ....contract import Procedure
 from ....errors import UsageError
+from ....hints import TYPE_CHECKING
 from .. import header as hd
 from .directory import (
     MAX_BITMAPS,
@@ -22,9 +21,10 @@ from .use import use_bitmap
 
 if TYPE_CHECKING:
     from ..format import Qcow2
+    from ..image import Image
 
 
-def check_bitmap(image: Qcow2, name: str, granularity: int) -> None:
+def check_bitmap(image: Image, name: str, granularity: int) -> None:
     """Raise BitmapError where a new bitmap like this cannot be kept in the image."""
     h = image.header
     if h.version < 3:
@@ -57,7 +57,7 @@ def check_bitmap(image: Qcow2, name: str, granularity: int) -> None:
             raise BitmapError(str(error)) from error
 
 
-def check_size(image: Qcow2, size: int, granularity_bits: int) -> None:
+def check_size(image: Image, size: int, granularity_bits: int) -> None:
     """Raise BitmapError where the bits for a disk of ``size`` bytes are too many."""
     if table_entries(size, granularity_bits, image.cluster_bits) << image.cluster_bits > MAX_DATA:
         raise BitmapError(

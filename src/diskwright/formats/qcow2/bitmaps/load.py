@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ....bitmaps import DirtyBitmap
 from ....contract import Length, Procedure, Progress, Read
 from ....errors import CorruptImage
+from ....hints import TYPE_CHECKING
 from ....ondisk import big_endian_array
 from ..machine.core import SLOT
 from .directory import ALL_ONES, ENTRY_OFFSET, table_entries
 from .use import bad_entry
 
 if TYPE_CHECKING:
-    from ..format import Qcow2
+    from ..image import Image
 
 _SLICE = 4096
 """Entries of a table that are read at once."""
@@ -21,7 +20,7 @@ _BATCH = 1 << 20
 """Bytes of bits that are read at once (at least a cluster)."""
 
 
-def load_bitmap(image: Qcow2, bitmap: DirtyBitmap) -> Procedure:
+def load_bitmap(image: Image, bitmap: DirtyBitmap) -> Procedure:
     """Bring all bits of a stored bitmap into memory, on top of those that were set since.
 
     Raises CorruptImage where the table names what is not in the file: bits that are not there must

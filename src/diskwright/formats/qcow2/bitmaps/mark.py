@@ -7,10 +7,10 @@ as zeroes now has to be copied, or the backup would differ from the disk for goo
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING
 
 from ....contract import Barrier, MetaWrite, Procedure, Progress, Read, Write
 from ....errors import MalformedImage
+from ....hints import TYPE_CHECKING
 from ..machine.core import SLOT
 from .directory import ALL_ONES, AUTO, ENTRY_OFFSET, IN_USE, usable
 from .use import Directory, read_directory

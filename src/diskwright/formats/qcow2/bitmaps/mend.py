@@ -7,10 +7,9 @@ are marked as not to be relied on, by the autoclear bit that their extension has
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ....contract import Barrier, MetaWrite, Procedure, Progress, Read, Write
 from ....errors import MalformedImage
+from ....hints import TYPE_CHECKING
 from ....ondisk import big_endian_array
 from .. import header as hd
 from ..machine.core import SLOT

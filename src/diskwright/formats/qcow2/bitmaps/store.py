@@ -8,11 +8,11 @@ all of that is durable, and what is not needed any more is freed last.
 from __future__ import annotations
 
 from array import array
-from typing import TYPE_CHECKING
 
 from ....bitmaps import DirtyBitmap
 from ....contract import Barrier, Length, MetaWrite, Procedure, Progress, Read, Table, Write
 from ....errors import CorruptImage, NoSpace
+from ....hints import TYPE_CHECKING
 from ....ondisk import big_endian_array, big_endian_bytes, zeros
 from ...editing import ask, flush, unpin
 from ..edit import announce

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ....bitmaps import DirtyBitmap
 from ....contract import Barrier, MetaWrite, Procedure, Write
+from ....hints import TYPE_CHECKING
 from ....units import align_up
 from .. import header as hd
 from ..machine.core import SLOT

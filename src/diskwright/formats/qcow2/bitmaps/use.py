@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from ....bitmaps import BitmapSet, DirtyBitmap
 from ....contract import Barrier, Length, MetaWrite, Procedure, Read, Write
 from ....errors import CorruptImage, MalformedImage
+from ....hints import TYPE_CHECKING
 from .. import header as hd
 from ..machine.core import SLOT
 from .directory import (
@@ -29,6 +29,7 @@ from .directory import (
 
 if TYPE_CHECKING:
     from ..format import Qcow2
+    from ..image import Image
 
 
 class Directory:
@@ -67,7 +68,7 @@ class Directory:
         return MetaWrite(SLOT, at, struct.pack(">I", flags))
 
 
-def read_directory(image: Qcow2) -> Procedure:
+def read_directory(image: Image) -> Procedure:
     """The Directory of an image, None without one.  Raises MalformedImage.
 
     Without the autoclear bit there is none: a program that knows no bitmaps has written since, so
@@ -87,7 +88,7 @@ def read_directory(image: Qcow2) -> Procedure:
     return Directory(place, parse_directory(raw, place, h))
 
 
-def open_bitmaps(image: Qcow2) -> Procedure:
+def open_bitmaps(image: Image) -> Procedure:
     """Fill in the bitmaps of an image from its directory; their bits stay where they are.
 
     A damaged directory keeps nobody from reading the disk: ``bitmap_error`` tells of it, where it

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ....contract import Procedure, Progress, Read
 from ....errors import MalformedImage
+from ....hints import TYPE_CHECKING
 from ....ondisk import big_endian_array
 from .. import header as hd
 from ..machine.core import SLOT

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from array import array
-from typing import TYPE_CHECKING
 
 from ....contract import Compute, Procedure, Progress, Read
+from ....hints import TYPE_CHECKING
 from ..machine.core import COPIED, OFFSET, PACKED, SLOT
 from ..machine.refblock import RefBlock, decode, narrow
 from .counts import CHUNK, MOST_CHUNKS
@@ -14,7 +14,7 @@ from .references import Walker, uncovered
 from .scan import Loose, Piece, Run, pieces_of
 
 if TYPE_CHECKING:
-    from ..format import Qcow2
+    from ..image import Image
 
 # Entries between two yields where each one is looked at: a few milliseconds.
 _SLICE = 8192
@@ -244,7 +244,7 @@ class Checker(Walker):
         return block.get(cluster & self.image.per_block - 1)
 
 
-def check(image: Qcow2) -> Procedure:
+def check(image: Image) -> Procedure:
     """Check the image on disk (with nothing dirty); returns a CheckResult."""
     meter = Meter()
     return (yield from meter.run(Checker(image, meter, MOST_CHUNKS).run()))

@@ -16,10 +16,10 @@ from __future__ import annotations
 
 import struct
 from array import array
-from typing import TYPE_CHECKING
 
 from ....contract import Length, Procedure, Progress, Read
 from ....findings import CheckResult
+from ....hints import TYPE_CHECKING
 from ....ondisk import big_endian_array
 from .. import header as hd
 from ..machine.core import COPIED, OFFSET, REFTABLE_OFFSET_MASK, SLOT
@@ -28,7 +28,7 @@ from .meter import Meter
 from .tablewalk import TableWalk
 
 if TYPE_CHECKING:
-    from ..format import Qcow2
+    from ..image import Image
 
 _L1_RESERVED = ~(OFFSET | COPIED) & (1 << 64) - 1
 _READ_BYTES = 1 << 20
@@ -36,7 +36,7 @@ _READ_BYTES = 1 << 20
 _SLICE = 8192
 
 
-def uncovered(image: Qcow2) -> list[str]:
+def uncovered(image: Image) -> list[str]:
     """What a check of the image cannot look at."""
     from ..snapshots.table import damage
 
@@ -49,7 +49,7 @@ def uncovered(image: Qcow2) -> list[str]:
 class Walker(TableWalk):
     """Counts references into ``counts``; what breaks the specification goes into ``result``."""
 
-    def __init__(self, image: Qcow2, meter: Meter, most: int | None = None) -> None:
+    def __init__(self, image: Image, meter: Meter, most: int | None = None) -> None:
         """``most``: see `Counts`."""
         self.image = image
         self.header = image.header

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from ....contract import Compute, Procedure, Progress, Read
 from ....findings import CheckResult
+from ....hints import TYPE_CHECKING
 from ..machine.core import COPIED, OFFSET, PACKED, SLOT, ZERO_FLAG
 from ..machine.submapping import ALL, SUBCLUSTERS
 from .counts import CHUNK_BITS, MOST_CHUNKS, Counts
@@ -15,7 +15,7 @@ from .scan import Loose, Piece, Run, pieces_of, span
 
 if TYPE_CHECKING:
     from .. import header as hd
-    from ..format import Qcow2
+    from ..image import Image
 
 _RESERVED = ~(OFFSET | COPIED | PACKED | ZERO_FLAG) & (1 << 64) - 1
 _STATISTICS = ("allocated_clusters", "fragmented_clusters", "compressed_clusters")
@@ -24,7 +24,7 @@ _STATISTICS = ("allocated_clusters", "fragmented_clusters", "compressed_clusters
 class TableWalk:
     """The part of a walk that is about L2 tables; see `Walker` for the attributes."""
 
-    image: Qcow2
+    image: Image
     header: hd.Header
     result: CheckResult
     counts: Counts

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 from array import array
-from typing import TYPE_CHECKING
 
 from ....contract import Procedure, Progress, Read
+from ....hints import TYPE_CHECKING
 from ..machine.core import SLOT
 
 if TYPE_CHECKING:
-    from ..format import Qcow2
+    from ..image import Image
 
 _OFFSET = 0xFFFF_FFFF_FFFF_FE00
 _BATCH = 1 << 20
 _TYPES = {8: "B", 16: "H", 32: "I", 64: "Q"}
 
 
-def referenced_clusters(image: Qcow2) -> Procedure:
+def referenced_clusters(image: Image) -> Procedure:
     """The number of clusters whose refcount is not zero, as the file has it (what is still dirty
     in memory is not counted).  Changes nothing."""
     size = image.cluster_size

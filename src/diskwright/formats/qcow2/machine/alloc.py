@@ -17,10 +17,10 @@ from ....contract import NeedMeta, Table
 from ....errors import CorruptImage, NoSpace
 from ....ondisk import zeros
 from ....units import align_up
-from ..header import EXT_ENCRYPTION, MAX_L1_BYTES, MAX_REFTABLE_BYTES
+from ..header import MAX_REFTABLE_BYTES
 from .core import OFFSET, REFBLOCK_LOAD, SLOT
 from .mapping import Mapping
-from .refblock import empty
+from .refblock import decode, empty
 from .runs import Run
 
 # Blocks asked for at once by the search.
@@ -40,33 +40,19 @@ class Allocator(Mapping):
     reftable_offset = 0
     _tables_at_open: array[int] | None = None
 
+    def load(self, slot: str, offset: int, data: bytes) -> None:
+        """Decode a table that was asked for: an L2 table or a refcount block."""
+        if offset in self._asked_blocks:
+            block = decode(self.refcount_bits, data)
+            self.tables.put(slot, offset, block, self.cluster_size)
+        else:
+            super().load(slot, offset, data)
+
     def reserve_structures(self) -> None:
-        """Never hand out what the header points to, whatever the counts say."""
-        h, bits = self.header, self.cluster_bits
-        self.reftable_offset = h.reftable_offset
+        """See :meth:`.overlap.Guard.reserve_structures`: none of it is handed out."""
+        self.reftable_offset = self.header.reftable_offset
         self._tables_at_open = None
-        self._metadata = None
-        self._inactive_l2 = frozenset()
-        self.reserved.remove(0, 1 << 62)
-        self.reserved.add(0, 1)
-        l1_end = h.l1_offset + 8 * h.l1_size
-        self.reserved.add(h.l1_offset >> bits, -(-l1_end >> bits))
-        reftable = h.reftable_offset >> bits
-        self.reserved.add(reftable, reftable + h.reftable_clusters)
-        if self.snapshot_bytes:
-            first = h.snapshots_offset >> bits
-            self.reserved.add(first, first + -(-self.snapshot_bytes >> bits))
-        if h.crypt_method == 2 and (field := h.extension(EXT_ENCRYPTION)) is not None:
-            offset, length = int.from_bytes(field[:8], "big"), int.from_bytes(field[8:16], "big")
-            self.reserved.add(offset >> bits, -(-(offset + length) >> bits))
-        for snapshot in self.snapshot_table:
-            if 8 * snapshot.l1_size > MAX_L1_BYTES:
-                continue  # no snapshot can be read by such an entry
-            first = snapshot.l1_offset >> bits
-            self.reserved.add(first, first + -(-8 * snapshot.l1_size >> bits))
-        if self.directory is not None:
-            place = self.directory.place
-            self.reserved.add(place.offset >> bits, -(-(place.offset + place.size) >> bits))
+        super().reserve_structures()
 
     def use_reftable(self, reftable: array[int], fresh: int) -> None:
         """Take another refcount table, which the header names already; nothing is dirty.  From

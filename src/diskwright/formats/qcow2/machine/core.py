@@ -5,22 +5,22 @@ from __future__ import annotations
 
 import errno
 from array import array
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from collections.abc import Mapping, Sequence
 
 from ....abilities import Codec
 from ....bitmaps import BitmapSet
-from ....contract import Range, Table, TableStore
+from ....contract import Groups, HostRange, NeedMeta, Plan, Range, Table, TableStore
 from ....errors import CorruptImage, MalformedImage, UnsupportedFeature
+from ....hints import TYPE_CHECKING, Any, ClassVar
 from ....ondisk import zeros
 from .. import header as hd
 from ..header import Header
-from .refblock import RefBlock
 from .runs import Run, RunSet
 
 if TYPE_CHECKING:
     from ..bitmaps.use import Directory
     from ..snapshots.table import Snapshot
+    from .refblock import RefBlock
 
 COPIED = 1 << 63
 PACKED = 1 << 62
@@ -33,6 +33,11 @@ L2_LOAD, REFBLOCK_LOAD = "l2_load", "refblock_load"
 _PART = 4096
 # The window of compressed data: 2**12 bytes, no header.
 _WINDOW = -12
+
+
+def is_writable(options: Mapping[str, Any]) -> bool:
+    """Whether an image that is opened with these options may be written to."""
+    return bool(options.get("writable", not options.get("read-only", False)))
 
 
 class Core:
@@ -49,7 +54,7 @@ class Core:
 
     def __init__(self, options: Mapping[str, Any]) -> None:
         self.options = options
-        self.writable = bool(options.get("writable", not options.get("read-only", False)))
+        self.writable = is_writable(options)
         self.size = 0
         self.unit = 1 << 16
         self.has_backing = False
@@ -160,6 +165,34 @@ class Core:
             raise PermissionError(1, "Operation not permitted: the image was opened read-only")
         if self.broken:
             raise OSError(errno.EIO, "Input/output error: the image is corrupt")
+
+    # -- writing, as far as an image is asked that is only read
+    @property
+    def pack_codec(self) -> Codec | None:
+        """See :attr:`.packing.Packing.pack_codec`; None, for nothing is stored."""
+        return None
+
+    def plan(self, ranges: Sequence[Range], kind: str) -> Plan | NeedMeta | None:
+        """See :meth:`.planning.Planner.plan`; raises what keeps the image from being written."""
+        self.check_write()
+        raise NotImplementedError
+
+    def commit(self, plan: Plan) -> None:
+        """There is none."""
+
+    def abort(self, plan: Plan) -> None:
+        """There is none."""
+
+    def freeze(self) -> Groups:
+        """Nothing is dirty."""
+        return Groups([])
+
+    def settle(self, token: Any) -> list[HostRange]:
+        """Nothing becomes free."""
+        return []
+
+    def release(self, ranges: Sequence[HostRange], zeroed: bool) -> None:
+        """Nothing was free."""
 
     def discards(self, what: str) -> bool:
         """Whether host space is given back to the file below when it becomes free by a ``request``

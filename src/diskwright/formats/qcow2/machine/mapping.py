@@ -13,7 +13,6 @@ from ....ondisk import big_endian_array
 from ..header import MAX_OFFSET
 from .core import COPIED, L2_LOAD, OFFSET, PACKED, SLOT, ZERO_FLAG
 from .overlap import Guard
-from .refblock import decode
 
 # Tables asked for at once; a wider window asks again.
 _MOST_MISSES = 64
@@ -23,13 +22,9 @@ class Mapping(Guard):
     """`map`, `load` and the shortcuts."""
 
     def load(self, slot: str, offset: int, data: bytes) -> None:
-        """Decode a table that was asked for."""
-        if offset in self._asked_blocks:
-            block = decode(self.refcount_bits, data)
-            self.tables.put(slot, offset, block, self.cluster_size)
-        else:
-            self._checked.discard(offset)
-            self.tables.put(slot, offset, big_endian_array(64, data), self.cluster_size)
+        """Decode an L2 table that was asked for."""
+        self._checked.discard(offset)
+        self.tables.put(slot, offset, big_endian_array(64, data), self.cluster_size)
 
     def owned(self, guest: int) -> bool:
         """True when the cluster at ``guest`` has data that no snapshot shares.  Its L2 table is in

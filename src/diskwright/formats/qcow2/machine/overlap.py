@@ -4,12 +4,12 @@ to one of them (option ``overlap-check`` and its parts)."""
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping
-from typing import Any
 
 from ....contract import Procedure, Progress, Range, Read, Table
 from ....errors import CorruptImage, UsageError
+from ....hints import Any
 from ....ondisk import big_endian_array
-from ..header import MAX_OFFSET
+from ..header import EXT_ENCRYPTION, MAX_L1_BYTES, MAX_OFFSET
 from .core import COPIED, OFFSET, SLOT, ZERO_FLAG, Core
 from .runs import Run
 
@@ -89,6 +89,32 @@ class Guard(Core):
         self.protects = frozenset() if options.get("check") else protected(options)
         """The parts that nothing is written over."""
         self._checked_blocks: set[int] = set()
+
+    def reserve_structures(self) -> None:
+        """Know what the header points to, whatever the counts say."""
+        h, bits = self.header, self.cluster_bits
+        self._metadata = None
+        self._inactive_l2 = frozenset()
+        self.reserved.remove(0, 1 << 62)
+        self.reserved.add(0, 1)
+        l1_end = h.l1_offset + 8 * h.l1_size
+        self.reserved.add(h.l1_offset >> bits, -(-l1_end >> bits))
+        reftable = h.reftable_offset >> bits
+        self.reserved.add(reftable, reftable + h.reftable_clusters)
+        if self.snapshot_bytes:
+            first = h.snapshots_offset >> bits
+            self.reserved.add(first, first + -(-self.snapshot_bytes >> bits))
+        if h.crypt_method == 2 and (field := h.extension(EXT_ENCRYPTION)) is not None:
+            offset, length = int.from_bytes(field[:8], "big"), int.from_bytes(field[8:16], "big")
+            self.reserved.add(offset >> bits, -(-(offset + length) >> bits))
+        for snapshot in self.snapshot_table:
+            if 8 * snapshot.l1_size > MAX_L1_BYTES:
+                continue  # no snapshot can be read by such an entry
+            first = snapshot.l1_offset >> bits
+            self.reserved.add(first, first + -(-8 * snapshot.l1_size >> bits))
+        if self.directory is not None:
+            place = self.directory.place
+            self.reserved.add(place.offset >> bits, -(-(place.offset + place.size) >> bits))
 
     # -- tables
     def check_table(self, table: Table) -> None:

@@ -7,8 +7,8 @@ import re
 import sys
 from array import array
 from functools import cache
-from typing import Protocol
 
+from ....hints import Protocol
 from ....ondisk import big_endian_array, big_endian_bytes, zeros
 from .runs import Run
 

@@ -17,8 +17,9 @@ from ....ondisk import zeros
 from .. import header as hd
 from .alloc import Allocator, Choice
 from .core import COPIED, L2_LOAD, SLOT, ZERO_FLAG
+from .encrypted import Encrypted
 from .runs import Run
-from .submapping import ALL_ZERO, SubMapping
+from .submapping import ALL_ZERO
 
 BEFORE = "before"
 
@@ -43,7 +44,7 @@ class State:
         """Data clusters to give back on abort."""
 
 
-class Reserver(SubMapping, Allocator):
+class Reserver(Encrypted, Allocator):
     """L2 tables and `before` groups."""
 
     _old_tables: list[int]

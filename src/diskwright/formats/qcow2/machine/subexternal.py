@@ -18,8 +18,8 @@ from ....contract import (
     Step,
     Table,
 )
-from .core import COPIED, DATA_SLOT, OFFSET
-from .external import External, joined, merged
+from .core import COPIED, DATA_SLOT
+from .externalplanning import ExternalPlanner, joined, merged
 from .reserve import State
 from .runs import Run
 from .submapping import ALL, SUBCLUSTERS
@@ -28,25 +28,9 @@ from .subzeroing import Span
 Pair = tuple[int, int]
 
 
-class SubExternal(External):
-    """Map and plans of images with both; other images pass through."""
+class SubExternal(ExternalPlanner):
+    """Plans of images with both; other images pass through."""
 
-    # -- mapping
-    def place_of(self, entry: int, guest: int, table_offset: int, index: int) -> int:
-        """See :meth:`.submapping.SubMapping.place_of`.  A place of 0 is one where COPIED is set."""
-        if not self.external:
-            return super().place_of(entry, guest, table_offset, index)
-        return guest if self.placed(self._sound(entry, guest, table_offset, index)) else -1
-
-    def placed(self, entry: int) -> int:
-        """What says that a standard entry has a place: not 0 then."""
-        return entry & (OFFSET | COPIED if self.external else OFFSET)
-
-    def _wide_table(self, l1_index: int, write: bool) -> array[int] | None:
-        # The shortcuts answer with places in the image file.
-        return None if self.external else super()._wide_table(l1_index, write)
-
-    # -- planning
     def plan(self, ranges: Sequence[Range], kind: str) -> Plan | NeedMeta | None:
         """Reserve what is needed; see the contract."""
         if not (self.external and self.extended) or kind in (WRITE, WRITE_PACKED):

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 from ....contract import Barrier, Groups, HostRange, MetaWrite, Procedure, Table, Write
+from ....hints import Any
 from ....ondisk import big_endian_bytes
 from .. import header as hd
 from .core import SLOT

@@ -8,9 +8,9 @@ or L2 table any more, so these can be changed where they are.
 from __future__ import annotations
 
 from array import array
-from typing import TYPE_CHECKING
 
 from ....contract import Barrier, MetaWrite, Procedure, Progress, Write
+from ....hints import TYPE_CHECKING
 from ....ondisk import big_endian_bytes
 from ....records import NamedTuple
 from ..bitmaps.mark import Marker

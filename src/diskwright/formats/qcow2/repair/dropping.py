@@ -8,9 +8,9 @@ As long as they are there nobody can tell which clusters are in use, so nothing 
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING
 
 from ....contract import Barrier, Length, MetaWrite, Procedure, Progress, Read, Write
+from ....hints import TYPE_CHECKING
 from ....units import align_up
 from .. import header as hd
 from ..machine.core import SLOT

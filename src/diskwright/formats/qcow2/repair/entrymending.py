@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from array import array
-from typing import TYPE_CHECKING
 
 from ....contract import Procedure, Progress, Read
+from ....hints import TYPE_CHECKING
 from ....ondisk import big_endian_array
 from ..check.checking import Checker
 from ..machine.core import COPIED, OFFSET, PACKED, SLOT, ZERO_FLAG

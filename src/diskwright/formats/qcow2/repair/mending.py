@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from ....contract import Barrier, Compute, MetaWrite, Procedure, Progress, Read, Write
 from ....findings import CheckResult
+from ....hints import TYPE_CHECKING
 from ....ondisk import big_endian_array, big_endian_bytes
 from ..check.checking import Block, Checker
 from ..check.meter import Meter

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
 
+from ....hints import TYPE_CHECKING
 from ....ondisk import big_endian_bytes
 from ..check.checking import Checker
 from ..check.scan import Run, pieces

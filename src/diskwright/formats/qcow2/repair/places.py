@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
 
 from ....contract import Barrier, MetaWrite, Procedure, Progress, Read, Table, Write
 from ....errors import CorruptImage
+from ....hints import TYPE_CHECKING
 from ....ondisk import big_endian_array
 from ....records import NamedTuple
 from ...editing import ask, flush, unpin

@@ -14,10 +14,9 @@ until all is done.  The order is
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ....contract import Barrier, MetaWrite, Procedure, Progress, Quiesce, Write
 from ....findings import CheckResult
+from ....hints import TYPE_CHECKING
 from .. import header as hd
 from ..bitmaps.mend import mend_bitmaps
 from ..check.meter import Meter

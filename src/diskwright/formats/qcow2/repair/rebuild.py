@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ....contract import Barrier, MetaWrite, Procedure, Progress, Write
 from ....errors import CorruptImage
+from ....hints import TYPE_CHECKING
 from ....ondisk import big_endian_bytes, zeros
 from .. import header as hd
 from ..check.counts import Counts

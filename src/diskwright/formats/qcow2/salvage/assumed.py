@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from ....errors import UsageError
+from ....hints import Any
 from ....records import NamedTuple
 from ....units import is_power_of_two
 from .. import header as hd

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import struct
 from collections import Counter
-from typing import TYPE_CHECKING
 
 from ....contract import DataRanges, Procedure, Progress, Read
 from ....errors import ImageError, MalformedImage, UnsupportedFeature, UsageError
+from ....hints import TYPE_CHECKING
 from .. import header as hd
 from ..encryption import LUKS, open_encryption, place_of
 from ..machine.core import SLOT

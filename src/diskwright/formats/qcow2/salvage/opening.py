@@ -14,10 +14,10 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Mapping
-from typing import Any
 
 from ....contract import Length, Open, Procedure, Progress
 from ....errors import DiskError
+from ....hints import Any
 from ....ondisk import big_endian_array, zeros
 from .. import header as hd
 from ..machine.core import COPIED, OFFSET, SLOT

@@ -4,10 +4,10 @@ persistent bitmaps.  Their contents are not lost data of the disk."""
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING
 
 from ....contract import Procedure, Progress
 from ....errors import MalformedImage
+from ....hints import TYPE_CHECKING
 from ....ondisk import big_endian_array
 from .. import header as hd
 from ..bitmaps.directory import ENTRY_OFFSET, parse_directory, parse_place

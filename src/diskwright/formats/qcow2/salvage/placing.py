@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections import Counter
-from typing import TYPE_CHECKING
 
 from ....contract import Length, Procedure, Progress
+from ....hints import TYPE_CHECKING
 from ....ondisk import big_endian_array, zeros
 from .. import header as hd
 from ..check.scan import Run, pieces

@@ -5,13 +5,13 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from ....contract import NeedMeta, Procedure, Range, Read, Table
 from ....findings import GUESSED, LOST, Note
+from ....hints import Any
 from ....ondisk import big_endian_array, big_endian_bytes
 from ..check.scan import Loose, Run, pieces
-from ..format import Qcow2
+from ..image import Image
 from ..machine.core import OFFSET, PACKED, SLOT, ZERO_FLAG
 from .evidence import Geometry, entry_problem, join, plain
 from .marks import Marks, Reasons
@@ -39,7 +39,7 @@ def read_some(slot: str, offset: int, length: int) -> Procedure:
     return bytes(out), lost
 
 
-class Salvaged(Qcow2):
+class Salvaged(Image):
     """Read-only.  ``l1`` is what was found; the tables are cleaned when they are loaded."""
 
     sparse_slots = ("file", "data-file")

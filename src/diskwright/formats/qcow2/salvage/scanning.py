@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from array import array
-from typing import TYPE_CHECKING
 
 from ....contract import DataRanges, Procedure, Progress
+from ....hints import TYPE_CHECKING
 from ..machine.core import SLOT
 from .evidence import Seen, is_table, look, may_be_counts, may_be_table
 from .marks import Marks

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from ....contract import Compute, Procedure, Progress, Read
 from ....errors import CorruptImage
+from ....hints import TYPE_CHECKING
 from ....records import NamedTuple
 from ..check.scan import Loose, Piece, Run, pieces_of
 from ..machine.core import OFFSET, PACKED, SLOT
 
 if TYPE_CHECKING:
-    from ..format import Qcow2
+    from ..image import Image
 
 # Bytes of L2 tables that are read at once.
 _BATCH = 1 << 20
@@ -29,7 +29,7 @@ class Found(NamedTuple):
     pieces: list[Piece]
 
 
-def tables_of(image: Qcow2, l1: Sequence[int]) -> list[int]:
+def tables_of(image: Image, l1: Sequence[int]) -> list[int]:
     """Where the L2 tables of these L1 entries are.  Raises CorruptImage."""
     out = [entry & OFFSET for entry in l1 if entry & OFFSET]
     for offset in out:
@@ -39,7 +39,7 @@ def tables_of(image: Qcow2, l1: Sequence[int]) -> list[int]:
 
 
 def each_batch(
-    image: Qcow2, offsets: Sequence[int], look: Callable[[list[Found]], Procedure]
+    image: Image, offsets: Sequence[int], look: Callable[[list[Found]], Procedure]
 ) -> Procedure:
     """Run ``look`` for the tables at ``offsets``, a few at a time."""
     size = image.cluster_size
@@ -52,7 +52,7 @@ def each_batch(
         yield Progress(start, len(offsets))
 
 
-def claims(image: Qcow2, found: Found) -> Iterator[list[Claim]]:
+def claims(image: Image, found: Found) -> Iterator[list[Claim]]:
     """What a table refers to, itself included, a few thousand entries at a time: runs of clusters
     and how often each cluster of the run is named.  Raises CorruptImage for an entry that means
     nothing."""
@@ -66,7 +66,7 @@ def claims(image: Qcow2, found: Found) -> Iterator[list[Claim]]:
             yield _loose(image, found.offset, piece)
 
 
-def _loose(image: Qcow2, offset: int, piece: Loose) -> list[Claim]:
+def _loose(image: Image, offset: int, piece: Loose) -> list[Claim]:
     bits, mask = image.cluster_bits, image.cluster_mask
     named: dict[int, int] = {}
     for index, entry in enumerate(piece.entries, piece.at):

@@ -17,10 +17,10 @@ from __future__ import annotations
 
 import struct
 from array import array
-from typing import TYPE_CHECKING
 
 from ....contract import Barrier, Length, MetaWrite, Procedure, Quiesce, Read, Table, Write
 from ....errors import CorruptImage, MalformedImage, NotSupported, UsageError
+from ....hints import TYPE_CHECKING
 from ....ondisk import big_endian_array, big_endian_bytes, zeros
 from ...editing import ask, flush, unpin
 from .. import header as hd
@@ -35,13 +35,14 @@ from .table import Snapshot, damage, encode_table
 
 if TYPE_CHECKING:
     from ..format import Qcow2
+    from ..image import Image
 
 _SNAPSHOTS_OFFSET = 60
 _LONGEST_NAME = (1 << 16) - 1
 _PIECE = 1 << 20
 
 
-def find(image: Qcow2, snapshot_id: str | None, name: str | None) -> Snapshot | None:
+def find(image: Image, snapshot_id: str | None, name: str | None) -> Snapshot | None:
     """The first snapshot with this id and name; what is None matches all."""
     for snapshot in image.snapshot_table:
         if snapshot_id is not None and snapshot.id != snapshot_id.encode(errors="surrogateescape"):
@@ -58,7 +59,7 @@ def check_can_share(image: Qcow2) -> None:
         raise NotSupported("Internal snapshots are not possible with an external data file")
 
 
-def read_l1(image: Qcow2, snapshot: Snapshot) -> Procedure:
+def read_l1(image: Image, snapshot: Snapshot) -> Procedure:
     """The L1 table of a snapshot, at most 32 MiB.  Raises MalformedImage, and CorruptImage for one
     that is not in the file: nothing can be told of what it held."""
     wrong = damage(image.header, snapshot)

@@ -8,10 +8,10 @@ time, and leave nothing dirty behind.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from ....contract import MetaWrite, Procedure, Progress, Quiesce, Read, Table, Write
 from ....errors import CorruptImage
+from ....hints import TYPE_CHECKING
 from ...editing import ask, flush, unpin
 from ..check.scan import Loose, Run
 from ..machine.core import COPIED, OFFSET, PACKED, SLOT

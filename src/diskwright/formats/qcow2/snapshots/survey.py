@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from ....contract import Length, Procedure, Progress, Read
 from ....errors import CorruptImage
+from ....hints import TYPE_CHECKING
 from ....ondisk import big_endian_array
 from ..check.counts import MOST_CHUNKS, Counts
 from ..machine.core import SLOT

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING
 
 from ....abilities import SnapshotInfo
 from ....contract import Procedure, Progress, Read
 from ....errors import MalformedImage, UsageError
+from ....hints import TYPE_CHECKING
 from ....ondisk import Fields
 from ....records import NamedTuple
 from ....units import align_up
@@ -15,7 +15,7 @@ from .. import header as hd
 from ..machine.core import SLOT
 
 if TYPE_CHECKING:
-    from ..format import Qcow2
+    from ..image import Image
 
 ENTRY = Fields(
     ">",
@@ -116,7 +116,7 @@ def encode_table(snapshots: list[Snapshot]) -> bytes:
     return data
 
 
-def read_table(image: Qcow2, found: list[Snapshot] | None = None) -> Procedure:
+def read_table(image: Image, found: list[Snapshot] | None = None) -> Procedure:
     """The snapshots of an image and the length of their table in bytes: ``(list, length)``.
     ``found``: a list that gets them one by one, and so has those before an error.
 

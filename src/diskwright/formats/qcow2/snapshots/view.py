@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from array import array
-from typing import TYPE_CHECKING
 
 from ....abilities import SnapshotInfo
 from ....contract import Procedure, Quiesce
 from ....errors import NoSuchSnapshot
+from ....hints import TYPE_CHECKING
 from ....ondisk import zeros
 from .. import header as hd
 from . import procedures as work
@@ -15,9 +15,10 @@ from .table import Snapshot, described
 
 if TYPE_CHECKING:
     from ..format import Qcow2
+    from ..image import Image
 
 
-def _found(image: Qcow2, snapshot_id: str | None, name: str | None) -> Snapshot:
+def _found(image: Image, snapshot_id: str | None, name: str | None) -> Snapshot:
     snapshot = work.find(image, snapshot_id, name)
     if snapshot is None:
         raise NoSuchSnapshot
@@ -50,7 +51,7 @@ def delete(image: Qcow2, snapshot_id: str | None, name: str | None) -> Procedure
     yield from work.delete(image, _found(image, snapshot_id, name))
 
 
-def show(image: Qcow2, snapshot_id: str | None, name: str | None) -> Procedure:
+def show(image: Image, snapshot_id: str | None, name: str | None) -> Procedure:
     """Put the snapshot's L1 table and size in the place of the disk's own; nothing is written from
     then on, so the file stays as it is."""
     snapshot = _found(image, snapshot_id, name)

@@ -7,9 +7,9 @@ grows when it is written, and goes into a snapshot with it.
 from __future__ import annotations
 
 import errno
-from typing import TYPE_CHECKING
 
 from ....contract import Procedure
+from ....hints import TYPE_CHECKING
 from .. import header as hd
 from ..edit import announce
 from ..resizing import grow_l1

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from array import array
-from typing import TYPE_CHECKING
 
 from ....contract import Barrier, MetaWrite, Procedure, Progress, Read, Write
 from ....errors import CorruptImage
 from ....findings import CheckResult
+from ....hints import TYPE_CHECKING
 from ....ondisk import little_endian_array
 from .header import (
     ENTRIES,

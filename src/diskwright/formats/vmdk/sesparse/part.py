@@ -9,11 +9,11 @@ The journal that ESXi keeps for the same purpose is left empty.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Any
 
 from ....contract import HostRange, Length, MetaWrite, Procedure, Read
 from ....errors import CorruptImage, MalformedImage
 from ....findings import CheckResult
+from ....hints import Any
 from ....ondisk import little_endian_array, little_endian_bytes
 from ....units import SECTOR
 from .header import (

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from itertools import count, repeat
-from typing import Any
 
 from ....contract import (
     OP_DATA,
@@ -19,6 +18,7 @@ from ....contract import (
     Table,
 )
 from ....errors import UnsupportedFeature
+from ....hints import Any
 from ....ondisk import zeros
 from .header import COVERAGE, ENTRIES, GRAIN, TABLE_BYTES, TABLE_SECTORS
 from .map import (

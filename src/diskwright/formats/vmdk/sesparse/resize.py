@@ -7,11 +7,11 @@ next 512 MiB, since ESXi (and we) round them up to a MiB.
 from __future__ import annotations
 
 from array import array
-from typing import TYPE_CHECKING
 
 from ....contract import Barrier, HostRange, MetaWrite, Procedure, Progress, Punch, Read, Truncate
 from ....contract import Write as WriteRequest
 from ....errors import NotSupported
+from ....hints import TYPE_CHECKING
 from ....ondisk import little_endian_array, zeros
 from ....units import SECTOR
 from .header import (

@@ -10,11 +10,11 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 from ....contract import Compute, HostRange, Procedure, Progress, Punch, Read, Truncate
 from ....errors import DiskError
 from ....findings import CheckResult
+from ....hints import TYPE_CHECKING
 from ....ondisk import little_endian_array
 from ....units import align_up
 from .header import SECTOR

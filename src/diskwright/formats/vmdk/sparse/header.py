@@ -6,10 +6,9 @@ Sparse Extents".  All integers are little-endian; fields that count or place are
 
 from __future__ import annotations
 
-from typing import Any
-
 from ....contract import Length, Procedure, Range, Read
 from ....errors import MalformedImage, UnsupportedFeature
+from ....hints import Any
 from ....ondisk import Fields
 from ....records import NamedTuple
 from ....units import is_power_of_two

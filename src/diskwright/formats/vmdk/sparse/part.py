@@ -10,11 +10,11 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import Sequence
-from typing import Any
 
 from ....contract import HostRange, Length, MetaWrite, Procedure, Read
 from ....errors import MalformedImage, UnsupportedFeature
 from ....findings import CheckResult
+from ....hints import Any
 from ....ondisk import little_endian_array, little_endian_bytes, zeros
 from ..parts import Image
 from .header import SECTOR, Esx, Hosted, Layout

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from typing import Any
 
 from ....contract import (
     DISCARD,
@@ -19,6 +18,7 @@ from ....contract import (
     Table,
 )
 from ....errors import CorruptImage, UnsupportedFeature
+from ....hints import Any
 from ....ondisk import zeros
 from ..parts import Image
 from .header import SECTOR, Layout

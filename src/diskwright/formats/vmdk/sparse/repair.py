@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import struct
 from array import array
-from typing import TYPE_CHECKING
 
 from ....contract import Barrier, MetaWrite, Procedure, Progress, Read, Write
+from ....hints import TYPE_CHECKING
 from ....ondisk import little_endian_array, little_endian_bytes, zeros
 from .header import SECTOR
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import struct
 from array import array
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from ....contract import (
     Barrier,
@@ -25,6 +24,7 @@ from ....contract import (
     Write,
 )
 from ....errors import CorruptImage, NoSpace, NotSupported, UsageError
+from ....hints import TYPE_CHECKING
 from ....ondisk import little_endian_array, little_endian_bytes, zeros
 from ....units import align_up
 from .header import MAX_DIRECTORY, SECTOR, Esx, Hosted, read_header

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from ....contract import Procedure, Progress, Read
 from ....errors import CorruptImage
 from ....findings import CheckResult
+from ....hints import TYPE_CHECKING
 from ....ondisk import little_endian_array
 from ....units import SECTOR, align_up
 from .part import GRAIN_HEADER, ZERO_ENTRY, check_grain_header

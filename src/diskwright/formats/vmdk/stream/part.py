@@ -10,13 +10,13 @@ from __future__ import annotations
 import zlib
 from array import array
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
 
 from ....abilities import Buffer
 from ....contract import DISCARD, Length, NeedMeta, Plan, Procedure, Range, Read, Table
 from ....errors import CorruptImage, MalformedImage, UnsupportedFeature
 from ....extents import Extent, Hole, Packed, Zero
 from ....findings import CheckResult
+from ....hints import TYPE_CHECKING, Any
 from ....ondisk import Fields, little_endian_array, zeros
 from ....records import NamedTuple
 from ....units import MIB, SECTOR
