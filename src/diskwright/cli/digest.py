@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
+from ..hints import TYPE_CHECKING
 from .images import arguments, cache_mode, one_image, output_format, run, spec
 from .jsontext import dumps
 from .options import FORCE_SHARE, FORMAT, GATE, IMAGE_OPTS, OBJECT, OUTPUT, PROGRESS, QUIET, Opt

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
 
+from ..hints import TYPE_CHECKING
 from ..units import human
 from .images import arguments, look, one_image, output_format
 from .jsontext import dumps

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import Any
 
 from ..errors import DiskError
 from ..graph.node import Node
 from ..graph.status import Status, block_status
+from ..hints import Any
 from ..records import NamedTuple
 from ..units import SECTOR, align_down
 

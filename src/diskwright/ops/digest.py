@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
 
 from ..engine.buffers import is_zero, page_buffer
 from ..engine.kernel import BaseDriver, wait_all
 from ..errors import UsageError
 from ..graph.node import Node
 from ..graph.status import all_status
+from ..hints import TYPE_CHECKING, Any, Protocol
 from ..records import NamedTuple
 from ..units import SECTOR, align_up
 from .outputs import OnMoved, Output, Segments, unseen

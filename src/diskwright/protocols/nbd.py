@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
 
 from ..declare import Driver, Option
 from ..engine.kernel import BaseDriver
 from ..errors import UsageError
+from ..hints import Any
 from ..secrets import Secrets, TlsCredentials
 from ..wire.nbd_const import BASE_ALLOCATION, MAX_STRING
 from ..wire.nbd_negotiation import Negotiation

@@ -7,10 +7,10 @@ import os
 import socket
 import sys
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, TypeVar
 
 from ..engine.kernel import BaseDriver, Future
 from ..errors import PeerError
+from ..hints import TYPE_CHECKING, Any, TypeVar
 from ..records import NamedTuple
 from ..wire.nbd_negotiation import Agreement, Negotiation
 

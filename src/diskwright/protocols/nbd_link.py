@@ -5,10 +5,10 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 from ..engine.kernel import BaseDriver, Future, Timer
 from ..errors import PeerError
+from ..hints import Any
 from ..wire.nbd_client import NbdClient
 from ..wire.nbd_flight import Flight
 from ..wire.nbd_negotiation import readable

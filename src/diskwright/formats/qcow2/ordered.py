@@ -11,10 +11,10 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterator, Mapping
 from itertools import groupby
-from typing import Any
 
 from ...abilities import Buffer, Codec
 from ...errors import ImageError, NotSupported
+from ...hints import Any
 from ...ondisk import big_endian_bytes, zeros
 from ...units import align_up
 from .creation import Layout, new_header

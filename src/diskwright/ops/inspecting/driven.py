@@ -6,8 +6,6 @@ here nobody answers its requests to open what the image names.
 
 from __future__ import annotations
 
-from typing import Any
-
 from ...contract import (
     Compute,
     DataRanges,
@@ -22,6 +20,7 @@ from ...contract import (
 from ...errors import DiskError, ImageError, OverBudget, UnsupportedFeature
 from ...graph import registry
 from ...graph.named import role_of
+from ...hints import Any
 from .result import Facts
 from .window import NotSeen, View
 

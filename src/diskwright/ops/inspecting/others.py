@@ -7,9 +7,9 @@ import json
 import os
 import struct
 from collections.abc import Callable
-from typing import Any
 
 from ...graph.named import BACKING
+from ...hints import Any
 from .result import Facts
 from .window import NotSeen, View
 

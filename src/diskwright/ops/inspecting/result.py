@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from ...abilities import Reference
+from ...hints import Any
 from ...records import NamedTuple
 
 VERDICTS = ("self-contained", "refers", "ambiguous", "damaged", "unknown", "raw")

@@ -4,9 +4,9 @@ kept while it went by."""
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
 
 from ...errors import ImageError
+from ...hints import Protocol
 
 HEAD = 4 << 20
 """Bytes that are kept of a stream's beginning."""
