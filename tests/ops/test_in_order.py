@@ -94,8 +94,8 @@ def test_nothing_but_zeroes(tmp_path: Path, size: int) -> None:
         assert image.size == size and not any(part.data for part in image.extents())
 
 
-def test_more_refcounts_than_a_block_holds(tmp_path: Path) -> None:
-    content = random.Random(1).randbytes(MIB)
+def test_more_refcounts_than_fit_into_a_block_or_their_blocks_into_a_table(tmp_path: Path) -> None:
+    content = random.Random(1).randbytes(3 * MIB)
     options = {"cluster_size": 512, "refcount_bits": 64}
     target, _ = sent(tmp_path, content, Settings(options=options))
     assert diskwright.check(target, format="qcow2").ok

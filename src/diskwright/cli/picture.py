@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from ..errors import UsageError
@@ -25,6 +24,7 @@ _BLOCKS = ("█▄", "▓▒", "░░", "··", "  ")
 _ASCII = ("#+", "Cc", "00", "..", "  ")
 _COLOURS = ("34", "35", "37", "2", "")
 _MOST = 400
+"""Columns of a very wide terminal that are used."""
 _SVG_COLUMNS = 456
 
 
@@ -57,9 +57,10 @@ def show(
 
 def _check(path: str) -> None:
     """Nothing but an older picture is overwritten."""
-    with suppress(FileNotFoundError), open(path, "rb") as file:
-        if os.path.isfile(path) and file.read(5) not in (b"", b"<svg "):
-            raise UsageError(f"'{path}' exists already, and is no SVG")
+    if os.path.isfile(path):
+        with open(path, "rb") as file:
+            if file.read(5) not in (b"", b"<svg "):
+                raise UsageError(f"'{path}' exists already, and is no SVG")
 
 
 def text(picture: Picture, unicode: bool, colour: bool) -> Iterator[str]:
@@ -89,7 +90,7 @@ def _strip(layer: Strip, glyphs: tuple[str, ...], colour: bool) -> str:
         state, glyph = _glyph(shares, glyphs)
         if colour and _COLOURS[state] != last:
             last = _COLOURS[state]
-            out += f"\33[{last}m" if last else "\33[0m"
+            out += f"\33[0;{last}m" if last else "\33[0m"
         out += glyph
     return out + ("\33[0m" if last else "")
 

@@ -1,7 +1,7 @@
 """How the space of a disk is used, layer by layer, in as many columns as a picture has room for.
 
-Each layer's map is gone through once, and what is kept are sums: a disk of any size and
-fragmentation needs the memory of its columns.
+The map of the disk and that of each layer are gone through once, and what is kept are sums: a disk
+of any size and fragmentation needs the memory of its columns.
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ _WORDS = {
     "beyond": "behind its end",
 }
 _TICKS = 4
-_CHARACTERS = 90
-"""Of a name that is shown whole; characters of the font are about 7.2 wide."""
+_CHARACTERS = 46
+"""Of a name that is shown whole: what a line has room for beside the numbers."""
 
 
 def draw(picture: Picture) -> str:
