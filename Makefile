@@ -11,7 +11,7 @@ CONVERSIONS := raw:raw,raw:qcow2,qcow2:raw,qcow2:qcow2,raw:vhdx,vhdx:raw,raw:vmd
 # The types are held on each of them.
 TYPES := types-linux types-win32 types-darwin
 
-.PHONY: demo test test-long docs bench lint types $(TYPES) wheel peers clean
+.PHONY: demo test test-long fuzz docs bench lint types $(TYPES) wheel peers clean
 .DEFAULT_GOAL := test
 
 # The core needs no library. Those for encryption and Zstandard are in .venv; where they cannot be
@@ -58,6 +58,18 @@ $(VENV)-docs/.ready: pyproject.toml
 	test -x $(@D)/bin/python || $(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install -q -e '.[docs]'
 	touch $@
+
+# A million executions of each target, hours: FUZZ_RUNS, FUZZ_TARGETS, FUZZ_JOBS (tests/fuzz/__main__.py).
+# Python 3.12 and later tells the fuzzer at no cost what is new, and the coverage with it.
+FUZZ_PYTHON ?= $(shell tools/interpreters | tail -n 1)
+
+.fuzz/venv/.ready: pyproject.toml
+	$(FUZZ_PYTHON) -m venv .fuzz/venv
+	.fuzz/venv/bin/python -m pip install -q -e '.[fuzz]'
+	touch $@
+
+fuzz: .fuzz/venv/.ready
+	PYTHONPATH=src:tests .fuzz/venv/bin/python -m fuzz
 
 bench: $(BIN)/.ready peers
 	$(BIN)/python bench/nbd.py

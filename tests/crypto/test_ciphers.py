@@ -12,6 +12,7 @@ from diskwright.codecs import aes, xts
 from diskwright.codecs.aes import SECTOR, Cbc, Essiv, Plain
 from diskwright.codecs.xts import Xts
 from diskwright.errors import UnsupportedFeature
+from diskwright.formats.ciphering import Spec
 
 ciphers = pytest.importorskip("cryptography.hazmat.primitives.ciphers")
 AES, modes = ciphers.algorithms.AES, ciphers.modes
@@ -134,3 +135,10 @@ def test_without_the_library(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UnsupportedFeature, match=r"diskwright\[crypto\]"):
         Xts(bytes(32), Plain(64))
     aes.library.cache_clear()
+
+
+@pytest.mark.parametrize("length", [15, 17, 31, 33, 65])
+@pytest.mark.parametrize("mode", ["cbc", "xts"])
+def test_keys_of_other_lengths(mode: str, length: int) -> None:
+    with pytest.raises(UnsupportedFeature, match="bits of key"):
+        Spec("aes", mode, "plain64").check(length)

@@ -1,14 +1,12 @@
 """A small VHDX image written from the specification, byte by byte, without the product.
 
-It holds one of everything that the specification lets an image point at, so that every field can
-be set to its borders.  ``fields`` names each one with its place: (name, offset, width in bytes).
+It holds one of everything that the specification lets an image point at.
 """
 
 from __future__ import annotations
 
 import struct
 import uuid
-from collections.abc import Iterator
 
 MIB = 1 << 20
 HEADERS = (64 << 10, 128 << 10)
@@ -205,7 +203,6 @@ class TinyVhdx:
         self.data = bytes(data)
         for at in (*HEADERS, *REGIONS):
             self.data = self._checked(self.data, at)
-        self.fields = self._fields(bat)
 
     def _metadata(self, data: bytearray, fixed: bool) -> None:
         items = [
@@ -252,63 +249,6 @@ class TinyVhdx:
         whole = (whole + descriptors).ljust(head, b"\0") + contents
         return whole[:4] + struct.pack("<I", crc32c(whole)) + whole[8:]
 
-    def _fields(self, bat: dict[int, int]) -> list[tuple[str, int, int]]:
-        out = [("signature", 0, 8)]
-        layout = [
-            ("signature", 0, 4),
-            ("sequence number", 8, 8),
-            ("log guid", 48, 8),
-            ("log version", 64, 2),
-            ("version", 66, 2),
-            ("log length", 68, 4),
-            ("log offset", 72, 8),
-        ]
-        out += [(f"header 2 {name}", HEADERS[1] + at, width) for name, at, width in layout]
-        out += [(f"header 1 {name}", HEADERS[0] + at, width) for name, at, width in layout[:2]]
-        at = REGIONS[0]
-        out += [("region signature", at, 4), ("region count", at + 8, 4)]
-        for number, name in enumerate(("BAT", "metadata")):
-            entry = at + 16 + 32 * number
-            out += [
-                (f"{name} region guid", entry, 8),
-                (f"{name} region offset", entry + 16, 8),
-                (f"{name} region length", entry + 24, 4),
-                (f"{name} region required", entry + 28, 4),
-            ]
-        out += [("metadata signature", METADATA, 8), ("metadata count", METADATA + 10, 2)]
-        for number, (place, length) in enumerate(self.items):
-            entry = METADATA + 32 + 32 * number
-            for name, inside, width in (
-                ("id", 0, 8), ("offset", 16, 4), ("length", 20, 4), ("flags", 24, 4),
-            ):  # fmt: skip
-                out.append((f"item {number} {name}", entry + inside, width))
-            if number < 5:
-                for inside in range(0, min(length, 8), 4):
-                    out.append((f"item {number} value+{inside}", place + inside, 4))
-        out.append(("disk size", self.items[1][0], 8))
-        if self.parent:
-            place = self.items[5][0]
-            out += [("locator type", place, 8), ("locator count", place + 18, 2)]
-            for name, inside, width in (
-                ("key offset", 20, 4), ("value offset", 24, 4),
-                ("key length", 28, 2), ("value length", 30, 2), ("second key offset", 32, 4),
-                ("a key", 20 + 12 * len(self.parent), 4),
-            ):  # fmt: skip
-                out.append((f"locator {name}", place + inside, width))
-        wanted = [*sorted(bat)[:6], 1, self.entries - 1, self.entries]
-        out += [(f"BAT entry {index}", BAT + 8 * index, 8) for index in dict.fromkeys(wanted)]
-        if self.data[LOG : LOG + 4] == b"loge":
-            for name, inside, width in (
-                ("signature", 0, 4), ("checksum", 4, 4), ("length", 8, 4), ("tail", 12, 4),
-                ("sequence", 16, 8), ("descriptors", 24, 4), ("guid", 32, 8),
-                ("flushed offset", 48, 8), ("last offset", 56, 8),
-                ("descriptor signature", 64, 4), ("descriptor trailing", 68, 4),
-                ("descriptor leading", 72, 8), ("descriptor offset", 80, 8),
-                ("descriptor sequence", 88, 8),
-            ):  # fmt: skip
-                out.append((f"log {name}", LOG + inside, width))
-        return out
-
     def with_field(self, offset: int, width: int, value: int) -> bytes:
         """The image with one field set, and its checksum made good (but for the checksum's own
         field)."""
@@ -330,16 +270,3 @@ class TinyVhdx:
         body = (data[at : at + 4] + bytes(4) + data[at + 8 : at + area]).rstrip(b"\0")
         checksum = struct.pack("<I", crc32c_padded(body, area))
         return data[: at + 4] + checksum + data[at + 8 :]
-
-    def borders(self, width: int, now: int) -> Iterator[int]:
-        """Values around every border that a field of this width can meet in this image."""
-        top = (1 << 8 * width) - 1
-        wanted = {*range(10), 16, 20, 31, 32, 33, 63, 64, 65, 126, 127, 511, 512, 513, 2047, 2048}
-        wanted |= {4095, 4096, 4097, 8192, 65535, 65536, 65537}
-        for centre in (MIB, self.end, self.size, now, self.block, 1 << 31, 1 << 32, 1 << 46):
-            wanted |= {centre - 1, centre, centre + 1, centre + MIB, centre - MIB}
-        wanted |= {n * MIB | state for n in range(9) for state in (0, 2, 5, 6, 7)}
-        wanted |= {self.end | 6, self.end + MIB | 6, 1 << 46 | 6, top & ~(MIB - 1) | 6}
-        wanted |= {1 << bit for bit in range(0, 8 * width, 3)}
-        wanted |= {top, top - 1, top >> 1, (top >> 1) + 1, top & ~511, top & ~(MIB - 1)}
-        yield from sorted(v for v in wanted if 0 <= v <= top and v != now)

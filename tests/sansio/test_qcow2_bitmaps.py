@@ -454,3 +454,16 @@ def test_unknown_kinds_of_bitmaps_are_kept_and_not_relied_on() -> None:
     disk.remove("one")
     disk.store()
     assert own_check(bytes(disk.machine.slots["file"])).findings == []
+
+
+def test_a_disk_of_no_size() -> None:
+    """Its bitmaps have nothing in them, and a table as all have."""
+    disk = Disk(made(0, cluster_size=512))
+    disk.add("none")
+    disk.store()
+    file = disk.machine.close()
+    again = reopened(file)
+    assert [bitmap.name for bitmap in again.image.bitmaps] == ["none"]
+    assert not again.dirty("none")
+    found = own_check(file)
+    assert not found.corruptions and not found.check_errors

@@ -12,6 +12,7 @@ from diskwright.errors import CorruptImage, UnsupportedFeature, UsageError
 from diskwright.formats import qcow2
 from diskwright.formats.qcow2 import header as hd
 from diskwright.formats.qcow2.creation import new_header
+from diskwright.formats.qcow2.replacing import replace_header
 from sansio import oracle
 from sansio.machine import Machine
 from sansio.test_qcow2_cross import made, own_check, verify, workload
@@ -294,3 +295,24 @@ def test_later_features_show_in_info(options: str, feature: str | None, tmp_path
             attempt()
         assert caught.value.feature == feature
     assert bytes(machine.slots["file"]) == file
+
+
+@pytest.mark.parametrize("compat", ["0.10", "1.1"])
+def test_a_new_header_stays_in_its_cluster(compat: str) -> None:
+    """Without a backing file the length of its name may be anything; extensions that fill the
+    cluster have no end mark."""
+    machine = made(1 << 20, cluster_size=512, compat=compat)
+    machine.write(0, b"data" * 1000)
+    file = bytearray(machine.close())
+    struct.pack_into(">I", file, 16, 5000)
+    length = 72 if compat == "0.10" else 112
+    struct.pack_into(">II", file, length, 0x12345678, 512 - length - 8)
+    machine = Machine(bytes(file))
+    machine.open(qcow2.DRIVER)
+    machine.log.clear()
+    new = machine.format.header.copy()
+    new.set_extension(0x12345678, None)
+    machine.run(replace_header(machine.format, new))
+    written = [(entry[1], len(entry[2])) for entry in machine.log if entry[0] == "write"]
+    assert written == [(0, 512)]
+    assert machine.read(0, 4000) == b"data" * 1000

@@ -9,7 +9,7 @@ hundred times faster than a loop.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 
 from ..abilities import Buffer
 
@@ -73,13 +73,19 @@ def _folded(crc: int, data: bytes) -> int:
 
 def _behind_zeroes(crc: int, count: int) -> int:
     """`_by_bytes` for ``count`` zeroes."""
-    level = 0
+    return _times(crc, _zeroes(count)) if count else crc
+
+
+@lru_cache(64)
+def _zeroes(count: int) -> int:
+    """What so many zero bytes multiply by."""
+    total, level = 1 << 31, 0
     while count:
         if count & 1:
-            crc = _times(crc, _power(level))
+            total = _times(total, _power(level))
         count >>= 1
         level += 1
-    return crc
+    return total
 
 
 @cache

@@ -60,7 +60,7 @@ class Spec(NamedTuple):
             raise UnsupportedFeature(f"cipher mode '{self.mode}'")
         if self.vectors not in VECTORS:
             raise UnsupportedFeature(f"IV generator '{self.vectors}'")
-        if key_bytes // (2 if self.mode == "xts" else 1) not in KEY_BYTES:
+        if key_bytes not in [(2 if self.mode == "xts" else 1) * length for length in KEY_BYTES]:
             raise UnsupportedFeature(f"{self.cipher}-{self.mode} with {8 * key_bytes} bits of key")
         if self.vectors == "essiv":
             if self.vectors_hash is None:

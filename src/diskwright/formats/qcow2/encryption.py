@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from ...contract import Compute, Procedure
 from ...errors import MalformedImage, UsageError
 from ...hints import TYPE_CHECKING, Any
-from ...ondisk import Fields
 from ...secrets import find
 from ..luks1 import Header as Luks
 from ..luks1_slots import Place, amend, area, make_keys, plan_header, read_header, unlock
@@ -31,8 +30,6 @@ LOCKED = "encrypted guest data of an image opened without its key"
 
 _KEY_BYTES = 16
 _MOST_HEADER = 16 << 20
-POINTER = Fields(">", "offset:Q length:Q")
-"""The data of the header extension."""
 
 
 def place_of(h: hd.Header) -> tuple[int, int]:
@@ -41,9 +38,9 @@ def place_of(h: hd.Header) -> tuple[int, int]:
     field = f"{hd.EXT_ENCRYPTION:#x}"
     if pointer is None:
         raise MalformedImage("Header extension of the encryption header is missing", field=field)
-    if len(pointer) != POINTER.size:
+    if len(pointer) != hd.POINTER.size:
         raise MalformedImage("Encryption header extension has a wrong length", field=field)
-    offset, length = POINTER.unpack(pointer)
+    offset, length = hd.POINTER.unpack(pointer)
     if not offset or offset % (1 << h.cluster_bits) or offset >= hd.MAX_OFFSET:
         raise MalformedImage(f"Encryption header offset {offset:#x} is invalid", field=field)
     if length > _MOST_HEADER:
@@ -120,7 +117,7 @@ class NewEncryption:
 
     def pointer(self, offset: int) -> bytes:
         """The header extension for a header at ``offset``."""
-        return POINTER.pack(offset, self.length)
+        return hd.POINTER.pack(offset, self.length)
 
     def make(self) -> Procedure:
         """The header, up to the end of the first slot's key material; the rest of it is zeroes.

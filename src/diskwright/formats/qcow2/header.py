@@ -24,6 +24,8 @@ V3 = Fields(
 )
 """What follows it in version 3."""
 EXTENSION = Fields(">", "type:I length:I")
+POINTER = Fields(">", "offset:Q length:Q")
+"""The data of the header extension for encryption."""
 FEATURE_NAME = Fields(">", "type:B bit:B name:46s")
 V2_LENGTH, V3_LENGTH, WRITTEN_LENGTH = V2.size, V2.size + V3.size, 112
 LEAST_EXTENDED_BITS = 14  # of a cluster: subclusters have at least 512 bytes
@@ -246,6 +248,8 @@ def _bound(h: Header) -> None:
             raise MalformedImage(
                 "Backing file name too long", field="backing_file_size", offset=16
             )
+    else:
+        h.backing_length = 0  # the field means nothing then, and may hold anything
     if h.size >= 1 << 63:
         raise MalformedImage("Image is too big", field="size", offset=24)
     if h.crypt_method > 2:

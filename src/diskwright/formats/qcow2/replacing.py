@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import struct
-
 from ...contract import Barrier, MetaWrite, Procedure, Write
 from ...hints import TYPE_CHECKING
 from ...units import align_up
@@ -54,9 +52,11 @@ def replace_header(image: Qcow2, new: Header) -> Procedure:
 
 
 def _end(h: Header) -> int:
-    """Where the header with its extensions and the backing file's name ends."""
+    """Where the header with its extensions and the backing file's name ends.  What fills its
+    cluster has no end mark."""
     extensions = sum(8 + align_up(len(data), 8) for _, data in h.extensions)
-    return max(h.backing_offset + h.backing_length, h.length + 8 + extensions)
+    end = max(h.backing_offset + h.backing_length, h.length + 8 + extensions)
+    return min(end, 1 << h.cluster_bits)
 
 
 def _moved(h: Header, start: int) -> tuple[bytes, int, bytes] | None:
@@ -81,6 +81,6 @@ def _shortened(h: Header, spare: int) -> tuple[bytes, int, bytes] | None:
     head = short.fields()
     fmt = h.extension(hd.EXT_BACKING_FORMAT)
     if fmt is not None and len(head) + 16 + align_up(len(fmt), 8) <= _SECTOR:
-        head += struct.pack(">II", hd.EXT_BACKING_FORMAT, len(fmt))
+        head += hd.EXTENSION.pack(hd.EXT_BACKING_FORMAT, len(fmt))
         head += fmt.ljust(align_up(len(fmt), 8), b"\0")
     return head.ljust(_SECTOR, b"\0"), spare, name

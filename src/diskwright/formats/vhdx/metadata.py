@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import struct
-
 from ...errors import MalformedImage, UnsupportedFeature
 from ...ondisk import Fields
 from ...records import NamedTuple
@@ -48,6 +46,8 @@ LEAVE_ALLOCATED, HAS_PARENT = 1, 2
 TABLE = Fields("<", "Signature:8s Reserved:H EntryCount:H Reserved2:20s")
 ENTRY = Fields("<", "ItemId:16s Offset:I Length:I Flags:I Reserved2:I")
 FILE_ITEM = Fields("<", "BlockSize:I Flags:I")
+SIZE_ITEM = Fields("<", "VirtualDiskSize:Q")
+SECTOR_ITEM = Fields("<", "SectorSize:I")
 """The file parameters."""
 
 
@@ -132,10 +132,10 @@ class Parameters(NamedTuple):
         flags = LEAVE_ALLOCATED * self.leave_allocated | HAS_PARENT * self.has_parent
         return [
             (FILE_PARAMETERS, FILE_ITEM.pack(self.block_size, flags)),
-            (DISK_SIZE, struct.pack("<Q", self.size)),
+            (DISK_SIZE, SIZE_ITEM.pack(self.size)),
             (DISK_ID, self.disk_id),
-            (LOGICAL_SECTOR, struct.pack("<I", self.sector_size)),
-            (PHYSICAL_SECTOR, struct.pack("<I", self.physical_sector_size)),
+            (LOGICAL_SECTOR, SECTOR_ITEM.pack(self.sector_size)),
+            (PHYSICAL_SECTOR, SECTOR_ITEM.pack(self.physical_sector_size)),
         ]
 
 
@@ -179,9 +179,9 @@ def needed(items: list[Item]) -> list[Item]:
 def parse_items(parts: list[bytes]) -> Parameters:
     """The values of the items of `needed`.  Raises MalformedImage for one out of its bounds."""
     block_size, flags = FILE_ITEM.unpack(parts[0])
-    (size,) = struct.unpack("<Q", parts[1])
-    (sector,) = struct.unpack("<I", parts[3])
-    (physical,) = struct.unpack("<I", parts[4])
+    (size,) = SIZE_ITEM.unpack(parts[1])
+    (sector,) = SECTOR_ITEM.unpack(parts[3])
+    (physical,) = SECTOR_ITEM.unpack(parts[4])
     if not is_power_of_two(block_size) or not MIN_BLOCK <= block_size <= MAX_BLOCK:
         raise MalformedImage(f"block size {block_size:#x}", field="BlockSize")
     if sector not in SECTOR_SIZES:

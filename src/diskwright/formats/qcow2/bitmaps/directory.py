@@ -80,9 +80,9 @@ class Entry:
 
 
 def table_entries(size: int, granularity_bits: int, cluster_bits: int) -> int:
-    """Entries of the table of a bitmap of a disk of ``size`` bytes."""
+    """Entries of the table of a bitmap of a disk of ``size`` bytes; a table has at least one."""
     bits = -(-size >> granularity_bits)
-    return -(-bits >> 3 + cluster_bits)
+    return max(-(-bits >> 3 + cluster_bits), 1)
 
 
 def parse_place(h: hd.Header) -> Place | None:

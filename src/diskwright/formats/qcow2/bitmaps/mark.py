@@ -6,8 +6,6 @@ as zeroes now has to be copied, or the backup would differ from the disk for goo
 
 from __future__ import annotations
 
-import struct
-
 from ....contract import Barrier, MetaWrite, Procedure, Progress, Read, Write
 from ....errors import MalformedImage
 from ....hints import TYPE_CHECKING
@@ -72,7 +70,7 @@ class Marker:
             end = min(stop, (index + 1) * per_cluster)
             at = table + 8 * index
             (raw,) = yield Read(SLOT, [(at, 8)])
-            (value,) = struct.unpack(">Q", raw)
+            value = int.from_bytes(raw, "big")
             if value != ALL_ONES:
                 low, high = first % per_cluster, (end - 1) % per_cluster + 1
                 yield from self._add(at, value & ENTRY_OFFSET, low, high)
@@ -83,7 +81,7 @@ class Marker:
         """Set bits of the cluster of bits at ``host``, or of one that the entry at ``at`` gets."""
         size = self.image.cluster_size
         if (low, high) == (0, 8 * size):
-            yield Write([MetaWrite(SLOT, at, struct.pack(">Q", ALL_ONES))])
+            yield Write([MetaWrite(SLOT, at, ALL_ONES.to_bytes(8, "big"))])
             yield Barrier()
             return
         start = (low >> 3) & -_SECTOR
@@ -100,5 +98,5 @@ class Marker:
             host = cluster << self.image.cluster_bits
             yield Write([MetaWrite(SLOT, host, data)])
             yield Barrier()
-            yield Write([MetaWrite(SLOT, at, struct.pack(">Q", host))])
+            yield Write([MetaWrite(SLOT, at, host.to_bytes(8, "big"))])
         yield Barrier()

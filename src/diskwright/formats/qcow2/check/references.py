@@ -14,7 +14,6 @@ A feature adds its references by `Walker.add_region`, or where it has L1 tables 
 
 from __future__ import annotations
 
-import struct
 from array import array
 
 from ....contract import Length, Procedure, Progress, Read
@@ -149,8 +148,8 @@ class Walker(TableWalk):
             whole = self.add_region(h.reftable_offset, h.reftable_clusters << self.bits)
             self.unsound |= not whole
         encryption = h.extension(hd.EXT_ENCRYPTION)
-        if encryption is not None and len(encryption) == 16:
-            offset, length = struct.unpack(">QQ", encryption)
+        if encryption is not None and len(encryption) == hd.POINTER.size:
+            offset, length = hd.POINTER.unpack(encryption)
             if length:
                 self.add_region(offset, length)
 

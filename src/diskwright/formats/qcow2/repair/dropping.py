@@ -99,9 +99,9 @@ def _entry(image: Qcow2, at: int, last: bool) -> Procedure:
     follows looks like names and another entry in the place of one of the usual sizes.
     """
     (head,) = yield Read(SLOT, [(at, ENTRY.size)])
-    (extra,) = struct.unpack_from(">I", head, EXTRA_AT)
+    _, _, id_length, name_length, *_, extra = ENTRY.unpack(head)
     cut = extra > MAX_EXTRA
-    sizes = sum(struct.unpack_from(">HH", head, 12))
+    sizes = id_length + name_length
     for size in (extra, KNOWN_EXTRA, LEAST_EXTRA, 0) if cut else (extra,):
         kept = min(size, KNOWN_EXTRA) if cut else size
         first = at + ENTRY.size

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections import Counter
 
 from ....contract import DataRanges, Procedure, Progress, Read
@@ -131,7 +130,7 @@ def unlock_by_search(salvage: Salvage) -> Procedure:
     salvage.say(f"An encryption header was found at {offset:#x}")
     length = min(_MOST_LUKS, salvage.length - offset)
     h.crypt_method = LUKS
-    h.set_extension(hd.EXT_ENCRYPTION, struct.pack(">QQ", offset, length))
+    h.set_extension(hd.EXT_ENCRYPTION, hd.POINTER.pack(offset, length))
     yield from open_encryption(image)
     assert image.luks is not None
     ends = [slot.offset + image.luks.material(slot) for slot in image.luks.slots]

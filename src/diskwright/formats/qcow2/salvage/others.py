@@ -3,8 +3,6 @@ persistent bitmaps.  Their contents are not lost data of the disk."""
 
 from __future__ import annotations
 
-import struct
-
 from ....contract import Procedure, Progress
 from ....errors import MalformedImage
 from ....hints import TYPE_CHECKING
@@ -34,8 +32,8 @@ class Others:
         """What cannot be read is said, and names nothing."""
         h = self.image.header
         pointer = h.extension(hd.EXT_ENCRYPTION)
-        if pointer is not None and len(pointer) == 16:
-            offset, length = struct.unpack(">QQ", pointer)
+        if pointer is not None and len(pointer) == hd.POINTER.size:
+            offset, length = hd.POINTER.unpack(pointer)
             self.salvage.use_region(offset, length)
         try:
             yield from self._bitmaps()

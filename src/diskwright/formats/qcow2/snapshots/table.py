@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import struct
-
 from ....abilities import SnapshotInfo
 from ....contract import Procedure, Progress, Read
 from ....errors import MalformedImage, UsageError
@@ -167,11 +165,9 @@ def parse_entry(h: hd.Header, data: bytes, at: int, place: int) -> tuple[Snapsho
     extra = data[first : first + extra_length]
     disk_size = icount = None
     if extra_length >= LEAST_EXTRA:
-        state_size, disk_size = struct.unpack_from(">QQ", extra)
-    if extra_length >= EXTRA.size:
-        (icount,) = struct.unpack_from(">Q", extra, LEAST_EXTRA)
-        if icount == _NO_ICOUNT:
-            icount = None
+        state_size, disk_size, count = EXTRA.unpack_from(extra.ljust(KNOWN_EXTRA, b"\0"))
+        if extra_length >= KNOWN_EXTRA and count != _NO_ICOUNT:
+            icount = count
     names = first + extra_length
     end = names + id_length + name_length
     snapshot = Snapshot(

@@ -178,7 +178,7 @@ def _zero_last_grain(part: SparsePart) -> Procedure:
         return
     place = table * SECTOR + 4 * (grain % part.layout.entries)
     (raw,) = yield Read(part.slot, [(place, 4)])
-    (entry,) = struct.unpack("<I", raw)
+    entry = int.from_bytes(raw, "little")
     if part.holds_data(entry):
         yield from _zero(part, entry * SECTOR + inside, part.unit - inside)
         yield Barrier()

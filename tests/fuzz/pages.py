@@ -1,0 +1,69 @@
+"""A file in memory that shares all that was not changed with the one it was made from."""
+
+from __future__ import annotations
+
+PAGE = 4096
+
+
+class Pages:
+    """Behaves as a sparse file does: behind its end there are zeroes."""
+
+    __slots__ = ("_base", "_length", "_over")
+
+    def __init__(self, base: bytes | Pages = b"") -> None:
+        if isinstance(base, Pages):
+            self._base, self._length = base._base, base._length
+            self._over = {number: bytearray(page) for number, page in base._over.items()}
+        else:
+            self._base, self._length = base, len(base)
+            self._over = {}
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __bytes__(self) -> bytes:
+        return self.read(0, self._length)
+
+    def read(self, at: int, length: int) -> bytes:
+        """Always so many bytes."""
+        end = min(at + length, self._length)
+        if at >= end:
+            return bytes(length)
+        over, first, last = self._over, at // PAGE, (end - 1) // PAGE
+        if last - first > len(over):
+            hits = [number for number in over if first <= number <= last]
+        else:
+            hits = [number for number in range(first, last + 1) if number in over]
+        data = self._base[at:end]
+        if hits:
+            whole = bytearray(data.ljust(end - at, b"\0"))
+            for number in hits:
+                start = number * PAGE
+                a, b = max(start, at), min(start + PAGE, end)
+                whole[a - at : b - at] = over[number][a - start : b - start]
+            data = bytes(whole)
+        return data.ljust(length, b"\0")
+
+    def write(self, at: int, data: bytes) -> None:
+        """The file grows as far as it must."""
+        done, end = 0, at + len(data)
+        self._length = max(self._length, end)
+        while at + done < end:
+            number, inside = divmod(at + done, PAGE)
+            count = min(PAGE - inside, end - at - done)
+            page = self._over.get(number)
+            if page is None:
+                start = number * PAGE
+                page = bytearray(self._base[start : start + PAGE].ljust(PAGE, b"\0"))
+                self._over[number] = page
+            page[inside : inside + count] = data[done : done + count]
+            done += count
+
+    def resize(self, size: int) -> None:
+        """Cut it, or let it grow by zeroes."""
+        if size < self._length:
+            self._base = self._base[:size]
+            self._over = {n: page for n, page in self._over.items() if n * PAGE < size}
+            if (last := self._over.get(size // PAGE)) is not None:
+                last[size % PAGE :] = bytes(PAGE - size % PAGE)
+        self._length = size
