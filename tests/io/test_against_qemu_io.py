@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 from typing import Any
 
 import pytest
@@ -295,6 +296,20 @@ write 0 1
 reopen -r
 write 0 1
 q
+zone_report 0 1
+zone_report x 1
+zone_report 0
+zrp 0 x
+zone_open 0 512
+zone_open -z 0 512
+zc 0 512
+zone_finish 0 512
+zone_reset 0 512
+zone_append 0 512
+zone_append 0 512 512
+zone_append -p 0 512
+zap 0 512 512 512
+zap 0 512 x
 """
 
 
@@ -498,3 +513,12 @@ def test_one_failure_on_the_way_of_an_allocation(both: Any, event: str) -> None:
         both.commands(
             [write, write], "-t", "writethrough", "-f", "qcow2", "blkdebug:rules:new.qcow2"
         )
+
+
+def test_info_tells_of_bitmaps(both: Any) -> None:
+    img = find_peer("qemu-img")
+    both.image(img, "a.qcow2", "1M")
+    for folder in (both.ours, both.theirs):
+        for words in (["--add", "a.qcow2", "one"], ["--add", "--disable", "a.qcow2", "two"]):
+            subprocess.run([img, "bitmap", *words], cwd=folder, check=True)
+    both.commands(["info"], "-r", "-f", "qcow2", "a.qcow2")

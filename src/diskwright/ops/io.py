@@ -44,6 +44,7 @@ _MOVE = "io_requests"
 _TELL = "io_facts"
 _BREAK = "io_break"
 _SELF = "io_session"
+_ZONES = "io_zones"
 _COMMANDS = (
     Command("abort", "", 0, 0, "", "end as by a crash", _SELF, disk=False),
     Command("aio_flush", "", 0, 0, "", "wait for all requests that were started", _MOVE),
@@ -83,6 +84,12 @@ _COMMANDS = (
             "write a range", _MOVE, write=True),
     Command("writev", "", 2, -1, "[-Cfqr] [-P pattern] off len [len..]",
             "write a range from several buffers", _MOVE, write=True),
+    Command("zone_append", "zap", 3, 4, "offset len [len..]", "append to a zone", _ZONES),
+    Command("zone_close", "zc", 2, 2, "offset len", "close zones", _ZONES),
+    Command("zone_finish", "zf", 2, 2, "offset len", "fill zones up", _ZONES),
+    Command("zone_open", "zo", 2, 2, "offset len", "open zones", _ZONES),
+    Command("zone_report", "zrp", 2, 2, "offset number", "tell of zones", _ZONES),
+    Command("zone_reset", "zrs", 2, 2, "offset len", "empty zones", _ZONES),
 )  # fmt: skip
 
 COMMANDS = {command.name: command for command in _COMMANDS}
