@@ -15,7 +15,7 @@ from cli.support import Result, ours
 from diskwright.contract import Procedure
 from diskwright.errors import NotSupported, UsageError
 from diskwright.formats.qcow2.check import checking
-from diskwright.formats.qcow2.format import Qcow2
+from diskwright.formats.qcow2.image import Image
 from ops.tools import FLAWED, known
 
 REPAIRED = """\
@@ -95,7 +95,7 @@ def test_quiet(tmp_path: Path) -> None:
     assert (done.status, done.out) == (0, b"")
 
 
-def only_check(image: Qcow2) -> Procedure:
+def only_check(image: Image) -> Procedure:
     """A check that does not take what to mend."""
     return checking.check(image)
 
@@ -103,7 +103,7 @@ def only_check(image: Qcow2) -> Procedure:
 def test_a_format_that_cannot_repair_is_not_opened_for_writing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Qcow2, "check", only_check)
+    monkeypatch.setattr(Image, "check", only_check)
     assert ours("create", "-f", "qcow2", "a", "1M", cwd=tmp_path).status == 0
     (tmp_path / "a").chmod(0o400)
     before = (tmp_path / "a").stat()
