@@ -25,6 +25,7 @@ import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
+from unittest import mock
 
 from cli.support import called, command, environment
 
@@ -118,7 +119,11 @@ class Session:
                 self._command(line, shown)
         elif block.language == "python":
             printed = io.StringIO()
-            with contextlib.chdir(self.folder), contextlib.redirect_stdout(printed):
+            with (
+                contextlib.chdir(self.folder),
+                contextlib.redirect_stdout(printed),
+                mock.patch.dict(os.environ, self.environment, clear=True),
+            ):
                 exec(compile(block.text, "<example>", "exec"), self.namespace)
             if block.printed is not None:
                 assert same(block.printed, printed.getvalue()), printed.getvalue()
@@ -131,7 +136,7 @@ class Session:
         told = _STATUS.search(line)
         line, expected = _STATUS.sub("", line), int(told[1]) if told else 0
         for name in PEERS:
-            if re.search(rf"\b{name}\b", line) and not line.startswith("ln "):
+            if re.search(rf"\b{name}\b", line):
                 self.peer(name)
         if line.endswith(" &"):
             self._serve(shlex.split(line[:-2]))

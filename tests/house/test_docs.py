@@ -76,6 +76,17 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert anchor in anchors(found.read_text()), f"a link to {target}#{anchor}"
 
 
+def test_every_page_is_in_the_site() -> None:
+    docs = ROOT / "docs"
+    pages = {page for page in PAGES if docs in page.parents}
+    listed = {docs / "index.md"}
+    for page in pages:
+        for entries in re.findall(r"```{toctree}\n(.*?)```", page.read_text(), re.DOTALL):
+            names = [line for line in entries.split() if not line.startswith(":")]
+            listed |= {page.parent / f"{name}.md" for name in names}
+    assert listed >= pages
+
+
 def test_the_readme_is_one_screen() -> None:
     assert README.count("\n") < 90
 
