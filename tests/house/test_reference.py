@@ -13,7 +13,7 @@ from importlib.util import module_from_spec, spec_from_file_location
 from io import IOBase
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any
 
 import pytest
 
@@ -21,6 +21,7 @@ import diskwright
 from cli.support import ours
 from diskwright import aio, errors
 from diskwright.graph.registry import BUILTIN
+from diskwright.ops.gates import FileObject
 
 ROOT = Path(__file__).resolve().parents[2]
 REFERENCE = ROOT / "docs" / "reference"
@@ -86,7 +87,7 @@ def test_every_name_of_the_python_api() -> None:
         value = getattr(import_module(module), name)
         assert inspect.getdoc(value), path
         # What files of Python and file systems of fsspec can do is told there.
-        if inspect.isclass(value) and not {IOBase, Protocol, AbstractFileSystem} & {*value.__mro__}:
+        if inspect.isclass(value) and not {IOBase, FileObject, AbstractFileSystem} & {*value.__mro__}:
             for member in public(value):
                 found: Any = inspect.getattr_static(value, member)
                 if inspect.isfunction(found) or isinstance(found, property):
