@@ -74,7 +74,7 @@ def public(kind: type) -> list[str]:
 
 
 def test_every_name_of_the_python_api() -> None:
-    AbstractFileSystem = pytest.importorskip("fsspec").AbstractFileSystem
+    elsewhere = {IOBase, FileObject, pytest.importorskip("fsspec").AbstractFileSystem}
     text = page("python")
     named = set(re.findall(r"auto(?:function|class):: ([\w.]+)", text))
     for name in diskwright.__all__:
@@ -87,7 +87,7 @@ def test_every_name_of_the_python_api() -> None:
         value = getattr(import_module(module), name)
         assert inspect.getdoc(value), path
         # What files of Python and file systems of fsspec can do is told there.
-        if inspect.isclass(value) and not {IOBase, FileObject, AbstractFileSystem} & {*value.__mro__}:
+        if inspect.isclass(value) and not elsewhere & {*value.__mro__}:
             for member in public(value):
                 found: Any = inspect.getattr_static(value, member)
                 if inspect.isfunction(found) or isinstance(found, property):
