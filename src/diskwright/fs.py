@@ -54,7 +54,8 @@ class DiskFileSystem(AbstractFileSystem):  # type: ignore[misc]
 
     Files are opened for reading (``rb``), or for changing bytes of the disk in place (``r+b``).
     Every open file has the image open for itself, so files may be used in different threads, and
-    what was pickled opens it again.  The other arguments are those of :func:`diskwright.open`.
+    what was pickled (``secrets`` included) opens it again.  The other arguments are those of
+    :func:`diskwright.open`.
     """
 
     protocol = "diskwright"
@@ -265,17 +266,17 @@ def _files(disk: Disk) -> Iterator[tuple[str, Partition]]:
 
 
 def _snapshots(disk: Disk) -> dict[str, str]:
-    """The ids of a disk's snapshots by the names of their folders: their own names, or their ids
-    where those are missing or taken.  The guest's administrator chose the names, so that they may
-    not be names of folders."""
+    """The ids of a disk's snapshots by the names of their folders: ``name``, or ``name~id`` where
+    that is taken."""
     found: dict[str, str] = {}
     for one in disk.snapshots.list():
-        name = one.name if one.name and _folder_name(one.name) not in found else one.id
-        found[_folder_name(name)] = one.id
+        name = _folder_name(one.name or one.id)
+        found[f"{name}~{one.id}" if name in found else name] = one.id
     return found
 
 
 def _folder_name(name: str) -> str:
+    """What a snapshot is called need not be the name of a folder."""
     return quote(name, safe=" !@#$&()+,;=~'") if name.strip(".") else name.replace(".", "%2E")
 
 
