@@ -3,7 +3,6 @@ host's fonts, styles or scripts."""
 
 import sys
 from pathlib import Path
-from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE / "_ext"), str(HERE.parent / "src")]
@@ -36,15 +35,3 @@ add_module_names = False
 python_use_unqualified_type_names = True
 toc_object_entries = False
 maximum_signature_line_length = 90
-
-
-def without_numbers(
-    app: Any, what: str, name: str, found: Any, options: Any, lines: list[str]
-) -> None:
-    """What Python says of the fields of a named tuple tells nobody anything."""
-    if lines and lines[0].startswith("Alias for field number"):
-        lines.clear()
-
-
-def setup(app: Any) -> None:
-    app.connect("autodoc-process-docstring", without_numbers)

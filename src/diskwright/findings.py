@@ -71,7 +71,13 @@ class CheckResult:
 
 
 class CheckReport(NamedTuple):
-    """What a check of ``filename`` found; the rest is as in :class:`CheckResult`."""
+    """What a check of ``filename`` found.  Counts are in the format's units (clusters, blocks,
+    grains); ``image_end_offset`` and ``bytes_read`` are bytes.
+
+    ``findings`` are sentences, at most 10,000 of them; ``uncovered`` names what was not looked
+    at, in which case space that only this refers to is not reported as leaked.
+    ``leaks_fixed`` and ``corruptions_fixed`` are those of a check that repairs.
+    """
 
     filename: str
     format: str

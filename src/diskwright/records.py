@@ -43,9 +43,13 @@ else:
             }
             return type(name, (_Record,), body)
 
+    def _made(cls: type) -> Any:
+        """The class with the fields that ``cls`` has."""
+        return next(base for base in cls.__mro__ if "_fields" in base.__dict__)
+
     def _first_new(cls: type, *values: Any, **named: Any) -> Any:
         """Compile ``__new__`` of the class that has these fields, and call it."""
-        made = next(base for base in cls.__mro__ if "_fields" in base.__dict__)
+        made = _made(cls)
         names = ", ".join(made._fields)
         code = f"lambda _cls, {names}: _new(_cls, ({names}{',' if names else ''}))"
         new = eval(code, {"_new": tuple.__new__, "__name__": made.__module__})
@@ -54,10 +58,30 @@ else:
         made.__new__ = staticmethod(new)
         return new(cls, *values, **named)
 
+    class _Signature:
+        """What :mod:`inspect` tells of a class; its ``__new__`` does not show it yet."""
+
+        def __get__(self, instance: Any, cls: type) -> Any:
+            from inspect import Parameter, Signature
+
+            made = _made(cls)
+            return Signature(
+                [
+                    Parameter(
+                        field,
+                        Parameter.POSITIONAL_OR_KEYWORD,
+                        default=made._field_defaults.get(field, Parameter.empty),
+                        annotation=made.__annotations__[field],
+                    )
+                    for field in made._fields
+                ]
+            )
+
     class _Record(tuple):
         """What all of them can do."""
 
         __slots__ = ()
+        __signature__ = _Signature()
 
         @classmethod
         def _make(cls, values: Iterable[Any]) -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import pickle
 import typing
 from typing import Any
@@ -70,6 +71,15 @@ def test_what_is_derived_is_made_like_its_base() -> None:
     match first:
         case Ours(one, two):
             assert (one, two) == (5, None)
+
+
+def test_signatures_have_the_fields() -> None:
+    theirs = inspect.signature(Theirs)
+    for ours in (inspect.signature(Ours), inspect.signature(Derived)):
+        assert [*ours.parameters] == [*theirs.parameters]
+        assert [p.default for p in ours.parameters.values()] == [
+            p.default for p in theirs.parameters.values()
+        ]
 
 
 def test_a_default_is_followed_by_defaults() -> None:
