@@ -1,0 +1,294 @@
+"""Connections to NBD servers that end, hang or lie, and what of it is told to whom."""
+
+from __future__ import annotations
+
+import errno
+import os
+import signal
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from diskwright.engine.kernel import BaseDriver, Cancelled
+from diskwright.errors import FlushFailed, NodeClosed, PeerError
+from diskwright.protocols import nbd_links
+from diskwright.protocols.nbd import open_nbd
+from sansio import nbd_script as s
+
+from .nbd_servers import Server, nbdkit
+from .test_nbd import opened, run
+
+SIZE = 1 << 20
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    path = tmp_path / "disk"
+    path.write_bytes(bytes(range(256)) * (SIZE // 256))
+    return path
+
+
+@pytest.fixture
+def server(tmp_path: Path, disk: Path) -> Iterator[Server]:
+    """Reads of the last half take a while."""
+    with nbdkit(tmp_path, "file", str(disk)) as found:
+        yield found
+
+
+@contextmanager
+def slow(folder: Path, disk: Path, seconds: str = "300ms") -> Iterator[Server]:
+    with nbdkit(
+        folder, "--filter=delay", "file", str(disk), f"rdelay={seconds}", f"wdelay={seconds}"
+    ) as found:
+        yield found
+
+
+def test_killed(driver: BaseDriver, tmp_path: Path, disk: Path) -> None:
+    """What was asked fails, and what is asked later tries to connect once."""
+    with slow(tmp_path, disk, "10") as server:
+        node = opened(driver, server)
+        driver.later(0.1, server.kill)
+        with pytest.raises(PeerError, match="the connection was lost") as raised:
+            run(driver, node.read([0], [512]))
+        assert raised.value.peer == server.path
+        with pytest.raises(PeerError, match="Failed to connect"):
+            run(driver, node.read([0], [512]))
+        server.command = [word for word in server.command if "delay" not in word]
+        server.start()
+        assert bytes(run(driver, node.read([1], [3]))[0]) == b"\1\2\3"
+        run(driver, node.close())
+
+
+def test_requests_wait_for_the_connection(driver: BaseDriver, tmp_path: Path, disk: Path) -> None:
+    """Reads and writes that were on their way are sent again, each into its own buffer."""
+    with slow(tmp_path, disk) as server:
+        node = opened(driver, server, reconnect_delay=20)
+
+        async def both() -> bytes:
+            view = memoryview(bytearray(4))
+            writing = driver.start(node.write([SIZE - 9], [b"written"]))
+            await node.read([1], [4], [view])
+            await writing
+            await node.flush()
+            return bytes(view)
+
+        def restart() -> None:
+            server.kill()
+            server.start()
+
+        driver.later(0.1, restart)
+        assert run(driver, both()) == b"\1\2\3\4"
+        run(driver, node.close())
+    assert disk.read_bytes()[-9:-2] == b"written"
+
+
+def test_a_flush_does_not_lie(driver: BaseDriver, server: Server) -> None:
+    """A server that was started anew may not have what was answered and not flushed."""
+    node = opened(driver, server, reconnect_delay=20)
+    run(driver, node.write([0], [b"durable"]))
+    run(driver, node.flush())
+    server.kill()
+    server.start()
+    assert bytes(run(driver, node.read([0], [7]))[0]) == b"durable"
+    run(driver, node.flush())
+    run(driver, node.write([0], [b"perhaps"]))
+    server.kill()
+    server.start()
+    run(driver, node.read([0], [7]))
+    with pytest.raises(PeerError, match="not flushed, which the server may have lost"):
+        run(driver, node.flush())
+    with pytest.raises(FlushFailed):
+        run(driver, node.flush())
+    with pytest.raises(FlushFailed):
+        run(driver, node.close())
+    assert node.closed
+
+
+def test_waiting_ends(driver: BaseDriver, server: Server) -> None:
+    node = opened(driver, server, reconnect_delay=1)
+    server.kill()
+    begun = time.monotonic()
+    with pytest.raises(PeerError, match="Failed to connect"):
+        run(driver, node.read([0], [512]))
+    assert 0.4 < time.monotonic() - begun < 15
+    begun = time.monotonic()
+    with pytest.raises(PeerError, match="Failed to connect"):
+        run(driver, node.read([0], [512]))
+    assert time.monotonic() - begun < 0.4
+    run(driver, node.close())
+
+
+def test_another_export(driver: BaseDriver, server: Server, disk: Path) -> None:
+    node = opened(driver, server, reconnect_delay=1)
+    server.kill()
+    os.truncate(disk, SIZE // 2)
+    server.start()
+    with pytest.raises(PeerError, match="the export is another one"):
+        run(driver, node.read([0], [512]))
+    run(driver, node.close())
+
+
+def test_a_server_that_comes_late(driver: BaseDriver, server: Server) -> None:
+    server.kill()
+    driver.later(0.2, server.start)
+    node = opened(driver, server, open_timeout=20)
+    run(driver, node.close())
+
+
+def test_a_cancelled_read(driver: BaseDriver, tmp_path: Path, disk: Path) -> None:
+    """It ends at once, its buffer is left alone, and the connection goes on."""
+    with slow(tmp_path, disk) as server:
+        node = opened(driver, server, connections=1)
+
+        async def work() -> None:
+            view = memoryview(bytearray(b"mine" * 128))
+            reading = driver.spawn(node.read([512], [512], [view]))
+            await driver.sleep(0.05)
+            begun = driver.now()
+            reading.cancel()
+            with pytest.raises(Cancelled):
+                await reading
+            assert driver.now() - begun < 0.2
+            assert bytes((await node.read([5], [2]))[0]) == b"\5\6"
+            assert bytes(view) == b"mine" * 128
+            (link,) = node.links.links
+            assert not link.trips and not link.load
+
+        run(driver, work())
+        run(driver, node.close())
+
+
+def test_a_cancelled_write(
+    driver: BaseDriver, tmp_path: Path, disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is waited for, since it may still happen; of a server that hangs not for ever."""
+    monkeypatch.setattr(nbd_links, "_GRACE_SECONDS", 0.3)
+    with nbdkit(tmp_path, "--filter=delay", "file", str(disk), "wdelay=200ms") as server:
+        node = opened(driver, server)
+
+        async def write(after: Callable[[], None] | None = None) -> bool:
+            writing = driver.spawn(node.write([0], [b"x"]))
+            await driver.sleep(0.05)
+            if after is not None:
+                after()
+            writing.cancel()
+            with pytest.raises(Cancelled):
+                await writing
+            return bool(node.links.links)
+
+        assert run(driver, write())
+        assert disk.read_bytes()[:1] == b"x"
+        assert server.process is not None
+        pid = server.process.pid
+        assert not run(driver, write(lambda: os.kill(pid, signal.SIGSTOP)))
+        server.kill()
+        with pytest.raises(OSError):
+            run(driver, node.close())
+
+
+def test_a_server_that_hangs(driver: BaseDriver, server: Server) -> None:
+    node = opened(driver, server, timeout=1)
+    assert server.process is not None
+    server.process.send_signal(signal.SIGSTOP)
+    with pytest.raises(PeerError, match="nothing was answered for 1 seconds"):
+        run(driver, node.read([0], [512]))
+    run(driver, node.close())
+
+
+def test_a_forked_child_has_no_disk(driver: BaseDriver, server: Server) -> None:
+    node = opened(driver, server)
+    child = os.fork()
+    if not child:
+        try:
+            run(driver, node.read([0], [1]))
+        except NodeClosed:
+            os._exit(0)
+        finally:
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert bytes(run(driver, node.read([3], [1]))[0]) == b"\3"
+    run(driver, node.close())
+
+
+# -- a server of our own making
+READY = (
+    s.greeting()
+    + s.rep(s.EXTENDED, s.UNSUP)
+    + s.rep(s.STRUCTURED, s.ACK)
+    + s.rep(s.SET_META, s.ACK)
+    + s.export(SIZE, s.HAS_FLAGS | s.FLUSH)
+    + s.rep(s.GO, s.ACK)
+)
+
+
+@contextmanager
+def saying(path: Path, *answers: Callable[[int], bytes]) -> Iterator[dict[str, str]]:
+    """A server that gives the n-th client's first request the n-th answer, and closes."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    listener.bind(str(path))
+    listener.listen()
+
+    def serve() -> None:
+        for answer in answers:
+            client, _ = listener.accept()
+            with client:
+                client.sendall(READY)
+                data = b""
+                while (at := data.rfind(b"\x25\x60\x95\x13")) < 0 or len(data) < at + 28:
+                    part = client.recv(4096)
+                    if not part:
+                        break
+                    data += part
+                else:
+                    (cookie,) = struct.unpack_from(">Q", data, at + 8)
+                    client.sendall(answer(cookie))
+                    while client.recv(4096):
+                        pass
+
+    thread = threading.Thread(target=serve)
+    thread.start()
+    try:
+        yield {"server.type": "unix", "server.path": str(path), "export": "disk"}
+    finally:
+        thread.join(20)
+        listener.close()
+
+
+def test_a_server_that_lies(driver: BaseDriver, tmp_path: Path) -> None:
+    """The error says who, and what is wrong; nothing is tried again unless it was asked for."""
+    path = tmp_path / "s"
+    with saying(path, lambda k: s.chunk(k, s.DATA, s.data(1 << 40, b"x"))) as options:
+        node = run(driver, open_nbd(driver, dict(options)))
+        with pytest.raises(PeerError) as raised:
+            run(driver, node.read([0], [512]))
+        run(driver, node.close())
+    text = str(raised.value)
+    assert "breaks the protocol: it answers a read with 1 bytes that are outside of it" in text
+    assert f"NBD server at '{path}', export 'disk'" in text
+
+
+def test_a_server_that_leaves(driver: BaseDriver, tmp_path: Path) -> None:
+    """It says that it shuts down: the request is for the next one."""
+    good = s.data(0, b"x" * 512)
+    path = tmp_path / "s"
+    with saying(
+        path,
+        lambda k: s.chunk(k, s.ERROR, s.error(108)),
+        lambda k: s.chunk(k, s.DATA, good),
+        lambda k: s.chunk(k, s.ERROR, s.error(28, b"it is full")),
+    ) as options:
+        node = run(driver, open_nbd(driver, {**options, "reconnect-delay": 9}))
+        assert bytes(run(driver, node.read([0], [512]))[0]) == b"x" * 512
+        run(driver, node.close())
+        node = run(driver, open_nbd(driver, dict(options)))
+        with pytest.raises(OSError, match="the server says: it is full") as raised:
+            run(driver, node.write([0], [b"x"]))
+        assert raised.value.errno == errno.ENOSPC
+        node.read_only = True
+        run(driver, node.close())
