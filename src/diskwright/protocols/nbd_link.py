@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import socket
+import sys
 from collections.abc import Callable, Sequence
 from functools import partial
 
@@ -70,8 +72,8 @@ class Link:
         """Bytes that are asked for and not answered."""
         self._fd = self.sock.fileno()
         self._outgoing = Outgoing(driver, self.sock, self._broken)
-        self._gathers = hasattr(self.sock, "recvmsg_into") and not self.agreed.tls
-        self._receive = self._gather if self._gathers else self._take
+        self._gathers = sys.platform != "win32" and not self.agreed.tls
+        self._receive = _gatherer(self.sock) if self._gathers else self._take
         self._moved = driver.now()
         self._watchdog: Timer | None = None
         driver.watch(self._fd, self._readable)
@@ -138,9 +140,6 @@ class Link:
                 self.lose(error.strerror or str(error), error.errno or errno.ECONNRESET)
         self._moved = self.driver.now()
 
-    def _gather(self, views: Sequence[memoryview]) -> int:
-        return self.sock.recvmsg_into(views)[0]
-
     def _take(self, views: Sequence[memoryview]) -> int:
         return self.sock.recv_into(views[0])
 
@@ -204,3 +203,16 @@ class Link:
         """In a forked child: its copy of the socket goes, nothing is said to the server."""
         self.lost = self._gone("the process was forked", errno.ESHUTDOWN)
         self.sock.close()
+
+
+if sys.platform == "win32":
+
+    def _gatherer(sock: socket.socket) -> Callable[[Sequence[memoryview]], int]:
+        """There is no call that scatters what it receives."""
+        raise NotImplementedError
+
+else:
+
+    def _gatherer(sock: socket.socket) -> Callable[[Sequence[memoryview]], int]:
+        """Receives into views, one after the other."""
+        return lambda views: sock.recvmsg_into(views)[0]
