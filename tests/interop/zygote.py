@@ -44,7 +44,11 @@ def serve() -> None:
     """A JSON object a line in, an exit status a line out."""
     import diskwright.cli.main
     import diskwright.codecs.deflate
-    import diskwright.engine.engine
+    import diskwright.engine.allocate
+    import diskwright.engine.read
+    import diskwright.engine.write
+    import diskwright.engine.writeback
+    import diskwright.engine.zero
     import diskwright.formats.qcow2.format
     import diskwright.graph.opening
     import diskwright.ops.convert  # noqa: F401
