@@ -16,10 +16,8 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from types import CodeType
-from typing import Any
+from types import CodeType, FunctionType
 
 import atheris
 
@@ -28,17 +26,9 @@ LINES: dict[str, set[int]] = {}
 """Those that were reached, by file."""
 
 
-def guide(name: str) -> AbstractContextManager[Any]:
-    """Tell the fuzzer which new code an input of this target reaches.
-
-    Since Python 3.12 the interpreter says so of each line once, which costs nothing afterwards.
-    Before, code has to be instrumented while it is imported, and takes three times as long; lines
-    are not known then.
-    """
-    if sys.version_info < (3, 12):
-        others = {"nbd": "wire", "inspect": "ops.inspecting"}
-        rooms = ["diskwright." + others.get(name, f"formats.{name}")]
-        return atheris.instrument_imports(include=rooms, enable_loader_override=False)  # type: ignore[no-any-return]
+def watch_lines() -> None:
+    """Since Python 3.12 the interpreter says of each line once that it is reached, which costs
+    nothing afterwards: the fuzzer hears of new ones."""
     monitoring = sys.monitoring
     tool, event = monitoring.COVERAGE_ID, monitoring.events.LINE
     wanted = tuple(f"/diskwright/{room}/" for room in ROOMS)
@@ -53,18 +43,27 @@ def guide(name: str) -> AbstractContextManager[Any]:
     monitoring.use_tool_id(tool, "fuzz")
     monitoring.register_callback(tool, event, reached)
     monitoring.set_events(tool, event)
-    return nullcontext()
 
 
-with guide(sys.argv[1]):
-    from fuzz.fields import modules
+def instrument(name: str) -> None:
+    """Before, functions tell each of their branches, and take three times as long; this is for the
+    short run of the tests."""
+    for module in [found for key, found in sys.modules.items() if f".formats.{name}." in key]:
+        for owner in [module, *(v for v in vars(module).values() if isinstance(v, type))]:
+            for value in list(vars(owner).values()):
+                if isinstance(value, FunctionType) and value.__module__ == module.__name__:
+                    atheris.instrument_func(value)
 
-    modules()
-    from fuzz.targets import TARGETS, Target
+
+WATCHED = sys.version_info >= (3, 12)
+if WATCHED:
+    watch_lines()
 
 from fuzz.borders_worker import limit, peak  # noqa: E402
+from fuzz.fields import modules  # noqa: E402
 from fuzz.machine import Hang, watched  # noqa: E402
 from fuzz.scaled import scale  # noqa: E402
+from fuzz.targets import TARGETS, Target  # noqa: E402
 
 
 class Session:
@@ -125,6 +124,9 @@ def custom(mutate: Callable[..., bytes]) -> Callable[[bytes, int, int], bytes]:
 
 def main(name: str, runs: str, folder: str) -> None:
     target = TARGETS[name]
+    modules()
+    if not WATCHED:
+        instrument(name)
     session = Session(target, Path(folder))
     scale()
     limit()
