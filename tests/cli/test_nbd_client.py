@@ -171,6 +171,8 @@ UNIX = {"type": "unix", "path": "/a b"}
         ("nbd+unix://?socket=/a%20b", {"server": UNIX, "export": ""},
          "nbd+unix://?socket=/a%20b"),
         ("nbd:unix:/a b", {"server": UNIX, "export": ""}, "nbd+unix://?socket=/a%20b"),
+        ("nbd+unix:///%FF?socket=/a%20b", {"server": UNIX, "export": "\udcff"},
+         "nbd+unix:///%FF?socket=/a%20b"),
         ("nbd:unix:/a b:exportname=x:y", {"server": UNIX, "export": "x:y"},
          "nbd+unix:///x%3Ay?socket=/a%20b"),
         ("nbd:[::1]:7", {"server": {"type": "inet", "host": "::1", "port": "7"}, "export": ""},

@@ -7,6 +7,8 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -64,3 +66,22 @@ def nbdkit(folder: Path, *words: str) -> Server:
 
 def qemu_nbd(folder: Path, *words: str) -> Server:
     return Server(folder, "qemu-nbd", "-k", "SOCKET", "-t", "-e", "8", "-x", "disk", *words)
+
+
+@contextmanager
+def nbd_server(folder: Path, disk: Path) -> Iterator[dict[str, Any]]:
+    """The reference implementation, which goes into the background and makes a process for each
+    client; how to open ``disk`` there."""
+    path, pid = folder / "nbd.sock", folder / "pid"
+    about = f"[generic]\nunixsock={path}\nallowlist=true\n[disk]\nexportname={disk}\n"
+    (folder / "config").write_text(about + "flush=true\nfua=true\ntrim=true\n")
+    words = ["-C", str(folder / "config"), "-p", str(pid)]
+    subprocess.run([find_peer("nbd-server"), *words], check=True, capture_output=True)
+    deadline = time.monotonic() + 20
+    while not (path.exists() and pid.exists() and pid.read_text().strip()):
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    try:
+        yield {"server.type": "unix", "server.path": str(path), "export": "disk"}
+    finally:
+        os.kill(int(pid.read_text()), signal.SIGTERM)

@@ -16,9 +16,10 @@ from diskwright.extents import Zero
 from diskwright.protocols.nbd import open_nbd
 from diskwright.protocols.nbdnode import NbdNode
 
-from .nbd_servers import Server, nbdkit, qemu_nbd
+from .nbd_servers import Server, nbd_server, nbdkit, qemu_nbd
 
 T = TypeVar("T")
+PLAIN = pytest.mark.parametrize("driver", ["plain"], indirect=True)
 
 
 def run(driver: BaseDriver, work: Coroutine[Any, Any, T]) -> T:
@@ -73,19 +74,39 @@ def use(driver: BaseDriver, node: NbdNode) -> None:
     "words",
     [
         ("memory", "1M"),
-        ("--no-sr", "memory", "1M"),
-        ("--mask-handshake=0", "memory", "1M"),
         ("--filter=blocksize-policy", "memory", "1M", "blocksize-minimum=512",
          "blocksize-preferred=4096", "blocksize-maximum=64k", "blocksize-error-policy=error"),
-        ("--filter=nozero", "--filter=noextents", "memory", "1M", "zeromode=none"),
         ("--filter=multi-conn", "--filter=delay", "memory", "1M", "multi-conn-mode=unsafe",
          "delay-read=1ms"),
     ],
-    ids=["plain", "simple", "newstyle", "blocks", "poor", "several"],
+    ids=["plain", "blocks", "several"],
 )  # fmt: skip
 def test_nbdkit(driver: BaseDriver, tmp_path: Path, words: tuple[str, ...]) -> None:
     with nbdkit(tmp_path, *words) as server:
         use(driver, opened(driver, server))
+
+
+@PLAIN
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--no-sr",),
+        ("--mask-handshake=0",),
+        ("--filter=nozero", "--filter=noextents", "zeromode=none"),
+    ],
+    ids=["simple", "newstyle", "poor"],
+)
+def test_nbdkit_with_less(driver: BaseDriver, tmp_path: Path, words: tuple[str, ...]) -> None:
+    with nbdkit(tmp_path, *words[:2], "memory", "1M", *words[2:]) as server:
+        use(driver, opened(driver, server))
+
+
+@PLAIN
+def test_nbd_server(driver: BaseDriver, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(1 << 20))
+    with nbd_server(tmp_path, disk) as options:
+        use(driver, run(driver, open_nbd(driver, options)))
 
 
 def test_oldstyle(driver: BaseDriver, tmp_path: Path) -> None:
@@ -99,6 +120,7 @@ def test_oldstyle(driver: BaseDriver, tmp_path: Path) -> None:
         run(driver, node.close())
 
 
+@PLAIN
 @pytest.mark.parametrize("format", ["raw", "qcow2"])
 def test_qemu_nbd(driver: BaseDriver, tmp_path: Path, format: str) -> None:
     image = tmp_path / "disk"

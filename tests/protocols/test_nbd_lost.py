@@ -22,7 +22,7 @@ from diskwright.protocols.nbd import open_nbd
 from sansio import nbd_script as s
 
 from .nbd_servers import Server, nbdkit
-from .test_nbd import opened, run
+from .test_nbd import PLAIN, opened, run
 
 SIZE = 1 << 20
 
@@ -110,6 +110,7 @@ def test_a_flush_does_not_lie(driver: BaseDriver, server: Server) -> None:
     assert node.closed
 
 
+@PLAIN
 def test_waiting_ends(driver: BaseDriver, server: Server) -> None:
     node = opened(driver, server, reconnect_delay=1)
     server.kill()
@@ -124,6 +125,7 @@ def test_waiting_ends(driver: BaseDriver, server: Server) -> None:
     run(driver, node.close())
 
 
+@PLAIN
 def test_another_export(driver: BaseDriver, server: Server, disk: Path) -> None:
     node = opened(driver, server, reconnect_delay=1)
     server.kill()
@@ -192,6 +194,7 @@ def test_a_cancelled_write(
             run(driver, node.close())
 
 
+@PLAIN
 def test_a_server_that_hangs(driver: BaseDriver, server: Server) -> None:
     node = opened(driver, server, timeout=1)
     assert server.process is not None
@@ -260,6 +263,7 @@ def saying(path: Path, *answers: Callable[[int], bytes]) -> Iterator[dict[str, s
         listener.close()
 
 
+@PLAIN
 def test_a_server_that_lies(driver: BaseDriver, tmp_path: Path) -> None:
     """The error says who, and what is wrong; nothing is tried again unless it was asked for."""
     path = tmp_path / "s"

@@ -16,7 +16,7 @@ from diskwright.protocols.nbd import open_nbd
 from diskwright.secrets import Secrets
 
 from .nbd_servers import nbdkit, qemu_nbd
-from .test_nbd import run
+from .test_nbd import PLAIN, run
 
 
 def _openssl(folder: Path, *words: str) -> None:
@@ -77,6 +77,7 @@ def test_nbdkit(driver: BaseDriver, tmp_path: Path, certificates: Path) -> None:
         run(driver, node.close())
 
 
+@PLAIN
 def test_qemu_nbd(driver: BaseDriver, tmp_path: Path, certificates: Path) -> None:
     """Credentials by their id; a server that wants to know who we are."""
     image = tmp_path / "disk"
@@ -98,6 +99,7 @@ def test_qemu_nbd(driver: BaseDriver, tmp_path: Path, certificates: Path) -> Non
     assert image.read_bytes()[:100001] == b"x" * 100000 + b"\0"
 
 
+@PLAIN
 def test_a_server_without(driver: BaseDriver, tmp_path: Path) -> None:
     with (
         nbdkit(tmp_path, "memory", "1M") as server,
@@ -106,6 +108,7 @@ def test_a_server_without(driver: BaseDriver, tmp_path: Path) -> None:
         run(driver, open_nbd(driver, server.options(tls=True, tls_verify_peer=False)))
 
 
+@PLAIN
 def test_pre_shared_keys(driver: BaseDriver, tmp_path: Path) -> None:
     keys = tmp_path / "keys.psk"
     keys.write_text("alice:c0ffee00c0ffee00c0ffee00c0ffee00\nqemu:00\n")

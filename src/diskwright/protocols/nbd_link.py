@@ -168,10 +168,8 @@ class Link:
             return
         self.lost = self._gone(f"the connection was lost: {why}", number)
         self._shut()
-        trips, self.trips = self.trips, set()
         self.on_lost(self)
-        for trip in trips:
-            trip.done.set(error=self.lost)
+        self._give_up()
 
     def _gone(self, why: str, number: int) -> PeerError:
         return PeerError(why, number, peer=self.peer, export=self.export)
@@ -185,7 +183,7 @@ class Link:
         self.sock.close()
 
     async def close(self) -> None:
-        """Take leave of the server; nothing is being asked."""
+        """Take leave of the server."""
         if self.lost is not None:
             return
         leaving = self.machine.leaving()
@@ -198,6 +196,13 @@ class Link:
             if self.lost is None:
                 self.lost = self._gone("the connection was closed", errno.ESHUTDOWN)
                 self._shut()
+                self._give_up()
+
+    def _give_up(self) -> None:
+        """Tell all who wait that nothing comes any more."""
+        trips, self.trips = self.trips, set()
+        for trip in trips:
+            trip.done.set(error=self.lost)
 
     def drop(self) -> None:
         """In a forked child: its copy of the socket goes, nothing is said to the server."""

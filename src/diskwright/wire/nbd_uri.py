@@ -19,6 +19,7 @@ SCHEMES = frozenset(
 )
 _TLS = ("tls-certificates", "tls-psk-file", "tls-username", "tls-hostname", "tls-verify-peer")
 _EXPORT = ":exportname="
+_ERRORS = "surrogateescape"
 
 Options = dict[str, Any]
 
@@ -37,8 +38,8 @@ def parse(name: str) -> Options:
         raise _bad(name, str(error)) from None
     if parts.fragment or "#" in name:
         raise _bad(name, "'#' must be written as '%23'")
-    query = dict(parse_qsl(parts.query, keep_blank_values=True))
-    options: Options = {"export": unquote(parts.path.removeprefix("/"))}
+    query = dict(parse_qsl(parts.query, keep_blank_values=True, errors=_ERRORS))
+    options: Options = {"export": unquote(parts.path.removeprefix("/"), errors=_ERRORS)}
     transport = scheme.partition("+")[2]
     if transport == "unix":
         if host is not None or port is not None:
@@ -57,7 +58,7 @@ def parse(name: str) -> Options:
     if scheme.startswith("nbds"):
         options["tls"] = True
         if parts.username:
-            options["tls-username"] = unquote(parts.username)
+            options["tls-username"] = unquote(parts.username, errors=_ERRORS)
         for key in _TLS:
             if key in query:
                 options[key] = query.pop(key)
@@ -88,9 +89,13 @@ def _bad(name: str, why: str) -> UsageError:
     return UsageError(f"'{name}' names no NBD export: {why}")
 
 
+def _quoted(text: object, safe: str) -> str:
+    return quote(str(text), safe=safe, errors=_ERRORS)
+
+
 def uri(options: Mapping[str, Any]) -> str:
     """The shortest name for flat options (``server.type``, ...), all others left out."""
-    export = quote(str(options.get("export", "")), safe="/")
+    export = _quoted(options.get("export", ""), "/")
     scheme = "nbds" if options.get("tls") else "nbd"
     query = {key: options[key] for key in _TLS if options.get("tls") and key in options}
     if options.get("server.type") == "unix":
@@ -104,5 +109,5 @@ def uri(options: Mapping[str, Any]) -> str:
         host = f"[{host}]" if ":" in host else host
         where = f"{scheme}://{host}:{options['server.port']}" + (f"/{export}" if export else "")
     said = {True: "1", False: "0"}
-    pairs = (f"{key}={quote(str(said.get(v, v)), safe='/:')}" for key, v in query.items())
+    pairs = (key + "=" + _quoted(said.get(value, value), "/:") for key, value in query.items())
     return where + ("?" + "&".join(pairs) if query else "")
