@@ -207,6 +207,8 @@ class Hostile(Files):
         self._commit(plan)
 
     def _put(self, guest: int, slot: str, host: int, xform: Any, data: bytes) -> None:
+        if xform:  # a disk may end inside a sector
+            data += bytes(-len(data) % self.format.cipher_unit)
         for transform in reversed(xform):
             data = self._through(transform.encode, guest, host, data)
         self.writes(slot, host, data)
