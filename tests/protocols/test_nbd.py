@@ -14,6 +14,7 @@ from diskwright.contract import FUA, MAY_UNMAP
 from diskwright.engine.kernel import BaseDriver
 from diskwright.extents import Zero
 from diskwright.protocols.nbd import open_nbd
+from diskwright.protocols.nbd_status import by_blocks
 from diskwright.protocols.nbdnode import NbdNode
 
 from .nbd_servers import Server, nbd_server, nbdkit, qemu_nbd
@@ -129,3 +130,16 @@ def test_qemu_nbd(driver: BaseDriver, tmp_path: Path, format: str) -> None:
         node = opened(driver, server, "disk")
         assert node.agreed.extended and node.agreed.contexts
         use(driver, node)
+
+
+@pytest.mark.parametrize(
+    ("rows", "told"),
+    [
+        ([(1024, 3), (512, 0)], [(1024, 3), (512, 0)]),
+        ([(1000, 3), (24, 1)], [(512, 3), (512, 0)]),
+        ([(1000, 3), (10, 1), (526, 2)], [(512, 3), (512, 0), (512, 2)]),
+        ([(7, 1)], [(512, 0)]),
+    ],
+)
+def test_status_in_whole_blocks(rows: list[tuple[int, int]], told: list[tuple[int, int]]) -> None:
+    assert list(by_blocks(rows, 512)) == told

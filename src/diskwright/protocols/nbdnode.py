@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from ..contract import FUA, MAY_UNMAP, NO_FALLBACK, Limits
 from ..engine.kernel import BaseDriver
 from ..errors import FlushFailed, NotSupported, PeerError
-from ..extents import Data, Extent, Opaque, Zero, merge
+from ..extents import Data, Extent, Zero, merge
 from ..units import SECTOR
 from ..wire import nbd_const as c
 from ..wire.nbd_flight import MOST
@@ -19,6 +19,7 @@ from .base import Buffer, Leaf, clear
 from .bounce import Bounce
 from .nbd_link import Trip
 from .nbd_links import Links, Settings
+from .nbd_status import by_blocks, extent_of
 
 _ZEROES = bytes(1 << 20)
 _EFFECT = 1 << 30
@@ -319,12 +320,12 @@ class NbdNode(Leaf):
             stop = stop if self.agreed.extended else min(stop, first + _EFFECT)
             trip = Trip(c.CMD_BLOCK_STATUS, [first], [stop - first])
             await self._carry(trip)
-            for count, flags in trip.status[context]:
+            for count, flags in by_blocks(trip.status[context], mask + 1):
                 part = min(first + count, end) - at
                 first += count
                 if part <= 0:
                     break
-                found.append(_extent(at, part, flags, own, not self.read_only))
+                found.append(extent_of(at, part, flags, own, not self.read_only))
                 at += part
         if at < end:
             found.append(Data("", at, end - at, not self.read_only))
@@ -362,15 +363,6 @@ class NbdNode(Leaf):
 
 
 _ALLOCATION = c.BASE_ALLOCATION.decode()
-
-
-def _extent(offset: int, length: int, flags: int, own: bool, writable: bool) -> Extent:
-    if own:
-        # Its first flag says whatever the context means by it, and nothing of zeroes.
-        return Opaque("", offset, length) if flags & 1 else Data("", offset, length, writable)
-    if flags & c.STATE_ZERO:
-        return Zero(length, explicit=not flags & c.STATE_HOLE)
-    return Data("", offset, length, writable)
 
 
 def _overlapping(offsets: Sequence[int], buffers: Sequence[Buffer]) -> bool:
