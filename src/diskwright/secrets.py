@@ -90,6 +90,10 @@ class Secrets(Mapping[str, bytes]):
                 f"attempt to add duplicate property '{name}' to object (type 'container')"
             )
 
+    def forget(self, name: str) -> None:
+        """Take a secret back.  Raises KeyError."""
+        del self._found[name]
+
     def define(
         self, definition: str | Mapping[str, Any], read: Callable[[str], bytes] | None = None
     ) -> str:

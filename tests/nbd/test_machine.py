@@ -24,7 +24,7 @@ class Fed:
     """What a machine made of a stream, in a form that does not depend on how it was cut."""
 
     def __init__(self, export: Export = EXPORT, hold: bool = False, small: bool = False) -> None:
-        self.machine = NbdServer([export], ReceiveBuffer(64 << 10) if small else None)
+        self.machine = NbdServer({export.name: export}, ReceiveBuffer(64 << 10) if small else None)
         self.reads: list[Any] = []
         self.writes: list[Any] = []
         self.others: list[Any] = []

@@ -49,6 +49,7 @@ IMG_VERBS = {
 }
 OWN_VERBS = {
     "completion": "Print what completes command lines in a shell",
+    "daemon": "Hold disks and serve them, under the control of QMP monitors",
     "digest": "Print digests of a disk's content",
     "inspect": "Tell what a file is, opening nothing that it names",
     "io": "Read and write by commands",
@@ -56,7 +57,7 @@ OWN_VERBS = {
     "serve": "Serve a disk over NBD",
 }
 # Tools without verbs: the whole command line belongs to one module.
-TOOLS = {"qemu-io": "io", "qemu-nbd": "serve"}
+TOOLS = {"qemu-io": "io", "qemu-nbd": "serve", "qemu-storage-daemon": "daemon"}
 OWN_NAMES = ("diskwright", "dw")
 
 
@@ -124,8 +125,8 @@ def _usage(call: Call, text: str, getopt: bool) -> int:
 
 
 def tool_of(name: str) -> str:
-    """Which tool a called name selects: ``qemu-img``, ``qemu-io``, ``qemu-nbd`` or
-    ``diskwright``.  An ending (``.py``, ``.exe``) is not part of the name."""
+    """Which tool a called name selects: ``qemu-img``, ``qemu-io``, ``qemu-nbd``,
+    ``qemu-storage-daemon`` or ``diskwright``.  An ending (``.py``, ``.exe``) is not part of it."""
     stem = name.split(".")[0]
     return stem if stem == "qemu-img" or stem in TOOLS else "diskwright"
 

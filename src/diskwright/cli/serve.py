@@ -11,7 +11,7 @@ from ..errors import DiskError, UsageError
 from ..records import NamedTuple
 from .images import READ_CACHES, arguments, gate, new_driver, secrets, warn_if_guessed
 from .options import FORCE_SHARE, FORMAT, GATE, IMAGE_OPTS, OBJECT, Args, Opt
-from .output import Call, UsageProblem, reason, to_stderr
+from .output import Call, UsageProblem, reason
 
 if TYPE_CHECKING:
     import socket
@@ -93,7 +93,9 @@ def main(call: Call, argv: list[str]) -> int:
         return 0
     settings = _settings(call, args)
     if "fork" in args:
-        return _in_background(call, settings)
+        from .background import in_background
+
+        return in_background(call, lambda listening: serve(call, settings, listening))
     serve(call, settings, lambda: None)
     return 0
 
@@ -188,6 +190,7 @@ async def _serve(
     from ..export.nbd import NbdExport
     from ..export.nbd_service import serve_until_signalled, tune_collector
     from ..graph.opener import close_disk, open_disk
+    from .background import unlink, write_pid
 
     node = await open_disk(
         driver,
@@ -222,7 +225,7 @@ async def _serve(
         listener = _listen(settings)
         try:
             if settings.pid_file:
-                _write_pid(settings.pid_file)
+                write_pid(settings.pid_file)
             if sys.stdout.isatty():
                 print(f"serving {uri(settings, listener)}", flush=True)
             listening()
@@ -234,7 +237,7 @@ async def _serve(
         finally:
             listener.close()
             for path in filter(None, (settings.socket, settings.pid_file)):
-                _unlink(path)
+                unlink(path)
     finally:
         await close_disk(node)
 
@@ -254,46 +257,6 @@ def _listen(settings: Settings) -> socket.socket:
     except OSError as error:
         where = f"{settings.address}:{settings.port}"
         raise UsageError(f"Failed to listen on {where}: {error.strerror or error}") from error
-
-
-def _write_pid(path: str) -> None:
-    with open(path, "w") as file:
-        file.write(f"{os.getpid()}\n")
-
-
-def _unlink(path: str) -> None:
-    try:
-        os.unlink(path)
-    except FileNotFoundError:
-        pass
-
-
-def _in_background(call: Call, settings: Settings) -> int:
-    """Serve in a child of its own session; the status is the child's until it listens."""
-    if sys.platform == "win32":
-        raise UsageError("--fork is not supported on this system")
-    reader, writer = os.pipe()
-    if os.fork():
-        os.close(writer)
-        with open(reader, "rb") as told:
-            return 0 if told.read(1) else call.failure
-    os.close(reader)
-    os.setsid()
-
-    def listening() -> None:
-        null = os.open(os.devnull, os.O_RDWR)
-        for descriptor in (0, 1, 2):
-            os.dup2(null, descriptor)
-        os.close(null)
-        os.write(writer, b"\1")
-        os.close(writer)
-
-    try:
-        serve(call, settings, listening)
-    except Exception as error:
-        to_stderr(f"{call.name}: {reason(error)}\n")
-        os._exit(call.failure)
-    os._exit(0)
 
 
 def uri(settings: Settings, listener: socket.socket) -> str:

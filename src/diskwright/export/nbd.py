@@ -7,24 +7,16 @@ import os
 import socket
 import stat
 import sys
-from collections.abc import Callable
 
-from ..engine.kernel import BaseDriver, Cancelled, Future, Task
+from ..engine.kernel import BaseDriver, Cancelled, Future
 from ..engine.node import Node
-from ..wire.nbd_handshake import Export
-from .arena import Arena
-from .budget import TOTAL_LIMIT, Budget
-from .nbd_connection import Connection
+from .budget import TOTAL_LIMIT
+from .nbd_server import HANDSHAKE_SECONDS, Server
 
-HANDSHAKE_SECONDS = 10.0
 BACKLOG = 128
-ARENA_SIZE = 1 << 20
-"""Larger read buffers are not kept, so that idle clients cost nothing."""
-ARENAS = 8
-_SEND_BUFFER = 4 << 20  # the kernel lowers it to what it allows
 
 
-class NbdExport:
+class NbdExport(Server):
     """Serves ``node`` under ``name`` to at most ``clients`` at a time (0: no limit).
 
     Further clients wait in the listening socket's queue.  Unless ``persistent`` it ends when the
@@ -44,122 +36,35 @@ class NbdExport:
         budget: int = TOTAL_LIMIT,
         handshake_seconds: float = HANDSHAKE_SECONDS,
     ) -> None:
-        self.driver = driver
-        self.node = node
-        self.clients = clients
-        self.persistent = persistent
-        self.handshake_seconds = handshake_seconds
-        self.budget = Budget(budget)
-        self.on_error: Callable[[BaseException], None] = lambda error: None
-        """Told of failures that are not the client's and that no reply can carry."""
-        self.description = Export(
-            name,
-            node.size,
-            read_only or node.read_only,
-            description,
-            multi_conn=clients != 1,
+        super().__init__(
+            driver, clients=clients, budget=budget, handshake_seconds=handshake_seconds
         )
-        self.on_left: Callable[[str], None] = lambda reason: None
-        """Told why a client left."""
-        self.connections: set[Connection] = set()
-        self.stopping = False
-        self._listener: socket.socket | None = None
-        self._accepting: Task[None] | None = None
-        self._changed: Future[None] | None = None
-        self._room: Future[None] | None = None
-        self._arenas: dict[bool, list[Arena]] = {False: [], True: []}
-        self._served = False
+        self.node = node
+        self.persistent = persistent
+        self.description = self.offer(name, node, description, read_only or node.read_only)
 
     async def serve(self, listener: socket.socket) -> None:
         """Accept clients of ``listener`` (closed at the end) until there is no more to do, then
         flush the node."""
-        self._listener = listener
-        listener.setblocking(False)
-        self._accepting = self.driver.spawn(self._accept(listener), name="nbd-accept")
+        self.start(listener)
         try:
             while not self._finished():
                 self._changed = Future()
                 await self._changed
         finally:
             self.stop()
-            while self.connections or not self._accepting.done:
+            while not self.ended:
                 self._changed = Future()
                 try:
                     await self._changed
                 except Cancelled:
                     continue
-            self.driver.forget(listener.fileno())
-            listener.close()
+            self.close()
         if not self.description.read_only:
             await self.node.flush()
 
-    def stop(self) -> None:
-        """Take no new clients and no new requests; what was read is still answered."""
-        self.stopping = True
-        if self._accepting is not None:
-            self._accepting.cancel()
-        for connection in list(self.connections):
-            connection.stop()
-        self._notify()
-
     def _finished(self) -> bool:
         return self.stopping or (self._served and not self.persistent and not self.connections)
-
-    def _notify(self) -> None:
-        if self._changed is not None:
-            self._changed.set()
-
-    async def _accept(self, listener: socket.socket) -> None:
-        try:
-            while True:
-                while self.clients and len(self.connections) >= self.clients:
-                    self._room = Future()
-                    await self._room
-                try:
-                    sock, _ = listener.accept()
-                except (BlockingIOError, InterruptedError, ConnectionAbortedError):
-                    await self.driver.readable(listener.fileno())
-                    continue
-                except OSError:  # no descriptors left: wait until a client has gone
-                    await self.driver.sleep(0.1)
-                    continue
-                self._admit(sock)
-        except Cancelled:
-            pass
-        finally:
-            self.driver.soon(self._notify)
-
-    def _admit(self, sock: socket.socket) -> None:
-        sock.setblocking(False)
-        if sys.platform != "win32" and sock.family == socket.AF_UNIX:
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
-        else:
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-        connection = Connection(self, sock)
-        self.connections.add(connection)
-        connection.ended.callbacks.append(lambda _: self._left(connection))
-        connection.start()
-
-    def _left(self, connection: Connection) -> None:
-        self.connections.discard(connection)
-        self.on_left(connection.reason)
-        self._served = self._served or connection.negotiated
-        if self._room is not None:
-            self._room.set()
-        self._notify()
-
-    # -- buffers that all clients use again
-    def arena(self, structured: bool) -> Arena:
-        """Read buffers, used before if possible."""
-        kept = self._arenas[structured]
-        return kept.pop() if kept else Arena(structured)
-
-    def keep(self, arena: Arena) -> None:
-        """They are free again."""
-        kept = self._arenas[arena.headers.structured]
-        if arena.size <= ARENA_SIZE and len(kept) < ARENAS:
-            kept.append(arena)
 
 
 if sys.platform == "win32":

@@ -25,7 +25,7 @@ from .budget import CLIENT_LIMIT, Budget
 from .nbd_requests import perform
 
 if TYPE_CHECKING:
-    from .nbd import NbdExport
+    from .nbd_server import Server
 
 READ_GROUP = 4 << 20
 """Reads of one batch are carried out in groups of about so many bytes."""
@@ -39,13 +39,14 @@ class Connection:
     """Serves ``sock`` (nonblocking) until the client leaves or :meth:`stop` is called; ``ended``
     is resolved when nothing of it is left."""
 
-    def __init__(self, export: NbdExport, sock: socket.socket) -> None:
+    def __init__(self, export: Server, sock: socket.socket) -> None:
         self.export = export
-        self.node: Node = export.node
+        self.node: Node
+        self.chosen: bytes | None = None
         self.driver = export.driver
         self.sock = sock
         self.fd = sock.fileno()
-        self.machine = NbdServer([export.description], ReceiveBuffer(BUFFER_SIZE))
+        self.machine = NbdServer(export.exports, ReceiveBuffer(BUFFER_SIZE))
         self.outgoing = Outgoing(self.driver, sock, lambda error: self.stop(str(error)))
         self.budget = Budget(CLIENT_LIMIT, export.budget)
         self.negotiated = False
@@ -105,6 +106,8 @@ class Connection:
             self.outgoing.send((data,), len(data))
         if self.machine.export is not None:
             self.negotiated = True
+            self.chosen = self.machine.export.name
+            self.node = self.export.nodes[self.chosen]
 
     # -- receiving
     def _pause(self) -> None:

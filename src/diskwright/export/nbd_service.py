@@ -6,8 +6,9 @@ import gc
 import signal
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from types import FrameType
+from typing import Any
 
 from ..engine.kernel import BaseDriver, Cancelled
 from .nbd import NbdExport
@@ -21,6 +22,13 @@ async def serve_until_signalled(
     driver: BaseDriver, export: NbdExport, listener: socket.socket
 ) -> None:
     """Serve; SIGTERM, SIGINT and SIGHUP (where it exists) end it gracefully.  Main thread only."""
+    await until_signalled(driver, export.serve(listener), export.stop)
+
+
+async def until_signalled(
+    driver: BaseDriver, work: Coroutine[Any, Any, None], stop: Callable[[], None]
+) -> None:
+    """Do ``work``; at the first of these signals ``stop`` is called, which must end it."""
     reader, writer = socket.socketpair()
     reader.setblocking(False)
     writer.setblocking(False)
@@ -30,13 +38,13 @@ async def serve_until_signalled(
     async def watch() -> None:
         try:
             await driver.readable(reader.fileno())
-            export.stop()
+            stop()
         except Cancelled:
             pass
 
     watcher = driver.spawn(watch(), name="signals")
     try:
-        await export.serve(listener)
+        await work
     finally:
         watcher.cancel()
         while not watcher.done:

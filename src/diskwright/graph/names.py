@@ -22,7 +22,6 @@ Reference = str | Mapping[str, Any]
 _DEPTH = 64
 """Deepest nesting of a description that is taken."""
 
-_STRING = r'(?s)"(?:[^"\\]|\\.)*"' r"|'(?:[^'\\]|\\.)*'"
 
 
 def protocol_of(name: str) -> str:
@@ -111,49 +110,15 @@ def parse_json(text: str) -> Options:
 
     Strings may stand in single quotes, as qemu's tools take them.
     """
-    import json
-    import re
+    from ..wire.qjson import JsonError, loads
 
     try:
-        value = json.loads(re.sub(_STRING, _double_quoted, text) if "'" in text else text)
-    except (ValueError, RecursionError) as error:
-        raise UsageError(f"Could not parse the JSON options: {_json_error(error)}") from None
+        value = loads(text)
+    except JsonError as error:
+        raise UsageError(f"Could not parse the JSON options: {error}") from None
     if not isinstance(value, dict):
         raise UsageError("Invalid JSON object given")
     return nest(flatten(value))
-
-
-def _json_error(error: ValueError | RecursionError) -> str:
-    """What is wrong with a JSON text, in the words of qemu's tools."""
-    import json
-    import re
-
-    if not isinstance(error, json.JSONDecodeError):
-        return "JSON parse error, too deeply nested"
-    text, at = error.doc, error.pos
-    if not text.strip():
-        return "Expecting a JSON value"
-    if error.msg.startswith("Extra data"):
-        return "Expecting at most one JSON value"
-    if error.msg.startswith(("Invalid \\escape", "Invalid \\u")):
-        return "JSON parse error, invalid escape sequence in string"
-    if error.msg.startswith("Unterminated string"):
-        return f"JSON parse error, stray '{text[at:]}'"
-    if not text[at:].strip():
-        return "JSON parse error, premature EOI"
-    word = re.match(r"[A-Za-z]+", text[at:])
-    if word is not None:
-        return f"JSON parse error, invalid keyword '{word.group()}'"
-    if error.msg.startswith("Expecting ':'"):
-        return "JSON parse error, missing : in object pair"
-    return "JSON parse error, expecting value"
-
-
-def _double_quoted(match: re.Match[str]) -> str:
-    word = match.group()
-    if word[0] == '"':
-        return word
-    return '"' + word[1:-1].replace("\\'", "'").replace('"', '\\"') + '"'
 
 
 def parse_image_opts(text: str) -> Options:
@@ -163,7 +128,7 @@ def parse_image_opts(text: str) -> Options:
     before it off.
     """
     flat: Options = {}
-    for i, (key, value) in enumerate(_pairs(text)):
+    for i, (key, value) in enumerate(pairs(text)):
         if not key:
             raise UsageError(f"Expected parameter name in '{text}'")
         if value is None:
@@ -177,7 +142,8 @@ def parse_image_opts(text: str) -> Options:
     return nest(flat)
 
 
-def _pairs(text: str) -> Iterator[tuple[str, str | None]]:
+def pairs(text: str) -> Iterator[tuple[str, str | None]]:
+    """``key=value`` parts between commas; None for a part without ``=``."""
     position = 0
     while position < len(text):
         equals = text.find("=", position)

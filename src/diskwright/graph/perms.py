@@ -77,7 +77,7 @@ def child_use(node: Node, kind: str, slot: str, use: Use, force_share: bool) -> 
     """What ``node`` (of driver kind ``kind``) makes of its child in ``slot`` while it is itself
     put to ``use``."""
     if slot == "backing":
-        return Use(frozenset({CONSISTENT_READ}))
+        return Use(use.perms & {CONSISTENT_READ})
     if kind != "format":
         return use
     if node.driver_name == "raw":

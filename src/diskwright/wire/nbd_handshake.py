@@ -7,7 +7,7 @@ machine's buffer and leaves a part of one where it is.
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from ..records import NamedTuple
 from . import nbd_const as c
@@ -65,11 +65,12 @@ class Handshake:
     """One client's option haggling.
 
     ``out`` collects what must be sent.  ``export`` is set when transmission begins;
-    ``closed`` says why the connection must be dropped (after ``out`` was sent).
+    ``closed`` says why the connection must be dropped (after ``out`` was sent).  ``exports``, by
+    name, may change meanwhile.
     """
 
-    def __init__(self, exports: Sequence[Export]) -> None:
-        self.exports = {e.name: e for e in exports}
+    def __init__(self, exports: Mapping[bytes, Export]) -> None:
+        self.exports = exports
         self.out: list[bytes] = [
             _GREETING.pack(c.INIT_MAGIC, c.OPTION_MAGIC, c.FLAG_FIXED_NEWSTYLE | c.FLAG_NO_ZEROES)
         ]

@@ -8,7 +8,7 @@ came, sends :meth:`NbdServer.take`, and closes once ``closed`` is set.  Replies 
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping
 
 from . import nbd_const as c
 from .nbd_batch import REQUEST_SIZE, Batch, Other, ReceiveBuffer, Refusal
@@ -65,7 +65,9 @@ class NbdServer:
     the client chose, once it has.
     """
 
-    def __init__(self, exports: Sequence[Export], buffer: ReceiveBuffer | None = None) -> None:
+    def __init__(
+        self, exports: Mapping[bytes, Export], buffer: ReceiveBuffer | None = None
+    ) -> None:
         self.handshake: Handshake | None = Handshake(exports)
         self.buffer = buffer or ReceiveBuffer(BUFFER_SIZE)
         self.closed = ""

@@ -1,0 +1,8 @@
+"""The control plane: QMP commands and events, each declared once."""
+
+from __future__ import annotations
+
+
+def all_commands() -> None:
+    """Import every module that declares commands."""
+    from . import basics, exports, nodes, objects, query  # noqa: F401

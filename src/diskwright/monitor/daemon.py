@@ -1,0 +1,147 @@
+"""What a storage daemon holds: nodes, exports, objects, and the monitors that ask for it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+from .. import __version__
+from ..engine.futures import Condition
+from ..engine.kernel import BaseDriver, Future
+from ..errors import UsageError
+from ..export.nbd_server import Server
+from ..graph.gate import Gate
+from ..graph.graph import Graph
+from ..graph.node import Node
+from ..graph.perms import ALL, Use
+from ..secrets import Secrets
+from . import types
+from .commands import EVENTS
+
+if TYPE_CHECKING:
+    from .exports import BlockExport
+    from .session import Monitor
+
+QEMU = {"micro": 2, "minor": 0, "major": 10}
+"""The version of QEMU whose commands these are."""
+
+
+class Daemon:
+    """One daemon.  ``gate`` decides what images may name."""
+
+    def __init__(self, driver: BaseDriver, gate: Gate | None = None) -> None:
+        self.driver = driver
+        self.gate = gate or Gate()
+        self.version = {"qemu": QEMU, "package": f"diskwright {__version__}"}
+        self.graph = Graph(driver)
+        self.secrets = Secrets()
+        self.graph.secrets = self.secrets
+        self.owned: set[Node] = set()
+        """The nodes that commands added, and that a command removes."""
+        self.server: Server | None = None
+        self.server_path: str | None = None
+        """The unix socket on which it listens."""
+        self.exports: dict[str, BlockExport] = {}
+        self.monitors: set[Monitor] = set()
+        self.stopping: Future[None] = Future()
+        self._users: dict[Node, dict[str, Use]] = {}
+        self._busy = False
+        self._free = Condition()
+
+    # -- commands
+    @asynccontextmanager
+    async def alone(self) -> AsyncIterator[None]:
+        """Commands of all monitors are carried out one after the other."""
+        while self._busy:
+            await self._free.wait()
+        self._busy = True
+        try:
+            yield
+        finally:
+            self._busy = False
+            self._free.notify()
+
+    def emit(self, name: str, data: Any) -> None:
+        """Tell all monitors of an event."""
+        assert name in EVENTS
+        now = time.time_ns() // 1000
+        for monitor in list(self.monitors):
+            monitor.tell(name, types.plain(data), now)
+
+    def stop(self) -> None:
+        """End :meth:`until_stopped`."""
+        if not self.stopping.done:
+            self.stopping.set()
+
+    async def until_stopped(self) -> None:
+        """Wait for :meth:`stop`, then close everything: clients have their answers, all that was
+        written is durable.  Raises the first error of the closing."""
+        await self.stopping
+        from .exports import close_all
+        from .nodes import remove_all
+
+        async with self.alone():
+            try:
+                await close_all(self)
+            finally:
+                await remove_all(self)
+
+    # -- nodes
+    def find(self, device: str = "", node_name: str = "") -> Node:
+        """The node that a command means: there are no devices, so ``device`` is a node's name too.
+
+        Raises UsageError.
+        """
+        found = self.graph.nodes.get(device) or self.graph.nodes.get(node_name)
+        if found is None:
+            raise UsageError(f"Cannot find device='{device}' nor node-name='{node_name}'")
+        return found
+
+    def used(self, node: Node) -> bool:
+        """Somebody beside other nodes uses it: an export, a job."""
+        return bool(self._users.get(node))
+
+    def use(self, node: Node, who: str, use: Use | None) -> None:
+        """Say what ``who`` needs of ``node`` and lets others do (None: it has ended).
+
+        Raises UsageError or ImageInUse, and changes nothing then.
+        """
+        users = self._users.setdefault(node, {})
+        before = users.get(who)
+        for other in users.values():
+            if use is None:
+                break
+            missing = (use.perms - other.shared) or (other.perms - use.shared)
+            if missing:
+                device = f"an unnamed block device (uses node '{node.name}' as 'root' child)"
+                raise UsageError(
+                    f"Permission conflict on node '{node.name}': permissions "
+                    f"'{', '.join(sorted(missing))}' are both required by {device} and unshared "
+                    f"by {device}."
+                )
+        self._set(users, who, use)
+        try:
+            self.refresh(node)
+        except BaseException:
+            self._set(users, who, before)
+            self.refresh(node)
+            raise
+
+    def refresh(self, node: Node) -> None:
+        """Have the graph hold what the users of ``node`` need together."""
+        perms = frozenset[str]().union(*(use.perms for use in self._users.get(node, {}).values()))
+        if node in self.owned or self.used(node):
+            self.graph.use(node, Use(perms, ALL))
+        else:
+            self.graph.roots.pop(node, None)
+            self._users.pop(node, None)
+        self.graph.refresh(node)
+
+    @staticmethod
+    def _set(users: dict[str, Use], who: str, use: Use | None) -> None:
+        if use is None:
+            users.pop(who, None)
+        else:
+            users[who] = use

@@ -1,0 +1,143 @@
+"""Commands about nodes: adding, removing, opening again, resizing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from ..errors import DiskError, NotSupported, UsageError
+from ..graph import names
+from ..graph.closing import close_disk, discard_disk
+from ..graph.node import Node
+from ..graph.opening import Opening
+from ..graph.options import Mode
+from ..graph.perms import root_use
+from .blockdev import OPTIONS
+from .commands import command
+from .daemon import Daemon
+from .session import Monitor
+from .types import Array
+
+
+@command("blockdev-add", boxed=OPTIONS)
+async def blockdev_add(monitor: Monitor, options: dict[str, Any]) -> None:
+    """Open a node, with all nodes below that are described in it or that its image names."""
+    await add(monitor.daemon, options)
+
+
+async def add(daemon: Daemon, options: Mapping[str, Any]) -> Node:
+    """Open the node that ``options`` describe and keep it.  Raises OSError and DiskError."""
+    if not options.get("node-name"):
+        raise UsageError("'node-name' must be specified for the root node")
+    graph = daemon.graph
+    opening = Opening(graph, daemon.gate, backing=True, check=False)
+    node = await opening.disk(names.parse(options)[0], False, None, Mode(writable=True), ())
+    try:
+        await opening.finish()
+        daemon.owned.add(node)
+        daemon.refresh(node)
+    except BaseException:
+        daemon.owned.discard(node)
+        await discard_disk(node)
+        raise
+    return node
+
+
+@command("blockdev-del")
+async def blockdev_del(monitor: Monitor, node_name: str) -> None:
+    """Close a node that blockdev-add opened, and what is below and used by nobody else."""
+    daemon = monitor.daemon
+    node = daemon.graph.nodes.get(node_name)
+    if node is None:
+        raise UsageError(f"Failed to find node with node-name='{node_name}'")
+    if daemon.used(node):
+        raise UsageError(f"Node {node_name} is in use")
+    if node not in daemon.owned:
+        raise UsageError(f"Node {node_name} is not owned by the monitor")
+    if node.parents:
+        raise UsageError(f"Block device {node_name} is in use")
+    daemon.owned.discard(node)
+    await close_disk(node)
+
+
+@command("block_resize")
+async def block_resize(
+    monitor: Monitor, device: str = "", node_name: str = "", *, size: int
+) -> None:
+    """Set a node's size in bytes.  New space reads as zeroes; what is behind the end is lost."""
+    daemon = monitor.daemon
+    node: Any = daemon.find(device, node_name)
+    if size < 0:
+        raise UsageError("Parameter 'size' expects a >0 size")
+    if node.read_only:
+        raise UsageError("Image is read-only")
+    if size % 512:
+        raise UsageError("The new size must be a multiple of 512")
+    if getattr(node, "truncate", None) is None:
+        raise NotSupported("Image format driver does not support resize")
+    daemon.use(node, "block_resize", root_use(True, resize=True))
+    try:
+        await node.truncate(size)
+    finally:
+        daemon.use(node, "block_resize", None)
+
+
+@command("blockdev-reopen")
+async def blockdev_reopen(
+    monitor: Monitor, options: Annotated[list[dict[str, Any]], Array(OPTIONS)]
+) -> None:
+    """Open nodes anew where they are in use: ``read-only`` and ``cache`` may change.
+
+    What is not given gets its default; what cannot be changed must be given as it is.
+    """
+    for wanted in options:
+        await _reopen(monitor.daemon, wanted)
+
+
+async def _reopen(daemon: Daemon, wanted: dict[str, Any]) -> None:
+    from ..graph.reopen import reopen
+
+    name = wanted.get("node-name")
+    if not name:
+        raise UsageError("node-name not specified")
+    node = daemon.graph.nodes.get(name)
+    if node is None:
+        raise UsageError(f"Failed to find node with node-name='{name}'")
+    given = names.flatten(wanted)
+    now = names.flatten(node.options)
+    for key, value in given.items():
+        if key in _CHANGEABLE or key == "node-name":
+            continue
+        slot = key.partition(".")[0]
+        child = node.child(slot)
+        if child is not None:
+            if value != child.name:
+                raise NotSupported(f"Changing '{slot}' of a node is not supported")
+        elif now.get(key) != value:
+            raise UsageError(f"Cannot change the option '{key}'")
+    cache = wanted.get("cache", {})
+    mode = "unsafe" if cache.get("no-flush") else "none" if cache.get("direct") else "writeback"
+    await reopen(node, writable=not wanted.get("read-only", False), cache=mode)
+    daemon.refresh(node)
+
+
+_CHANGEABLE = frozenset({"read-only", "auto-read-only", "cache.direct", "cache.no-flush"})
+
+
+async def remove_all(daemon: Daemon) -> None:
+    """Close all nodes, those above before those below.  Raises the first error."""
+    first: BaseException | None = None
+    while daemon.owned:
+        node = next(node for node in daemon.owned if not node.parents or _loop(daemon))
+        daemon.owned.discard(node)
+        try:
+            await close_disk(node)
+        except (OSError, DiskError) as error:
+            first = first or error
+    if first is not None:
+        raise first
+
+
+def _loop(daemon: Daemon) -> bool:
+    """No node of the monitor's is without parents: one that is kept open from elsewhere."""
+    return all(node.parents for node in daemon.owned)

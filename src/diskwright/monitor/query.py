@@ -1,0 +1,192 @@
+"""Commands that tell of nodes."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from ..engine.node import Node
+from ..graph.graph import chain
+from ..graph.guard import GuardedNode
+from ..ops.info import NodeInfo, describe
+from ..records import NamedTuple
+from .commands import command
+from .session import Monitor
+from .types import ANY
+
+Permission = Literal["consistent-read", "write", "write-unchanged", "resize"]
+_PERMISSIONS = ("resize", "write-unchanged", "write", "consistent-read")
+
+
+class SnapshotInfo(NamedTuple):
+    """An internal snapshot.  Sizes in bytes, times in seconds and nanoseconds."""
+
+    id: str
+    name: str
+    vm_state_size: int
+    date_sec: int
+    date_nsec: int
+    vm_clock_sec: int
+    vm_clock_nsec: int
+    icount: int | None = None
+
+
+class ImageInfo(NamedTuple):
+    """What an image is.  Sizes in bytes."""
+
+    filename: str
+    format: str
+    virtual_size: int
+    dirty_flag: bool | None = None
+    actual_size: int | None = None
+    cluster_size: int | None = None
+    encrypted: bool | None = None
+    backing_filename: str | None = None
+    full_backing_filename: str | None = None
+    backing_filename_format: str | None = None
+    snapshots: list[SnapshotInfo] | None = None
+    format_specific: Annotated[dict[str, Any], ANY] | None = None
+    backing_image: Annotated[Any, ANY] | None = None
+
+
+class CacheInfo(NamedTuple):
+    """How a node uses caches."""
+
+    writeback: bool
+    direct: bool
+    no_flush: bool
+
+
+class BlockDeviceInfo(NamedTuple):
+    """A node.  There is no throttling, so the limits are 0."""
+
+    file: str
+    ro: bool
+    drv: str
+    backing_file_depth: int
+    active: bool
+    encrypted: bool
+    detect_zeroes: Literal["off", "on", "unmap"]
+    bps: int
+    bps_rd: int
+    bps_wr: int
+    iops: int
+    iops_rd: int
+    iops_wr: int
+    image: ImageInfo
+    cache: CacheInfo
+    write_threshold: int
+    node_name: str | None = None
+    backing_file: str | None = None
+
+
+class GraphNode(NamedTuple):
+    """A node of the graph."""
+
+    id: int
+    type: Literal["block-driver", "block-backend"]
+    name: str
+
+
+class GraphEdge(NamedTuple):
+    """A parent's use of a child: ``perm`` is what it needs, ``shared-perm`` what it lets others
+    do."""
+
+    parent: int
+    child: int
+    name: str
+    perm: list[Permission]
+    shared_perm: list[Permission]
+
+
+class BlockGraph(NamedTuple):
+    """All nodes and edges."""
+
+    nodes: list[GraphNode]
+    edges: list[GraphEdge]
+
+
+@command("query-named-block-nodes")
+def query_named_block_nodes(monitor: Monitor, flat: bool = False) -> list[BlockDeviceInfo]:
+    """List all nodes, those that were opened last first.  ``flat`` leaves out what is below each
+    (``backing-image``), which is in the list for itself."""
+    return [_device(node, flat) for node in reversed(monitor.daemon.graph.nodes.values())]
+
+
+def _device(node: Node, flat: bool) -> BlockDeviceInfo:
+    found = describe(node)
+    mode = _mode(node)
+    guarded = isinstance(node, GuardedNode)
+    return BlockDeviceInfo(
+        file=found.filename,
+        ro=node.read_only,
+        drv=node.driver_name,
+        backing_file_depth=0 if flat else sum(1 for _ in chain(node)) - 1,
+        active=True,
+        encrypted=found.encrypted,
+        detect_zeroes=node.detect_zeroes if guarded else "off",  # type: ignore[attr-defined]
+        bps=0,
+        bps_rd=0,
+        bps_wr=0,
+        iops=0,
+        iops_rd=0,
+        iops_wr=0,
+        image=_image(node, found, flat),
+        cache=CacheInfo(True, mode in ("none", "off", "directsync"), mode == "unsafe"),
+        write_threshold=0,
+        node_name=node.name,
+        backing_file=found.full_backing_name or found.backing_name,
+    )
+
+
+def _mode(node: Node) -> str:
+    """The cache mode of the file that the node's bytes are in."""
+    from ..graph.graph import leaf_of
+
+    return str(getattr(leaf_of(node), "cache", "writeback"))
+
+
+def _image(node: Node, found: NodeInfo, flat: bool) -> ImageInfo:
+    told = found.to_dict()
+    told.pop("children")
+    snapshots = told.pop("snapshots", None)
+    if snapshots is not None:
+        snapshots = [SnapshotInfo(**_python(one)) for one in snapshots]
+    below = node.child("backing")
+    image = ImageInfo(**_python(told), snapshots=snapshots)
+    if below is not None and not flat:
+        image = image._replace(backing_image=_image(below, describe(below), flat))
+    return image
+
+
+def _python(told: dict[str, Any]) -> dict[str, Any]:
+    return {name.replace("-", "_"): value for name, value in told.items()}
+
+
+@command("x-debug-query-block-graph", features=("unstable",))
+def x_debug_query_block_graph(monitor: Monitor) -> BlockGraph:
+    """Tell how all nodes hang together, and what each needs of those below it."""
+    daemon = monitor.daemon
+    ids: dict[Any, int] = {}
+    nodes, edges = [], []
+    for node in daemon.graph.nodes.values():
+        ids[node] = len(ids) + 1
+        nodes.append(GraphNode(ids[node], "block-driver", node.name))
+    for node in daemon.graph.nodes.values():
+        edges += [
+            GraphEdge(ids[node], ids[edge.child], edge.slot, _listed(edge.perms),
+                      _listed(edge.shared))
+            for edge in node.children.values()
+        ]  # fmt: skip
+    for export in daemon.exports.values():
+        ids[export] = len(ids) + 1
+        nodes.append(GraphNode(ids[export], "block-backend", ""))
+        perms = {"consistent-read"} | ({"write"} if export.writable else set())
+        shared = set(_PERMISSIONS) - {"resize"}
+        edges.append(
+            GraphEdge(ids[export], ids[export.node], "root", _listed(perms), _listed(shared))
+        )
+    return BlockGraph(nodes[::-1], edges[::-1])
+
+
+def _listed(perms: frozenset[str] | set[str]) -> list[Permission]:
+    return [name for name in _PERMISSIONS if name in perms]  # type: ignore[misc]
