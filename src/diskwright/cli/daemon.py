@@ -77,22 +77,27 @@ async def _hold(driver: Driver, args: Args, ready: Callable[[], None]) -> None:
     daemon = Daemon(driver, gate(args))
     setup = Setup(daemon)
     pidfile = args.get("pidfile")
+
+    async def work() -> None:
+        try:
+            for key, value in args.options:
+                await setup.option(key, value)
+            if pidfile is not None:
+                write_pid(pidfile)
+            ready()
+        except BaseException:
+            daemon.stop()
+            await daemon.until_stopped()
+            raise
+        undo = tune_collector()
+        try:
+            await daemon.until_stopped()
+        finally:
+            undo()
+
     try:
-        for key, value in args.options:
-            await setup.option(key, value)
-        if pidfile is not None:
-            write_pid(pidfile)
-        ready()
-    except BaseException:
-        daemon.stop()
-        await daemon.until_stopped()
-        await setup.close()
-        raise
-    undo = tune_collector()
-    try:
-        await until_signalled(driver, daemon.until_stopped(), daemon.stop)
+        await until_signalled(driver, work(), daemon.stop)
     finally:
-        undo()
         await setup.close()
         if pidfile is not None:
             unlink(pidfile)

@@ -11,17 +11,13 @@ import os
 from collections.abc import Iterator, Mapping
 
 from ..errors import UsageError
-from ..hints import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    import re
+from ..hints import Any
 
 Options = dict[str, Any]
 Reference = str | Mapping[str, Any]
 
 _DEPTH = 64
 """Deepest nesting of a description that is taken."""
-
 
 
 def protocol_of(name: str) -> str:

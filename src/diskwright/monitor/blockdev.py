@@ -10,7 +10,7 @@ from ..graph import registry
 from .types import BOOL, INT, NULL, STR, Alternate, Enum, Member, Struct, Type, Union
 
 DRIVERS = (
-    "blkdebug", "compress", "file", "host_device", "luks", "memory", "null-aio", "null-co",
+    "blkdebug", "compress", "file", "host_device", "luks", "memory", "nbd", "null-aio", "null-co",
     "qcow2", "raw", "vhdx", "vmdk",
 )  # fmt: skip
 """Those that a command can open: all but the one that needs an object of Python's."""
@@ -26,8 +26,8 @@ _COMMON = (
 )
 _REQUIRED = ("filename",)
 _TYPES: dict[str, Type] = {"str": STR, "int": INT, "size": INT, "bool": BOOL}
-# blkdebug's rules are given by a file of them.
-_LEFT_OUT = ("inject-error", "set-state")
+# blkdebug's rules are given by a file of them, and where an NBD server is by `server`.
+_LEFT_OUT = ("inject-error", "set-state", "host", "path", "port")
 
 
 def _options() -> tuple[str, tuple[Member, ...], Mapping[str, Struct]]:
@@ -55,10 +55,18 @@ def _special() -> dict[str, dict[str, Member]]:
     crypto = Union(
         lambda: ("format", (Member("format", Enum("aes", "luks")),), {"aes": key, "luks": key})
     )
+    host, port = Member("host", STR), Member("port", STR)
+    servers = {
+        "inet": Struct((host, port)),
+        "unix": Struct((Member("path", STR),)),
+        "vsock": Struct((Member("cid", STR), port)),
+    }
+    server = Union(lambda: ("type", (Member("type", Enum(*servers)),), servers))
     file, backing = Member("file", REF), Member("backing", REF_OR_NULL, True)
     return {
         "blkdebug": {"image": Member("image", REF)},
         "compress": {"file": file},
+        "nbd": {"server": Member("server", server)},
         "luks": {"file": file, "header": Member("header", REF, True)},
         "raw": {"file": file},
         "vhdx": {"file": file, "backing": backing},
