@@ -143,3 +143,21 @@ def test_qemu_nbd(driver: BaseDriver, tmp_path: Path, format: str) -> None:
 )
 def test_status_in_whole_blocks(rows: list[tuple[int, int]], told: list[tuple[int, int]]) -> None:
     assert list(by_blocks(rows, 512)) == told
+
+
+@PLAIN
+def test_more_connections(driver: BaseDriver, tmp_path: Path) -> None:
+    """They are made when the first is busy, as many as were allowed, and all of them end."""
+    with nbdkit(tmp_path, "--filter=delay", "memory", "1M", "delay-read=50ms") as server:
+        node = opened(driver, server, connections=3)
+
+        async def work() -> int:
+            for _ in range(3):
+                parts = [driver.start(node.read([at], [64])) for at in range(9)]
+                for part in parts:
+                    await part
+            return len(node.links.links)
+
+        assert run(driver, work()) == 3
+        run(driver, node.close())
+        assert not node.links.links
