@@ -53,10 +53,11 @@ def _compare(
     here: Schema, there: Schema, mine: str, their: str, command: str, path: str,
     rows: list[Row], seen: set[tuple[str, str]],
 ) -> None:  # fmt: skip
-    if (mine, their) in seen:
-        return
-    seen.add((mine, their))
     one, other = here.by[mine], there.by[their]
+    if one["meta-type"] == other["meta-type"] == "object":
+        if (mine, their) in seen:
+            return
+        seen.add((mine, their))
     kinds = here.kind(mine), there.kind(their)
     if kinds[0] != kinds[1]:
         rows.append((command, path, *kinds))
@@ -83,7 +84,7 @@ def _objects(
     mines = {member["name"]: member for member in one["members"]}
     theirs = {member["name"]: member for member in other["members"]}
     _only(mines, theirs, command, path, rows)
-    for name in mines.keys() & theirs.keys():
+    for name in (name for name in mines if name in theirs):
         inner = f"{path}.{name}" if path else name
         mine, their = mines[name], theirs[name]
         words = ["optional" if "default" in member else "required" for member in (mine, their)]

@@ -25,6 +25,8 @@ NBD = {"addr": {"type": "unix", "data": {"path": "nbd.sock"}}}
 FILE = {"driver": "file", "filename": "disk.qcow2"}
 DISK = {"driver": "qcow2", "node-name": "disk", "file": FILE}
 TOP = {"driver": "qcow2", "node-name": "top", "file": {"driver": "file", "filename": "top.qcow2"}}
+NEW = {"driver": "file", "filename": "new", "size": 65536}
+IMAGE = {"driver": "qcow2", "file": "new", "size": 1 << 20}
 RAW = {"driver": "file", "node-name": "raw", "filename": "disk.raw"}
 
 SCRIPT: list[tuple[str, dict[str, Any] | None]] = [
@@ -100,6 +102,29 @@ SCRIPT: list[tuple[str, dict[str, Any] | None]] = [
     ("qom-list", {"path": "/objects"}),
     ("object-del", {"id": "s"}),
     ("object-del", {"id": "s"}),
+    ("blockdev-create", {"job-id": "1j", "options": NEW}),
+    ("blockdev-create", {"job-id": "j", "options": {**NEW, "size": "x"}}),
+    ("blockdev-create", {"job-id": "j", "options": NEW}),
+    ("query-jobs", None),
+    ("blockdev-create", {"job-id": "j", "options": NEW}),
+    ("job-cancel", {"id": "j"}),
+    ("job-dismiss", {"id": "j"}),
+    ("job-dismiss", {"id": "j"}),
+    ("job-cancel", {"id": "j"}),
+    ("blockdev-create", {"job-id": "k", "options": {**NEW, "filename": "no/where"}}),
+    ("query-jobs", None),
+    ("blockdev-create", {"job-id": "l", "options": {**IMAGE, "file": "missing"}}),
+    ("blockdev-add", {"driver": "file", "node-name": "new", "filename": "new"}),
+    ("blockdev-create", {"job-id": "m", "options": IMAGE}),
+    ("blockdev-create", {"job-id": "n", "options": {**IMAGE, "refcount-bits": 3}}),
+    ("blockdev-create", {"job-id": "o", "options": {**IMAGE, "version": "v2", "file":
+                         {"driver": "file", "filename": "new"}}}),
+    ("query-jobs", None),
+    *(("job-dismiss", {"id": id}) for id in "klmno"),
+    ("blockdev-create", {"job-id": "p", "options": IMAGE}),
+    ("job-dismiss", {"id": "p"}),
+    ("blockdev-add", {"driver": "qcow2", "node-name": "made", "file": "new"}),
+    ("query-named-block-nodes", {"flat": True}),
     ("quit", None),
 ]  # fmt: skip
 
@@ -120,7 +145,10 @@ def normal(reply: Any) -> Any:
                 edge.update(parent=names[edge["parent"]], child=names[edge["child"]])
             for node in reply["nodes"]:
                 del node["id"]
-        return {key: normal(value) for key, value in reply.items()}
+        shown = {key: normal(value) for key, value in reply.items()}
+        if "actual-size" in shown:  # how much of a new file is allocated is not the same
+            shown["actual-size"] = shown["actual-size"] > 0
+        return shown
     if isinstance(reply, list):
         parts = (normal(value) for value in reply)
         return sorted(parts, key=lambda part: json.dumps(part, sort_keys=True))
@@ -135,9 +163,15 @@ def played(argv: list[str], folder: Path) -> list[tuple[str, Any]]:
     with daemon(argv, folder) as (process, (client,)):
         for name, arguments in SCRIPT:
             reply = client.send(name, arguments)
-            found += [(event["event"], normal(event["data"])) for event in client.events]
+            before = 0 if name == "blockdev-create" else len(client.events)
+            if name == "blockdev-create" and "return" in reply:
+                while not client.events or client.events[-1]["data"].get("status") != "concluded":
+                    client.events.append(client.read())
+            events = [(event["event"], normal(event["data"])) for event in client.events]
             client.events.clear()
+            found += events[:before]
             found.append((f"{name} {json.dumps(arguments)}", normal(reply)))
+            found += events[before:]
         assert process.wait(20) == 0
     return found
 

@@ -52,8 +52,10 @@ def table(rows: list[Row]) -> list[str]:
     """The rows as the page has them."""
     shown = []
     for command, member, here, there in sorted(set(rows)):
-        if command == "blockdev-reopen" or member in ("driver", "qom-type"):
-            continue  # as blockdev-add, and what is told above the table
+        if command == "blockdev-reopen" or ".file" in member:
+            continue  # as blockdev-add
+        if member.split(".")[-1] in ("driver", "qom-type", "backing-fmt"):
+            continue  # what is told above the table
         shown.append(f"| {command} | {member} | {here} | {there} |")
     return ["| | member | here only | there only |", "|---|---|---|---|", *shown]
 

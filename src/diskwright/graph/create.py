@@ -27,6 +27,7 @@ from .graph import Graph, own_leaves
 from .mapped import MappedNode
 from .named import identity_of, sector_size_of
 from .names import Options, parse, resolve
+from .node import Node
 from .opener import open_disk
 from .options import convert
 
@@ -188,6 +189,28 @@ async def write_image(
     return tuple(creations.names)
 
 
+async def create_over(
+    file: Node, found: Driver, options: Mapping[str, Any], *, secrets: Mapping[str, bytes]
+) -> None:
+    """Make an image in ``file``, a node that stays open and loses what it holds (``options``
+    complete, as for :func:`write_image`).  Whoever calls holds the permissions for that."""
+    assert found.create is not None
+    graph: Graph = file.graph
+    told = {"file-name": file.options.get("filename"), "secrets": secrets}
+    procedure = primed(found.create({**options, **told}))
+    await file.truncate(0)
+    node = MappedNode(graph.driver, found.name, _Nothing(), {"file": file}, graph.tables)
+    try:
+        graph.add(node)
+        await node.run_procedure(procedure, whole_image=False)
+        await file.flush()
+    finally:
+        node.read_only = True  # nothing is left to write back
+        await node.close()
+        node.detach("file")
+        graph.remove(node)
+
+
 def primed(procedure: Procedure) -> Procedure:
     """``procedure``, run up to its first request; raises what it raises until there."""
     return _resumed(next(procedure), procedure)
@@ -268,6 +291,7 @@ def _same_file(one: str, other: str) -> bool:
 __all__ = [
     "create_file",
     "create_image",
+    "create_over",
     "create_options",
     "prepare",
     "primed",

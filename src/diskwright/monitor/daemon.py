@@ -1,4 +1,4 @@
-"""What a storage daemon holds: nodes, exports, objects, and the monitors that ask for it."""
+"""What a storage daemon holds: nodes, exports, jobs, objects, and the monitors that ask for it."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from .commands import EVENTS
 
 if TYPE_CHECKING:
     from .exports import BlockExport
+    from .jobs import Job
     from .session import Monitor
 
 QEMU = {"micro": 2, "minor": 0, "major": 10}
@@ -44,6 +45,7 @@ class Daemon:
         self.server_path: str | None = None
         """The unix socket on which it listens."""
         self.exports: dict[str, BlockExport] = {}
+        self.jobs: dict[str, Job] = {}
         self.monitors: set[Monitor] = set()
         self.stopping: Future[None] = Future()
         self._users: dict[Node, dict[str, Use]] = {}
@@ -80,9 +82,11 @@ class Daemon:
         written is durable.  Raises the first error of the closing."""
         await self.stopping
         from .exports import close_all
+        from .jobs import cancel_all
         from .nodes import remove_all
 
         async with self.alone():
+            await cancel_all(self)
             try:
                 await close_all(self)
             finally:

@@ -9,7 +9,7 @@ from ..errors import UsageError
 from ..graph.names import nest, pairs
 from ..graph.options import boolean, size
 from ..wire.qjson import JsonError, loads
-from .types import BOOL, INT, STR, Alternate, Array, Struct, Type, Union
+from .types import BOOL, INT, SIZE, STR, Alternate, Array, Struct, Type, Union
 
 
 def take(of: Type, text: str, implied: str = "") -> Any:
@@ -55,6 +55,6 @@ def _typed(of: Type, value: Any, path: str) -> Any:
         return [_typed(of.of, part, f"{path}.{i}") for i, part in enumerate(value)]
     if of is BOOL and isinstance(value, str):
         return boolean(path, value)
-    if of is INT and isinstance(value, str):
+    if of in (INT, SIZE) and isinstance(value, str):
         return size(path, value)
     return value if of is not STR or isinstance(value, str) else of.take(value, path)

@@ -65,8 +65,16 @@ class Builtin(Type):
         self.word = word or kind
 
 
+class Size(Builtin):
+    """An integer that QAPI has without a sign."""
+
+    def mistaken(self, path: str) -> UsageError:
+        return UsageError(f"Parameter '{path or 'null'}' expects uint64")
+
+
 STR = Builtin("str", "string", (str,))
 INT = Builtin("int", "int", (int,), "integer")
+SIZE = Size("int", "int", (int,), "integer")
 NUMBER = Builtin("number", "number", (float, int))
 BOOL = Builtin("bool", "boolean", (bool,))
 NULL = Builtin("null", "null", (type(None),))
