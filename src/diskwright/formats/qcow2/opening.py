@@ -8,7 +8,7 @@ from ...contract import Length, Open, Procedure, Read
 from ...errors import MalformedImage, UsageError
 from ...hints import TYPE_CHECKING, Any
 from ...ondisk import big_endian_array
-from ...units import is_power_of_two
+from ...units import SECTOR, is_power_of_two
 from . import header as hd
 from .machine.core import DATA_SLOT, SLOT
 
@@ -139,6 +139,8 @@ def refusals(h: hd.Header) -> tuple[str | None, str | None]:
     read = write = None
     if h.nb_snapshots and h.incompatible & hd.DATA_FILE:
         write = "internal snapshots with an external data file"
+    if h.crypt_method and h.size % SECTOR:  # no program makes them; sectors are encrypted whole
+        write = f"writing to an encrypted disk of {h.size} bytes, which is no multiple of {SECTOR}"
     return read, write
 
 

@@ -25,9 +25,9 @@ from ...contract import (
 )
 from ...errors import NotSupported, UsageError
 from ...extents import DATA, PACKED
-from ...hints import TYPE_CHECKING, Any
+from ...hints import TYPE_CHECKING
 from ...ondisk import big_endian_bytes, zeros
-from ...units import SECTOR, align_down, align_up
+from ...units import align_down, align_up
 from ..editing import ask, flush, unpin
 from . import header as hd
 from .bitmaps.add import before_resize
@@ -38,8 +38,6 @@ from .machine.core import DATA_SLOT, SLOT
 from .rewrite import drop_clusters
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
-
     from .format import Qcow2
 
 # Guest bytes per turn of the loops.
@@ -104,8 +102,7 @@ def _grow(image: Qcow2, size: int, entries: int, preallocation: str) -> Procedur
     old = image.size
     cluster = image.cluster_size
     if image.external:
-        held = align_up(old, SECTOR) if image.encrypted else old
-        yield from _grow_data_file(held, size, preallocation)
+        yield from _grow_data_file(old, size, preallocation)
         if image.raw_data and preallocation == "off":
             preallocation = "metadata"
     backing_size = (yield Length("backing")) if image.has_backing else 0
@@ -138,8 +135,7 @@ def _grow(image: Qcow2, size: int, entries: int, preallocation: str) -> Procedur
 
 
 def _grow_data_file(old: int, size: int, preallocation: str) -> Procedure:
-    """Make the data file, of which ``old`` bytes are the disk's, as long as the disk will be; what
-    is new in it reads as zeroes."""
+    """Make the data file as long as the disk will be; what is new in it reads as zeroes."""
     length = yield Length(DATA_SLOT)
     if length > old:  # what stands there is not the disk's
         yield Truncate(DATA_SLOT, old)
@@ -223,10 +219,8 @@ def _zero_tail(image: Qcow2, old: int, backing_size: int) -> Procedure:
     if extent.kind == DATA and owned:
         # Another program may have left anything there.
         if not image.external:
-            start = yield from _zero_sector(image, old)
-            host = extent.host + 1 + start - old
-            tail = image.zeroes(start, host, base + unit - start)
-            yield Write([MetaWrite(SLOT, host, tail)])
+            tail = image.zeroes(old, extent.host + 1, unit - (old - base))
+            yield Write([MetaWrite(SLOT, extent.host + 1, tail)])
             yield Barrier()
     elif extent.kind in (DATA, PACKED) or (
         backing_size > old and not getattr(extent, "explicit", False)
@@ -237,17 +231,6 @@ def _zero_tail(image: Qcow2, old: int, backing_size: int) -> Procedure:
         yield from flush(image)
 
 
-def _zero_sector(image: Qcow2, old: int) -> Generator[Any, Any, int]:
-    """Where zeroes can be written behind the end ``old``: there, or behind a sector that is
-    encrypted as a whole.  Writing what is shown of that one puts zeroes behind it."""
-    start = align_up(old, SECTOR) if image.encrypted else old
-    if start > old:
-        shown = align_down(old, SECTOR)
-        data = yield GuestRead(shown, old - shown)
-        yield GuestWrite(shown, data)
-    return start
-
-
 def _zero_encrypted_tail(image: Qcow2, old: int, size: int) -> Procedure:
     """What the data file has got behind the old end, in its last cluster, are zeroes that have yet
     to be encrypted."""
@@ -256,8 +239,7 @@ def _zero_encrypted_tail(image: Qcow2, old: int, size: int) -> Procedure:
     unpin(pins)
     end = min(align_up(old, image.cluster_size), size)
     if extents[0].kind == DATA:
-        start = yield from _zero_sector(image, old)
-        for at in range(start, end, _ZEROES):
+        for at in range(old, end, _ZEROES):
             data = image.zeroes(at, at, min(_ZEROES, end - at))
             yield Write([MetaWrite(DATA_SLOT, at, data)])
         yield Barrier()
