@@ -5,4 +5,4 @@ from __future__ import annotations
 
 def all_commands() -> None:
     """Import every module that declares commands."""
-    from . import basics, create, exports, jobs, nodes, objects, query  # noqa: F401
+    from . import basics, bitmaps, create, exports, jobs, nodes, objects, query, snapshots  # noqa: F401

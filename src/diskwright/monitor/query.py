@@ -9,25 +9,14 @@ from ..graph.graph import chain
 from ..graph.guard import GuardedNode
 from ..ops.info import NodeInfo, describe
 from ..records import NamedTuple
+from .bitmaps import BlockDirtyInfo, listed
 from .commands import command
 from .session import Monitor
+from .snapshots import SnapshotInfo, told
 from .types import ANY
 
 Permission = Literal["consistent-read", "write", "write-unchanged", "resize"]
 _PERMISSIONS = ("resize", "write-unchanged", "write", "consistent-read")
-
-
-class SnapshotInfo(NamedTuple):
-    """An internal snapshot.  Sizes in bytes, times in seconds and nanoseconds."""
-
-    id: str
-    name: str
-    vm_state_size: int
-    date_sec: int
-    date_nsec: int
-    vm_clock_sec: int
-    vm_clock_nsec: int
-    icount: int | None = None
 
 
 class ImageInfo(NamedTuple):
@@ -77,6 +66,7 @@ class BlockDeviceInfo(NamedTuple):
     write_threshold: int
     node_name: str | None = None
     backing_file: str | None = None
+    dirty_bitmaps: list[BlockDirtyInfo] | None = None
 
 
 class GraphNode(NamedTuple):
@@ -106,10 +96,13 @@ class BlockGraph(NamedTuple):
 
 
 @command("query-named-block-nodes")
-def query_named_block_nodes(monitor: Monitor, flat: bool = False) -> list[BlockDeviceInfo]:
+async def query_named_block_nodes(monitor: Monitor, flat: bool = False) -> list[BlockDeviceInfo]:
     """List all nodes, those that were opened last first.  ``flat`` leaves out what is below each
     (``backing-image``), which is in the list for itself."""
-    return [_device(node, flat) for node in reversed(monitor.daemon.graph.nodes.values())]
+    return [
+        _device(node, flat)._replace(dirty_bitmaps=await listed(node))
+        for node in reversed(list(monitor.daemon.graph.nodes.values()))
+    ]
 
 
 def _device(node: Node, flat: bool) -> BlockDeviceInfo:
@@ -146,20 +139,16 @@ def _mode(node: Node) -> str:
 
 
 def _image(node: Node, found: NodeInfo, flat: bool) -> ImageInfo:
-    told = found.to_dict()
-    told.pop("children")
-    snapshots = told.pop("snapshots", None)
-    if snapshots is not None:
-        snapshots = [SnapshotInfo(**_python(one)) for one in snapshots]
+    keys = found.to_dict()
+    del keys["children"]
+    snapshots = [told(one) for one in keys.pop("snapshots", ())] or None
     below = node.child("backing")
-    image = ImageInfo(**_python(told), snapshots=snapshots)
+    image = ImageInfo(
+        **{name.replace("-", "_"): value for name, value in keys.items()}, snapshots=snapshots
+    )
     if below is not None and not flat:
         image = image._replace(backing_image=_image(below, describe(below), flat))
     return image
-
-
-def _python(told: dict[str, Any]) -> dict[str, Any]:
-    return {name.replace("-", "_"): value for name, value in told.items()}
 
 
 @command("x-debug-query-block-graph", features=("unstable",))
