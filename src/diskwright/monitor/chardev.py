@@ -130,12 +130,14 @@ class Standard:
     """A client on standard input and output."""
 
     def __init__(self) -> None:
+        assert sys.platform != "win32"
         self._before = [(fd, os.get_blocking(fd)) for fd in (0, 1)]
         for fd in (0, 1):
             os.set_blocking(fd, False)
 
     def restore(self) -> None:
         """Leave the streams as they were: others have them, too."""
+        assert sys.platform != "win32"
         for fd, blocking in self._before:
             os.set_blocking(fd, blocking)
 
