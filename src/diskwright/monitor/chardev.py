@@ -130,16 +130,17 @@ class Standard:
     """A client on standard input and output."""
 
     def __init__(self) -> None:
-        assert sys.platform != "win32"
+        if sys.platform == "win32":
+            raise NotSupported("a monitor on the standard streams is not supported on this system")
         self._before = [(fd, os.get_blocking(fd)) for fd in (0, 1)]
         for fd in (0, 1):
             os.set_blocking(fd, False)
 
     def restore(self) -> None:
         """Leave the streams as they were: others have them, too."""
-        assert sys.platform != "win32"
-        for fd, blocking in self._before:
-            os.set_blocking(fd, blocking)
+        if sys.platform != "win32":
+            for fd, blocking in self._before:
+                os.set_blocking(fd, blocking)
 
     def read(self) -> bytes | None:
         try:
@@ -191,8 +192,6 @@ async def _client(driver: BaseDriver, monitor: Monitor, sock: socket.socket) -> 
 
 
 async def _standard(driver: BaseDriver, monitor: Monitor) -> None:
-    if sys.platform == "win32":
-        raise NotSupported("a monitor on the standard streams is not supported on this system")
     stream = Standard()
     try:
         await monitor.serve(stream)
