@@ -152,6 +152,8 @@ SCRIPT: list[tuple[str, dict[str, Any] | None]] = [
     ("blockdev-snapshot-internal-sync", {"device": "made", "name": ""}),
     ("blockdev-snapshot-internal-sync", {"device": "missing", "name": "s"}),
     ("blockdev-snapshot-internal-sync", {"device": "raw", "name": "s"}),
+    ("blockdev-add", {"driver": "null-co", "node-name": "null", "read-zeroes": True}),
+    ("blockdev-snapshot-internal-sync", {"device": "null", "name": "s"}),
     ("blockdev-snapshot-delete-internal-sync", {"device": "made"}),
     ("blockdev-snapshot-delete-internal-sync", {"device": "made", "name": "missing"}),
     ("blockdev-snapshot-delete-internal-sync", {"device": "made", "id": "7"}),

@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Annotated, Any, Literal
 
 from ..engine.kernel import Future, Task
-from ..errors import UsageError
+from ..errors import DiskError, UsageError
 from ..export.nbd import listen_tcp, listen_unix
 from ..export.nbd_server import Server
 from ..graph.node import Node
@@ -165,8 +165,14 @@ async def stop_server(daemon: Daemon) -> None:
     if daemon.server_path is not None:
         with suppress(FileNotFoundError):
             os.unlink(daemon.server_path)
+    first: BaseException | None = None
     for export in list(daemon.exports.values()):
-        await _gone(daemon, export)
+        try:
+            await _gone(daemon, export)
+        except (OSError, DiskError) as error:
+            first = first or error
+    if first is not None:
+        raise first
 
 
 def _server(daemon: Daemon) -> Server:

@@ -88,7 +88,8 @@ async def blockdev_reopen(
 ) -> None:
     """Open nodes anew where they are in use: ``read-only`` and ``cache`` may change.
 
-    What is not given gets its default; what cannot be changed must be given as it is.
+    What is not given gets its default; what cannot be changed must be given as it is.  Nodes are
+    opened anew one after the other: those before one that fails stay as they are then.
     """
     for wanted in options:
         await _reopen(monitor.daemon, wanted)

@@ -64,6 +64,8 @@ async def blockdev_snapshot_delete_internal_sync(
 
 def _node(monitor: Monitor, device: str) -> Node:
     node = monitor.daemon.find(device, device)
+    if node.parents:
+        raise UsageError("Need a root block node")
     if ops.ability(node) is None:
         raise NotSupported(
             f"Block format '{node.driver_name}' used by device '{device}' does not support "
