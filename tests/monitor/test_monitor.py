@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from diskwright.engine.kernel import Driver, Future
-from diskwright.monitor import all_commands
+from diskwright.monitor import all_commands, session
 from diskwright.monitor.chardev import Chardev, run
 from diskwright.monitor.commands import COMMANDS, command
 from diskwright.monitor.daemon import Daemon
@@ -181,5 +181,31 @@ def test_many_commands_at_once_and_a_client_that_leaves() -> None:
         assert await peer.hear() is None
         while daemon.monitors:
             await daemon.driver.turn()
+
+    with_peers(talk)
+
+
+def test_a_client_that_reads_nothing_is_not_listened_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    limit = 200_000
+    monkeypatch.setattr(session, "UNREAD", limit)
+
+    async def talk(daemon: Daemon, peer: Peer) -> None:
+        await peer.hear()
+        await peer.send({"execute": "qmp_capabilities"})
+        assert await peer.hear() == {"return": {}}
+        (monitor,) = daemon.monitors
+        count = 30
+        sending = daemon.driver.spawn(peer.send(b'{"execute":"query-qmp-schema"}' * count))
+        most = 0
+        for _ in range(5_000):
+            await daemon.driver.turn()
+            if most == len(monitor._out) > limit:
+                break
+            most = len(monitor._out)
+        assert limit < most < limit + (1 << 17)
+        for _ in range(count):
+            answer = await peer.hear()
+            assert answer is not None and "return" in answer
+        await sending
 
     with_peers(talk)

@@ -114,7 +114,7 @@ class Socket:
         except (BlockingIOError, InterruptedError):
             return None
 
-    def write(self, data: memoryview) -> int:
+    def write(self, data: bytes) -> int:
         try:
             return self._sock.send(data)
         except (BlockingIOError, InterruptedError):
@@ -148,7 +148,7 @@ class Standard:
         except (BlockingIOError, InterruptedError):
             return None
 
-    def write(self, data: memoryview) -> int:
+    def write(self, data: bytes) -> int:
         try:
             return os.write(1, data)
         except (BlockingIOError, InterruptedError):

@@ -16,9 +16,12 @@ if TYPE_CHECKING:
 
 QUEUE = 8
 """Commands that wait while out-of-band ones are let by; without that ability, none does."""
+UNREAD = 1 << 20
+"""Bytes of replies that a client has not read, above which it is not listened to."""
 OUTPUT_LIMIT = 16 << 20
 """Bytes of events that are kept for a client that reads none; later ones it does not hear of."""
 
+_PIECE = 256 << 10
 LINGER_SECONDS = 5.0
 """How long a client may take to read its last replies."""
 
@@ -29,7 +32,7 @@ class Stream(Protocol):
     def read(self) -> bytes | None:
         """What is there; None: nothing yet; empty: the client is gone."""
 
-    def write(self, data: memoryview) -> int:
+    def write(self, data: bytes) -> int:
         """How many bytes of ``data`` were taken.  Raises OSError when the client is gone."""
 
     def fileno(self) -> int:
@@ -72,7 +75,7 @@ class Monitor:
                 if not data:
                     break
                 for request in self.session.receive(data):
-                    while len(self._queue) + (self._running is not None) >= self._limit:
+                    while self._full:
                         await self._room.wait()
                     self._begin(request)
         except OSError:
@@ -95,8 +98,13 @@ class Monitor:
             self.driver.forget(stream.output())
 
     @property
-    def _limit(self) -> int:
-        return QUEUE if OOB in (self.session.negotiated or ()) else 1
+    def _full(self) -> bool:
+        """No more is to be asked for: too much is not done, or not heard."""
+        if self._stream is None:
+            return False
+        waiting = len(self._queue) + (self._running is not None)
+        oob = OOB in (self.session.negotiated or ())
+        return waiting >= (QUEUE if oob else 1) or len(self._out) > UNREAD
 
     def _begin(self, request: Request) -> None:
         """Carry it out, in its turn or now."""
@@ -150,10 +158,10 @@ class Monitor:
     async def _sender(self) -> None:
         try:
             while self._out and self._stream is not None:
-                with memoryview(bytes(self._out)) as data:
-                    done = self._stream.write(data)
+                done = self._stream.write(bytes(self._out[:_PIECE]))
                 if done:
                     del self._out[:done]
+                    self._room.notify()
                 else:
                     await self.driver.writable(self._stream.output())
         except OSError:
@@ -161,3 +169,4 @@ class Monitor:
             self._out.clear()
         finally:
             self._sending = None
+            self._room.notify()
