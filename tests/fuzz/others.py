@@ -60,7 +60,7 @@ def images() -> list[bytes]:
 
 def serve(data: bytes) -> int:
     """A client's bytes, in two pieces: the parser takes them, or says why it closes."""
-    machine = NbdServer([Export(b"", 1 << 20, description=b"a disk")], ReceiveBuffer(64 << 10))
+    machine = NbdServer({b"": Export(b"", 1 << 20, description=b"a disk")}, ReceiveBuffer(64 << 10))
     at = 0
     for _ in range(2 * len(data) + 9):
         if at >= len(data) or machine.closed:

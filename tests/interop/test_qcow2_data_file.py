@@ -158,7 +158,7 @@ def test_relative_to_the_image(tmp_path: Path) -> None:
             "Backing file and data-file-raw cannot be used at the same time",
         ),
         ({"data_file": ""}, "Could not create ''"),
-        ({"data_file": "nbd://host/x"}, "Unknown protocol"),
+        ({"data_file": "nbd://host/x"}, "is no plain file"),
         ({"data_file": "image"}, "is a file of the image already"),
         ({"data_file": "missing/d"}, "No such file"),
     ],

@@ -175,7 +175,7 @@ def test_listing() -> None:
 
 def test_our_own_server() -> None:
     """Both machines, byte by byte."""
-    server = NbdServer([Export(b"disk", 12288, description=b"d", min_block=1)])
+    server = NbdServer({b"disk": Export(b"disk", 12288, description=b"d", min_block=1)})
     client = Negotiation(b"disk", contexts=[BASE, b"qemu:allocation-depth"])
     while client.agreed is None:
         for byte in client.take():
