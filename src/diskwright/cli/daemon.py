@@ -22,7 +22,8 @@ OPTIONS = (
     Opt("", "blockdev", "DEF", "open a node: [driver=]DRIVER,node-name=NAME[,read-only=on|off]"
         "[,cache.direct=on|off][,...], or JSON"),
     Opt("", "export", "DEF", "export a node: [type=]nbd,id=ID,node-name=NAME[,name=NAME]"
-        "[,writable=on|off]"),
+        "[,writable=on|off]; or [type=]fuse,id=ID,node-name=NAME,mountpoint=FILE[,writable=on|off]"
+        "[,growable=on|off][,allow-other=on|off|auto]"),
     Opt("", "nbd-server", "DEF", "serve exports: addr.type=unix,addr.path=PATH or addr.type=inet,"
         "addr.host=HOST,addr.port=PORT[,max-connections=N]"),
     Opt("", "chardev", "DEF", "socket,id=ID,path=PATH,server=on or stdio,id=ID"),
@@ -140,7 +141,7 @@ class Setup:
     async def _export(self, text: str) -> None:
         from ..monitor import exports, keyval
 
-        exports.add_export(self.daemon, keyval.take(exports.EXPORT_OPTIONS, text, "type"))
+        await exports.add_export(self.daemon, keyval.take(exports.EXPORT_OPTIONS, text, "type"))
 
     async def _nbd_server(self, text: str) -> None:
         from ..monitor import exports, keyval

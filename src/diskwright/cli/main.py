@@ -53,6 +53,7 @@ OWN_VERBS = {
     "digest": "Print digests of a disk's content",
     "inspect": "Tell what a file is, opening nothing that it names",
     "io": "Read and write by commands",
+    "mount": "Show a disk as a raw file, without being root",
     "salvage": "Copy what can be read out of a damaged image",
     "serve": "Serve a disk over NBD",
 }

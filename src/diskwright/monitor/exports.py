@@ -1,4 +1,4 @@
-"""Commands about exports: the NBD server, and what it offers."""
+"""Commands about exports: the NBD server and what it offers, and disks as files."""
 
 from __future__ import annotations
 
@@ -10,11 +10,13 @@ from typing import Annotated, Any, Literal
 
 from ..engine.kernel import Future, Task
 from ..errors import DiskError, UsageError
+from ..export.fuse_mount import Mount
 from ..export.nbd import listen_tcp, listen_unix
 from ..export.nbd_server import Server
 from ..graph.node import Node
 from ..graph.perms import ALL, RESIZE, root_use
 from ..records import NamedTuple
+from . import fuse
 from .commands import command, event
 from .daemon import Daemon
 from .session import Monitor
@@ -42,12 +44,12 @@ SocketAddressLegacy = Annotated[dict[str, Any], Union(_legacy)]
 def _export_options() -> tuple[str, tuple[Member, ...], Mapping[str, Struct]]:
     nbd = Struct((Member("name", STR, True), Member("description", STR, True)))
     members = (
-        Member("type", Enum("nbd")),
+        Member("type", Enum("nbd", "fuse")),
         Member("id", STR),
         Member("node-name", STR),
         Member("writable", BOOL, True),
     )
-    return "type", members, {"nbd": nbd}
+    return "type", members, {"nbd": nbd, "fuse": fuse.OPTIONS}
 
 
 EXPORT_OPTIONS = Union(_export_options)
@@ -57,7 +59,7 @@ class BlockExportInfo(NamedTuple):
     """An export; ``shutting_down``: it is being removed."""
 
     id: str
-    type: Literal["nbd"]
+    type: Literal["nbd", "fuse"]
     node_name: str
     shutting_down: bool
 
@@ -72,11 +74,13 @@ event("BLOCK_EXPORT_DELETED", Deleted, "An export is gone, and its id may be use
 
 
 class BlockExport:
-    """One export of a daemon."""
+    """One export of a daemon: of its NBD server under ``name``, or a ``mount``."""
 
-    def __init__(self, id: str, name: bytes, node: Node, writable: bool, text: bytes) -> None:
+    def __init__(
+        self, id: str, node: Node, writable: bool, name: bytes = b"", mount: Mount | None = None
+    ) -> None:
         self.id, self.name, self.node = id, name, node
-        self.writable, self.description = writable, text
+        self.writable, self.mount = writable, mount
         self.shutting_down = False
         self.removal: Task[None] | None = None
 
@@ -158,7 +162,8 @@ async def nbd_server_stop(monitor: Monitor) -> None:
 async def stop_server(daemon: Daemon) -> None:
     """The same.  What clients have asked for is answered first."""
     server = _server(daemon)
-    for export in list(daemon.exports.values()):
+    served = [export for export in daemon.exports.values() if export.mount is None]
+    for export in served:
         export.shutting_down = True
     await server.shut_down()
     daemon.server = None
@@ -166,7 +171,7 @@ async def stop_server(daemon: Daemon) -> None:
         with suppress(FileNotFoundError):
             os.unlink(daemon.server_path)
     first: BaseException | None = None
-    for export in list(daemon.exports.values()):
+    for export in served:
         try:
             await _gone(daemon, export)
         except (OSError, DiskError) as error:
@@ -182,14 +187,44 @@ def _server(daemon: Daemon) -> Server:
 
 
 @command("block-export-add", boxed=EXPORT_OPTIONS)
-def block_export_add(monitor: Monitor, options: dict[str, Any]) -> None:
-    """Offer a node to clients.  ``name`` (default: the node's) is what they ask for; unless it is
-    ``writable`` they can only read."""
-    add_export(monitor.daemon, options)
+async def block_export_add(monitor: Monitor, options: dict[str, Any]) -> None:
+    """Offer a node to clients; unless it is ``writable`` they can only read.  ``nbd``: ``name``
+    (default: the node's) is what they ask for.  ``fuse``: the node is the regular file
+    ``mountpoint``; where it is ``growable`` it can be truncated and grows by writes behind its end;
+    ``allow-other`` (default ``auto``: where the system allows it) lets other users open it, as its
+    mode says."""
+    await add_export(monitor.daemon, options)
 
 
-def add_export(daemon: Daemon, options: Mapping[str, Any]) -> None:
+async def add_export(daemon: Daemon, options: Mapping[str, Any]) -> None:
     """Offer what ``options`` describe.  Raises UsageError."""
+    if options["type"] == "nbd":
+        _add_nbd(daemon, options)
+        return
+    id, node, writable = _exported(daemon, options)
+    mount = await fuse.mounted(daemon, node, options)
+    growable = mount.file.growable
+    export = BlockExport(id, node, writable, mount=mount)
+    # The kernel knows a size.
+    daemon.use(node, export.user, root_use(writable, ALL - {RESIZE}, growable))
+    try:
+        await mount.start()
+    except BaseException:
+        daemon.use(node, export.user, None)
+        raise
+    daemon.exports[id] = export
+    mount.ended.callbacks.append(lambda _: _unmounted(daemon, export))
+
+
+def _unmounted(daemon: Daemon, export: BlockExport) -> None:
+    """It was unmounted, by whomever: so it is removed."""
+    if not export.shutting_down:
+        export.shutting_down = True
+        export.removal = daemon.driver.spawn(_remove(daemon, export, []), name="export-del")
+
+
+def _exported(daemon: Daemon, options: Mapping[str, Any]) -> tuple[str, Node, bool]:
+    """Id, node, and whether it can be written to."""
     id = options["id"]
     if not _ID.fullmatch(id):
         raise UsageError("Invalid block export id")
@@ -199,6 +234,11 @@ def add_export(daemon: Daemon, options: Mapping[str, Any]) -> None:
     writable = options.get("writable", False)
     if writable and node.read_only:
         raise UsageError("Cannot export read-only node as writable")
+    return id, node, writable
+
+
+def _add_nbd(daemon: Daemon, options: Mapping[str, Any]) -> None:
+    id, node, writable = _exported(daemon, options)
     server = _server(daemon)
     word = options.get("name", node.name)
     name, text = word.encode(), options.get("description", "").encode()
@@ -207,7 +247,7 @@ def add_export(daemon: Daemon, options: Mapping[str, Any]) -> None:
             raise UsageError(f"export {what} '{value[:32].decode(errors='replace')}...' too long")
     if name in server.exports:
         raise UsageError(f"NBD server already has export named '{word}'")
-    export = BlockExport(id, name, node, writable, text)
+    export = BlockExport(id, node, writable, name)
     # Clients were told a size.
     daemon.use(node, export.user, root_use(writable, ALL - {RESIZE}))
     server.offer(name, node, text, not writable)
@@ -224,6 +264,10 @@ async def block_export_del(monitor: Monitor, id: str, mode: RemoveMode = "safe")
         raise UsageError(f"Export '{id}' is not found")
     if export.shutting_down:
         raise UsageError(f"Export '{id}' is already shutting down")
+    if export.mount is not None:
+        export.shutting_down = True
+        await _gone(daemon, export)
+        return
     server = _server(daemon)
     clients = server.users(export.name)
     if clients and mode == "safe":
@@ -251,7 +295,9 @@ async def _remove(daemon: Daemon, export: BlockExport, ended: list[Future[None]]
 async def _gone(daemon: Daemon, export: BlockExport) -> None:
     """Nobody uses it any more."""
     try:
-        if export.writable:
+        if export.mount is not None:
+            await export.mount.stop()
+        elif export.writable:
             await export.node.flush()
     finally:
         del daemon.exports[export.id]
@@ -263,7 +309,7 @@ async def _gone(daemon: Daemon, export: BlockExport) -> None:
 def query_block_exports(monitor: Monitor) -> list[BlockExportInfo]:
     """List the exports."""
     return [
-        BlockExportInfo(one.id, "nbd", one.node.name, one.shutting_down)
+        BlockExportInfo(one.id, "fuse" if one.mount else "nbd", one.node.name, one.shutting_down)
         for one in reversed(monitor.daemon.exports.values())
     ]
 
@@ -288,7 +334,7 @@ def nbd_server_add(
         "description": description,
         "writable": writable and not node.read_only,
     }
-    add_export(monitor.daemon, options)
+    _add_nbd(monitor.daemon, options)
 
 
 @command("nbd-server-remove", features=("deprecated",))
@@ -299,5 +345,10 @@ async def nbd_server_remove(monitor: Monitor, name: str, mode: RemoveMode = "saf
 
 async def close_all(daemon: Daemon) -> None:
     """Remove all exports and stop the server."""
-    if daemon.server is not None:
-        await stop_server(daemon)
+    try:
+        for export in [one for one in daemon.exports.values() if one.mount is not None]:
+            export.shutting_down = True
+            await _gone(daemon, export)
+    finally:
+        if daemon.server is not None:
+            await stop_server(daemon)
