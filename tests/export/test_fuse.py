@@ -140,7 +140,7 @@ def test_growing_and_a_kill(tmp_path: Path) -> None:
             os.fsync(opened.fileno())
         os.kill(process, signal.SIGKILL)
         ended(process)
-        with pytest.raises(OSError, match="not connected"):
+        with pytest.raises(OSError):
             file.open("rb")
     assert file.stat().st_size == 0
     clean(image)

@@ -6,21 +6,22 @@ import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from ..engine.kernel import Future, Task
 from ..errors import DiskError, UsageError
-from ..export.fuse_mount import Mount
 from ..export.nbd import listen_tcp, listen_unix
 from ..export.nbd_server import Server
 from ..graph.node import Node
 from ..graph.perms import ALL, RESIZE, root_use
 from ..records import NamedTuple
-from . import fuse
 from .commands import command, event
 from .daemon import Daemon
 from .session import Monitor
 from .types import BOOL, INT, STR, Enum, Member, Struct, Union
+
+if TYPE_CHECKING:
+    from ..export.fuse_mount import Mount
 
 RemoveMode = Literal["safe", "hard"]
 DEFAULT_CONNECTIONS = 100
@@ -49,7 +50,14 @@ def _export_options() -> tuple[str, tuple[Member, ...], Mapping[str, Struct]]:
         Member("node-name", STR),
         Member("writable", BOOL, True),
     )
-    return "type", members, {"nbd": nbd, "fuse": fuse.OPTIONS}
+    fuse = Struct(
+        (
+            Member("mountpoint", STR),
+            Member("growable", BOOL, True),
+            Member("allow-other", Enum("off", "on", "auto"), True),
+        )
+    )
+    return "type", members, {"nbd": nbd, "fuse": fuse}
 
 
 EXPORT_OPTIONS = Union(_export_options)
@@ -201,18 +209,21 @@ async def add_export(daemon: Daemon, options: Mapping[str, Any]) -> None:
     if options["type"] == "nbd":
         _add_nbd(daemon, options)
         return
+    from .fuse import mount_of
+
     id, node, writable = _exported(daemon, options)
-    mount = await fuse.mounted(daemon, node, options)
-    growable = mount.file.growable
+    mount = await mount_of(daemon, node, options)
     export = BlockExport(id, node, writable, mount=mount)
     # The kernel knows a size.
-    daemon.use(node, export.user, root_use(writable, ALL - {RESIZE}, growable))
+    daemon.use(node, export.user, root_use(writable, ALL - {RESIZE}, mount.file.growable))
     try:
         await mount.start()
     except BaseException:
         daemon.use(node, export.user, None)
         raise
     daemon.exports[id] = export
+    if mount.ended.done:
+        _unmounted(daemon, export)
     mount.ended.callbacks.append(lambda _: _unmounted(daemon, export))
 
 

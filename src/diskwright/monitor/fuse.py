@@ -10,21 +10,12 @@ from ..export.fuse import DiskFile
 from ..export.fuse_mount import Mount, place
 from ..graph.node import Node
 from ..ops.info import actual_size
-from .types import BOOL, STR, Enum, Member, Struct
 
 if TYPE_CHECKING:
     from .daemon import Daemon
 
-OPTIONS = Struct(
-    (
-        Member("mountpoint", STR),
-        Member("growable", BOOL, True),
-        Member("allow-other", Enum("off", "on", "auto"), True),
-    )
-)
 
-
-async def mounted(daemon: Daemon, node: Node, options: Mapping[str, Any]) -> Mount:
+async def mount_of(daemon: Daemon, node: Node, options: Mapping[str, Any]) -> Mount:
     """The mount that ``options`` describe, not begun yet.  Raises UsageError."""
     name = options["mountpoint"]
     # In a thread: the path may lead through what this daemon itself serves.
