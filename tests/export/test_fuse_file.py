@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from diskwright.engine.kernel import Driver, Future, gather
-from diskwright.errors import NotSupported, UsageError
+from diskwright.errors import CorruptImage, NotSupported, UsageError
 from diskwright.export import fuse_mount
 from diskwright.export.fuse import KEEP_SIZE, PUNCH_HOLE, SEEK_DATA, SEEK_HOLE, ZERO_RANGE, DiskFile
 from diskwright.graph.opener import close_disk, create_image, open_disk
@@ -175,6 +175,11 @@ def test_requests_of_other_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             request(*arguments)
         found.append(caught.value.errno)
 
+    damage = CorruptImage("it is")
+
+    async def broken() -> None:
+        raise damage
+
     async def work(file: DiskFile) -> None:
         driver = file.node.driver
 
@@ -186,15 +191,18 @@ def test_requests_of_other_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPat
             refused(operations.truncate, "/", 3)
             refused(operations.getattr, "/other")
             operations.fsync("/", 0, None)
+            file.flush = broken  # type: ignore[method-assign]
+            refused(operations.fsync, "/", 0, None)
             driver.from_thread(over.set)
 
         Binding.script = staticmethod(script)
         (tmp_path / "file").touch()
         mount = fuse_mount.Mount(driver, file, str(tmp_path / "file"))
-        await mount.start()
+        mount.on_error = found.append
         # What a program waits for besides; a driver without it says that nothing can come.
         reader, writer = socket.socketpair()
         waiting = driver.readable(reader.fileno())
+        await mount.start()
         await over
         await mount.stop()
         assert mount.ended.done
@@ -207,7 +215,8 @@ def test_requests_of_other_threads(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(fuse_mount, "_own_folder", lambda: None)
     monkeypatch.setattr(fuse_mount, "unmount", lambda path: Binding.unmounted.set())
     on_disk(tmp_path, work)
-    assert found == [4096, 9, b"\5" * 6 + bytes(3), errno.EPERM, errno.ENOENT]
+    refusals = [errno.EPERM, errno.ENOENT, damage, errno.EIO]
+    assert found == [4096, 9, b"\5" * 6 + bytes(3), *refusals]
 
 
 def test_what_cannot_be_mounted_over(tmp_path: Path) -> None:

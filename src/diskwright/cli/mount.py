@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from ..errors import UsageError
 from .images import READ_CACHES, arguments, gate, new_driver, secrets, warn_if_guessed
 from .options import FORCE_SHARE, FORMAT, GATE, IMAGE_OPTS, OBJECT, Args, Opt
-from .output import Call, UsageProblem
+from .output import Call, UsageProblem, reason
 
 if TYPE_CHECKING:
     from ..engine.kernel import Driver
@@ -109,6 +109,7 @@ async def _serve(driver: Driver, call: Call, args: Args, ready: Callable[[], Non
             warn_if_guessed(call, image, node)
         file = DiskFile(node, writable=writable, growable="growable" in args, allocated=actual_size)
         mount = Mount(driver, file, name, "on" if "allow-other" in args else "off")
+        mount.on_error = lambda error: call.error(f"a request failed: {reason(error)}")
         over: Future[None] = Future()
         mount.ended.callbacks.append(lambda _: over.set())
 

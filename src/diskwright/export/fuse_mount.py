@@ -21,7 +21,7 @@ from importlib import import_module
 from typing import Any, Literal, TypeVar
 
 from ..engine.kernel import BaseDriver, Future, Task
-from ..errors import DiskError, NotSupported, UsageError
+from ..errors import NotSupported, UsageError
 from .fuse import DiskFile
 
 T = TypeVar("T")
@@ -56,6 +56,8 @@ class Mount:
         self.mountpoint = mountpoint
         self.direct = direct
         self.allow_other = allow_other
+        self.on_error: Callable[[BaseException], None] = lambda error: None
+        """Told of failures that an errno has no words for, in some thread."""
         self.ended: Future[None] = Future()
         """Nobody can reach the file any more: it was unmounted."""
         self._mounted: Future[None] = Future()
@@ -118,7 +120,8 @@ class Mount:
             return answer.result()
         except OSError as error:
             number = error.errno or errno.EIO
-        except DiskError:
+        except Exception as error:
+            self.on_error(error)
             number = errno.EIO
         raise OSError(number, os.strerror(number))
 

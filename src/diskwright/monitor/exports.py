@@ -178,14 +178,7 @@ async def stop_server(daemon: Daemon) -> None:
     if daemon.server_path is not None:
         with suppress(FileNotFoundError):
             os.unlink(daemon.server_path)
-    first: BaseException | None = None
-    for export in served:
-        try:
-            await _gone(daemon, export)
-        except (OSError, DiskError) as error:
-            first = first or error
-    if first is not None:
-        raise first
+    await _all_gone(daemon, served)
 
 
 def _server(daemon: Daemon) -> Server:
@@ -316,6 +309,18 @@ async def _gone(daemon: Daemon, export: BlockExport) -> None:
         daemon.emit("BLOCK_EXPORT_DELETED", Deleted(export.id))
 
 
+async def _all_gone(daemon: Daemon, exports: list[BlockExport]) -> None:
+    first: BaseException | None = None
+    for export in exports:
+        export.shutting_down = True
+        try:
+            await _gone(daemon, export)
+        except (OSError, DiskError) as error:
+            first = first or error
+    if first is not None:
+        raise first
+
+
 @command("query-block-exports")
 def query_block_exports(monitor: Monitor) -> list[BlockExportInfo]:
     """List the exports."""
@@ -357,9 +362,7 @@ async def nbd_server_remove(monitor: Monitor, name: str, mode: RemoveMode = "saf
 async def close_all(daemon: Daemon) -> None:
     """Remove all exports and stop the server."""
     try:
-        for export in [one for one in daemon.exports.values() if one.mount is not None]:
-            export.shutting_down = True
-            await _gone(daemon, export)
+        await _all_gone(daemon, [one for one in daemon.exports.values() if one.mount is not None])
     finally:
         if daemon.server is not None:
             await stop_server(daemon)
