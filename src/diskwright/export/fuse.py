@@ -8,6 +8,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -46,7 +47,7 @@ class DiskFile:
         self.growable = writable and growable
         self.closed = False
         self.mode = stat.S_IFREG | (0o600 if writable else 0o400)
-        self.owner = (os.getuid(), os.getgid()) if hasattr(os, "getuid") else (0, 0)
+        self.owner = (0, 0) if sys.platform == "win32" else (os.getuid(), os.getgid())
         self._allocated = allocated
         self._made = self._written = time.time_ns()
         self._active = 0
