@@ -47,7 +47,7 @@ class DiskFile:
         self.growable = writable and growable
         self.closed = False
         self.mode = stat.S_IFREG | (0o600 if writable else 0o400)
-        self.owner = (0, 0) if sys.platform == "win32" else (os.getuid(), os.getgid())
+        self.owner = _us()
         self._allocated = allocated
         self._made = self._written = time.time_ns()
         self._active = 0
@@ -223,6 +223,19 @@ class DiskFile:
         finally:
             self._resizing = False
             self._changed.notify()
+
+
+if sys.platform == "win32":
+
+    def _us() -> tuple[int, int]:
+        """User and group of this process."""
+        return 0, 0
+
+else:
+
+    def _us() -> tuple[int, int]:
+        """User and group of this process."""
+        return os.getuid(), os.getgid()
 
 
 def _refused(number: int) -> OSError:
