@@ -79,7 +79,7 @@ def converse(sock: socket.socket, size: int) -> None:
         if out:
             send(sock, [memoryview(part) for part in out])
         if batch is not None:
-            headers = headers or reply.ReadHeaders(machine.structured)
+            headers = headers or reply.ReadHeaders(machine.mode)
             answer(sock, machine, batch, headers)
 
 

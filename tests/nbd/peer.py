@@ -9,8 +9,9 @@ from collections.abc import Sequence
 GREETING = struct.pack(">QQH", 0x4E42444D41474943, 0x49484156454F5054, 3)
 MAGIC = 0x25609513
 READ, WRITE, DISC, FLUSH, TRIM, CACHE, ZERO, STATUS = range(8)
-FUA, NO_HOLE, DF, REQ_ONE = 1, 2, 4, 8
+FUA, NO_HOLE, DF, REQ_ONE, FAST, PAYLOAD = 1, 2, 4, 8, 16, 32
 STRUCTURED, GO, INFO, LIST, ABORT, EXPORT_NAME, LIST_META, SET_META = 8, 7, 6, 3, 2, 1, 9, 10
+STARTTLS, EXTENDED = 5, 11
 
 
 def option(number: int, data: bytes = b"") -> bytes:
@@ -34,10 +35,23 @@ def request(
     return struct.pack(">IHHQQI", MAGIC, flags, command, cookie, offset, length) + data
 
 
-def opening(structured: bool = True, allocation: bool = False, name: bytes = b"") -> bytes:
+def wide(
+    command: int, cookie: int, offset: int = 0, length: int = 0, flags: int = 0, data: bytes = b""
+) -> bytes:
+    """The same as an extended request."""
+    length = length or len(data)
+    flags |= PAYLOAD if data else 0
+    return struct.pack(">IHHQQQ", 0x21E41C71, flags, command, cookie, offset, length) + data
+
+
+def opening(
+    structured: bool = True, allocation: bool = False, name: bytes = b"", extended: bool = False
+) -> bytes:
     """Everything up to transmission."""
     out = struct.pack(">I", 3)
-    if structured:
+    if extended:
+        out += option(EXTENDED)
+    elif structured:
         out += option(STRUCTURED)
     if allocation:
         out += option(SET_META, meta(name, b"base:allocation"))

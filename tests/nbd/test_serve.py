@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 import signal
@@ -294,3 +295,56 @@ def test_memory_stays_inside_the_budget(tmp_path: Path) -> None:
         assert time.monotonic() - start < 240
         for client in clients:
             client.close()
+
+
+def test_contexts(tmp_path: Path) -> None:
+    """Dirty bitmaps, also of a backing file, and the depth of the allocation."""
+    need("qemu-img", "qemu-io", "nbdinfo")
+    base, top = tmp_path / "base.qcow2", tmp_path / "top.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", base, "4M")
+    run("qemu-img", "bitmap", "--add", base, "below")
+    run("qemu-io", "-f", "qcow2", "-c", "write 0 64k", base)
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-b", base, "-F", "qcow2", top, "6M")
+    run("qemu-img", "bitmap", "--add", "-g", "512k", top, "above")
+    options = ("-t", "-A", "-B", "above", "--bitmap=below")
+    with serving(top, *options, format="qcow2") as server:
+        run("qemu-io", "-f", "raw", "-c", "write 1M 64k", server.uri)
+
+        def told(context: str) -> list[tuple[int, int, int]]:
+            lines = run("nbdinfo", f"--map={context}", server.uri).splitlines()
+            rows = [line.split()[:3] for line in lines]
+            return [(int(offset), int(length), int(flags)) for offset, length, flags in rows]
+
+        unit = 64 << 10
+        assert told("qemu:allocation-depth") == [
+            (0, unit, 2),
+            (unit, 15 * unit, 0),
+            (16 * unit, unit, 1),
+            (17 * unit, 79 * unit, 0),
+        ]
+        assert told("qemu:dirty-bitmap:below") == [(0, unit, 1), (unit, 95 * unit, 0)]
+        assert told("qemu:dirty-bitmap:above") == [
+            (0, 1 << 20, 0),
+            (1 << 20, 512 << 10, 1),
+            (3 << 19, 9 << 19, 0),
+        ]
+        where = f"driver=nbd,path={server.socket},x-dirty-bitmap=qemu:dirty-bitmap:above"
+        found = run("qemu-img", "map", "--output=json", "--image-opts", where)
+        assert [row["data"] for row in json.loads(found)] == [True, False, True]
+    lost = Serve(top, "-B", "nothing", format="qcow2")
+    assert lost.ended() == (1, "diskwright: Bitmap 'nothing' is not found\n")
+
+
+def test_more_than_4_gib_at_once(tmp_path: Path) -> None:
+    """What extended headers are for: with them qemu's client sends requests of 64 bits."""
+    need("qemu-img", "qemu-io")
+    image = tmp_path / "large.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", image, "1T")
+    with serving(image, "-t", format="qcow2") as server:
+        words = ("-c", "write -P 5 900G 1M", "-c", "read -P 5 900G 1M", "-c", "flush")
+        run("qemu-io", "-f", "raw", *words, server.uri)
+        found = json.loads(run("qemu-img", "map", "-f", "raw", "--output=json", server.uri))
+        assert [row["length"] for row in found] == [900 << 30, 1 << 20, (124 << 30) - (1 << 20)]
+        run("qemu-io", "-f", "raw", "-c", "write -z -u -n 890G 20G", server.uri)
+        with diskwright.open(server.uri) as disk:
+            assert disk.read_at(900 << 30, 512) == bytes(512)

@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from diskwright.errors import PeerError
+from diskwright.wire import nbd_const as const
 from diskwright.wire import nbd_negotiation
 from diskwright.wire.nbd_handshake import Export
 from diskwright.wire.nbd_negotiation import Negotiation
@@ -190,7 +191,8 @@ def test_our_own_server() -> None:
             answer = answer[wanted:]
     assert client.agreed.size == 12288
     assert client.agreed.contexts == {1: BASE}
-    assert server.export is not None and server.structured and server.allocation
+    assert server.export is not None and server.mode == const.EXTENDED
+    assert server.contexts == {1: BASE} and client.agreed.extended
 
 
 @given(st.data())

@@ -40,6 +40,9 @@ OPTIONS = (
     Opt("e", "shared", "NUM", "clients at a time (default 1, 0 for any number)"),
     Opt("x", "export-name", "NAME", "name of the export (default: empty)"),
     Opt("D", "description", "TEXT", "description of the export"),
+    Opt("A", "allocation-depth", "", "tell clients that ask which layer holds a range"),
+    Opt("B", "bitmap", "NAME", "tell clients that ask what a dirty bitmap of the image or of a "
+        "backing file calls dirty (several times)"),
     Opt("", "handshake-limit", "SECONDS", "time for a client's handshake (default 10)"),
     Opt("", "cache", "CACHE", "cache mode of the image (default writeback)"),
     Opt("n", "nocache", "", "the same as --cache=none"),
@@ -79,6 +82,8 @@ class Settings(NamedTuple):
     verbose: bool = False
     secrets: Secrets | None = None
     snapshot: Selector | None = None
+    depth: bool = False
+    bitmaps: tuple[str, ...] = ()
 
 
 def main(call: Call, argv: list[str]) -> int:
@@ -145,6 +150,8 @@ def _settings(call: Call, args: Args) -> Settings:
         verbose="verbose" in args,
         secrets=keys,
         snapshot=_snapshot(call, args),
+        depth="allocation-depth" in args,
+        bitmaps=tuple(args.all("bitmap")),
     )
 
 
@@ -189,6 +196,7 @@ async def _serve(
 ) -> None:
     from ..export.nbd import NbdExport
     from ..export.nbd_service import serve_until_signalled, tune_collector
+    from ..export.nbd_status import find_bitmaps
     from ..graph.opener import close_disk, open_disk
     from .background import unlink, write_pid
 
@@ -215,6 +223,8 @@ async def _serve(
             name=os.fsencode(settings.name),
             description=os.fsencode(settings.description),
             read_only=settings.read_only,
+            depth=settings.depth,
+            bitmaps=await find_bitmaps(node, settings.bitmaps),
             clients=settings.clients,
             persistent=settings.persistent,
             handshake_seconds=settings.handshake_seconds or 1e9,

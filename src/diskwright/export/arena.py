@@ -18,9 +18,9 @@ class Arena:
 
     __slots__ = ("_length", "_slots", "_view", "header_size", "headers", "size")
 
-    def __init__(self, structured: bool) -> None:
-        self.headers = reply.ReadHeaders(structured)
-        self.header_size = reply.READ_CHUNK_SIZE if structured else reply.SIMPLE_SIZE
+    def __init__(self, mode: int) -> None:
+        self.headers = reply.ReadHeaders(mode)
+        self.header_size = reply.READ_SIZES[mode]
         self.size = 0
         self._view = memoryview(b"")
         self._length = 0

@@ -7,7 +7,9 @@ import os
 import socket
 import stat
 import sys
+from collections.abc import Mapping
 
+from ..bitmaps import DirtyBitmap
 from ..engine.kernel import BaseDriver, Cancelled, Future
 from ..engine.node import Node
 from .budget import TOTAL_LIMIT
@@ -20,7 +22,8 @@ class NbdExport(Server):
     """Serves ``node`` under ``name`` to at most ``clients`` at a time (0: no limit).
 
     Further clients wait in the listening socket's queue.  Unless ``persistent`` it ends when the
-    last client that finished its handshake has left.
+    last client that finished its handshake has left.  ``depth`` and ``bitmaps``: see
+    :meth:`.Server.offer`.
     """
 
     def __init__(
@@ -31,6 +34,8 @@ class NbdExport(Server):
         name: bytes = b"",
         description: bytes = b"",
         read_only: bool = False,
+        depth: bool = False,
+        bitmaps: Mapping[bytes, DirtyBitmap] | None = None,
         clients: int = 1,
         persistent: bool = False,
         budget: int = TOTAL_LIMIT,
@@ -41,7 +46,14 @@ class NbdExport(Server):
         )
         self.node = node
         self.persistent = persistent
-        self.description = self.offer(name, node, description, read_only or node.read_only)
+        self.description = self.offer(
+            name,
+            node,
+            description,
+            read_only or node.read_only,
+            depth=depth,
+            bitmaps=bitmaps,
+        )
 
     async def serve(self, listener: socket.socket) -> None:
         """Accept clients of ``listener`` (closed at the end) until there is no more to do, then

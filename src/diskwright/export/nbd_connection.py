@@ -7,10 +7,11 @@ and no future but the one that says that the node was done at once.
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ..bitmaps import DirtyBitmap
 from ..contract import FUA
 from ..engine.kernel import Cancelled, Future, Task, Timer
 from ..engine.node import Buffer, Node
@@ -22,7 +23,7 @@ from ..wire.nbd_batch import Batch, Other, ReceiveBuffer
 from ..wire.nbd_server import BUFFER_SIZE, NbdServer
 from .arena import Arena
 from .budget import CLIENT_LIMIT, Budget
-from .nbd_requests import perform
+from .nbd_requests import perform, status
 
 if TYPE_CHECKING:
     from .nbd_server import Server
@@ -42,6 +43,7 @@ class Connection:
     def __init__(self, export: Server, sock: socket.socket) -> None:
         self.export = export
         self.node: Node
+        self.bitmaps: Mapping[bytes, DirtyBitmap]
         self.chosen: bytes | None = None
         self.driver = export.driver
         self.sock = sock
@@ -108,6 +110,7 @@ class Connection:
             self.negotiated = True
             self.chosen = self.machine.export.name
             self.node = self.export.nodes[self.chosen]
+            self.bitmaps = self.export.bitmaps[self.chosen]
 
     # -- receiving
     def _pause(self) -> None:
@@ -243,7 +246,7 @@ class Connection:
             else:
                 self._later(work, partial(self._written, batch))
         if batch.refusals:
-            data = b"".join(reply.refused(self.machine.structured, r) for r in batch.refusals)
+            data = b"".join(reply.refused(self.machine.mode, r) for r in batch.refusals)
             self.outgoing.send((data,), len(data))
         for other in batch.others:
             self._go(self._other(other))
@@ -276,7 +279,7 @@ class Connection:
         self, cookies: Sequence[bytes], offsets: Sequence[int], lengths: Sequence[int], total: int
     ) -> None:
         """One group; ``total`` bytes of budget were taken."""
-        arena = self.export.arena(self.machine.structured)
+        arena = self.export.arena(self.machine.mode)
         work = self.driver.start(
             self.node.read(offsets, lengths, arena.views(lengths, total)), io=True
         )
@@ -300,7 +303,7 @@ class Connection:
             if not isinstance(work.error, (OSError, DiskError)):
                 self._failed(work.error)
             elif len(cookies) == 1:
-                self._refuse(c.CMD_READ, cookies[0], work.error)
+                self._refuse(c.CMD_READ, cookies[0], offsets[0], work.error)
             else:  # which of them was it?
                 self._go(self._read_singly(cookies, offsets, lengths))
             return
@@ -329,16 +332,16 @@ class Connection:
 
     # -- everything else
     def _written(self, batch: Batch, work: Future[None]) -> None:
-        cookies = batch.write_cookies
+        cookies, offsets = batch.write_cookies, batch.write_offsets
         if work.error is None:
             batch.release()
-            data = reply.done(cookies)
+            data = reply.done(cookies, self.machine.mode, offsets)
             self.outgoing.send((data,), len(data))
         elif len(cookies) > 1 and isinstance(work.error, (OSError, DiskError)):
             self._go(self._write_singly(batch))
         else:
             batch.release()
-            self._refuse(c.CMD_WRITE, cookies[0], work.error)
+            self._refuse(c.CMD_WRITE, cookies[0], offsets[0], work.error)
 
     async def _write_singly(self, batch: Batch) -> None:
         try:
@@ -348,21 +351,28 @@ class Connection:
                 try:
                     await self.node.write([offset], [payload], FUA if batch.fua else 0)
                 except (OSError, DiskError) as error:
-                    self._refuse(c.CMD_WRITE, cookie, error)
+                    self._refuse(c.CMD_WRITE, cookie, offset, error)
                 else:
-                    data = reply.done((cookie,))
+                    data = reply.done((cookie,), self.machine.mode, (offset,))
                     self.outgoing.send((data,), len(data))
         finally:
             batch.release()
 
     async def _other(self, other: Other) -> None:
+        command, _, cookie, offset, _ = other
+        mode = self.machine.mode
         try:
-            data = await perform(self.node, other, lambda: self._closer is not None)
+            if command == c.CMD_BLOCK_STATUS:
+                found = await status(self.node, other, self.machine.contexts, self.bitmaps)
+                data = reply.block_status(mode, cookie, offset, found)
+            else:
+                await perform(self.node, other, lambda: self._closer is not None)
+                data = reply.done((cookie,), mode, (offset,))
         except (OSError, DiskError) as error:
-            self._refuse(other.command, other.cookie, error)
+            self._refuse(command, cookie, offset, error)
         else:
             self.outgoing.send((data,), len(data))
 
-    def _refuse(self, command: int, cookie: bytes, error: BaseException) -> None:
-        data = reply.failed(self.machine.structured, command, cookie, c.wire_errno(error))
+    def _refuse(self, command: int, cookie: bytes, offset: int, error: BaseException) -> None:
+        data = reply.failed(self.machine.mode, command, cookie, c.wire_errno(error), offset)
         self.outgoing.send((data,), len(data))

@@ -2,24 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
-from ..contract import FUA, MAY_UNMAP
+from ..bitmaps import DirtyBitmap
+from ..contract import FUA, MAY_UNMAP, NO_FALLBACK
 from ..engine.node import Node
 from ..wire import nbd_const as c
-from ..wire import nbd_reply as reply
 from ..wire.nbd_batch import Other
-from .nbd_status import allocation
+from .nbd_status import Row, status_of
 
 _CACHE_PIECE = 1 << 20
 
 
-async def perform(node: Node, other: Other, stopped: Callable[[], bool]) -> bytes:
-    """Carry it out; returns the reply of success and raises what the node raises.
-
-    ``stopped`` ends what is only advice early.
-    """
-    command, flags, cookie, offset, length = other
+async def perform(node: Node, other: Other, stopped: Callable[[], bool]) -> None:
+    """Carry it out; raises what the node raises.  ``stopped`` ends what is only advice early."""
+    command, flags, _, offset, length = other
     fua = bool(flags & c.CMD_FLAG_FUA)
     if command == c.CMD_FLUSH:
         await node.flush()
@@ -29,13 +26,21 @@ async def perform(node: Node, other: Other, stopped: Callable[[], bool]) -> byte
             await node.flush()
     elif command == c.CMD_WRITE_ZEROES:
         mode = (FUA if fua else 0) | (0 if flags & c.CMD_FLAG_NO_HOLE else MAY_UNMAP)
+        mode |= NO_FALLBACK if flags & c.CMD_FLAG_FAST_ZERO else 0
         await node.zero([offset], [length], mode)
-    elif command == c.CMD_CACHE:
-        await _cache(node, offset, length, stopped)
     else:
-        only_one = bool(flags & c.CMD_FLAG_REQ_ONE)
-        return reply.block_status(cookie, await allocation(node, offset, length, only_one))
-    return reply.done((cookie,))
+        await _cache(node, offset, length, stopped)
+
+
+async def status(
+    node: Node, other: Other, contexts: Mapping[int, bytes], bitmaps: Mapping[bytes, DirtyBitmap]
+) -> dict[int, list[Row]]:
+    """What each of ``contexts`` says, by its number."""
+    only_one = bool(other.flags & c.CMD_FLAG_REQ_ONE)
+    return {
+        number: await status_of(node, context, bitmaps, other.offset, other.length, only_one)
+        for number, context in contexts.items()
+    }
 
 
 async def _cache(node: Node, offset: int, length: int, stopped: Callable[[], bool]) -> None:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
+from ..bitmaps import DirtyBitmap
 from ..engine.kernel import BaseDriver, Cancelled, Future, Task
 from ..engine.node import Node
 from ..wire.nbd_handshake import Export
 from .arena import Arena
 from .budget import TOTAL_LIMIT, Budget
 from .nbd_connection import Connection
+from .nbd_status import contexts_of
 
 HANDSHAKE_SECONDS = 10.0
 ARENA_SIZE = 1 << 20
@@ -23,7 +25,8 @@ _SEND_BUFFER = 4 << 20  # the kernel lowers it to what it allows
 class Server:
     """At most ``clients`` connections at a time (0: no limit), whose memory has one ``budget``.
 
-    ``exports`` and ``nodes``, by name, may change while clients are connected.
+    ``exports``, ``nodes`` and ``bitmaps`` (dirty bitmaps by their contexts), by name, may change
+    while clients are connected.
     """
 
     def __init__(
@@ -40,6 +43,7 @@ class Server:
         self.budget = Budget(budget)
         self.exports: dict[bytes, Export] = {}
         self.nodes: dict[bytes, Node] = {}
+        self.bitmaps: dict[bytes, Mapping[bytes, DirtyBitmap]] = {}
         self.on_error: Callable[[BaseException], None] = lambda error: None
         """Told of failures that are not the client's and that no reply can carry."""
         self.on_left: Callable[[str], None] = lambda reason: None
@@ -50,19 +54,38 @@ class Server:
         self._accepting: Task[None] | None = None
         self._changed: Future[None] | None = None
         self._room: Future[None] | None = None
-        self._arenas: dict[bool, list[Arena]] = {False: [], True: []}
+        self._arenas: tuple[list[Arena], ...] = ([], [], [])  # by the form of replies
         self._served = False
 
     # -- exports
-    def offer(self, name: bytes, node: Node, description: bytes, read_only: bool) -> Export:
-        """Let clients choose ``node`` under ``name``; again, to tell a new size."""
-        found = Export(name, node.size, read_only, description, multi_conn=self.clients != 1)
-        self.exports[name], self.nodes[name] = found, node
+    def offer(
+        self,
+        name: bytes,
+        node: Node,
+        description: bytes,
+        read_only: bool,
+        *,
+        depth: bool = False,
+        bitmaps: Mapping[bytes, DirtyBitmap] | None = None,
+    ) -> Export:
+        """Let clients choose ``node`` under ``name``; again, to tell a new size.
+
+        ``depth``: they may ask in which layer a range is; ``bitmaps``: what these call dirty.
+        """
+        found = Export(
+            name,
+            node.size,
+            read_only,
+            description,
+            multi_conn=self.clients != 1,
+            contexts=contexts_of(depth, bitmaps or {}),
+        )
+        self.exports[name], self.nodes[name], self.bitmaps[name] = found, node, bitmaps or {}
         return found
 
     def withdraw(self, name: bytes) -> None:
         """Let no more clients choose it; those that did go on."""
-        del self.exports[name], self.nodes[name]
+        del self.exports[name], self.nodes[name], self.bitmaps[name]
 
     def users(self, name: bytes) -> list[Connection]:
         """The clients that have chosen the export ``name``."""
@@ -149,13 +172,13 @@ class Server:
         self._notify()
 
     # -- buffers that all clients use again
-    def arena(self, structured: bool) -> Arena:
+    def arena(self, mode: int) -> Arena:
         """Read buffers, used before if possible."""
-        kept = self._arenas[structured]
-        return kept.pop() if kept else Arena(structured)
+        kept = self._arenas[mode]
+        return kept.pop() if kept else Arena(mode)
 
     def keep(self, arena: Arena) -> None:
         """They are free again."""
-        kept = self._arenas[arena.headers.structured]
+        kept = self._arenas[arena.headers.mode]
         if arena.size <= ARENA_SIZE and len(kept) < ARENAS:
             kept.append(arena)

@@ -1,31 +1,92 @@
-"""``base:allocation``: what the graph knows of a range, in the terms of NBD block status."""
+"""What is known of a range of an export, in the terms of NBD block status."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping, Sequence
+
+from ..bitmaps import DirtyBitmap
+from ..engine import bitmaps as at
 from ..engine.node import Node
-from ..graph.status import block_status
-from ..wire.nbd_const import STATE_HOLE, STATE_ZERO
+from ..errors import UsageError
+from ..graph.status import Status, block_status
+from ..wire.nbd_const import (
+    ALLOCATION_DEPTH,
+    BASE_ALLOCATION,
+    DIRTY_BITMAP,
+    STATE_DIRTY,
+    STATE_HOLE,
+    STATE_ZERO,
+)
 
 Row = tuple[int, int]  # (length in bytes, state flags)
 
 EXTENTS_LIMIT = 4096
 """Most rows in one answer: a client asks again behind them."""
 _FIRST_WINDOW = 1 << 20
-_LAST_WINDOW = 1 << 30
+_MANY_WINDOW = 1 << 30
+_LAST_WINDOW = 1 << 40
+_ROUNDS = 64
+"""Most windows of one answer."""
 
 
-async def allocation(node: Node, offset: int, length: int, only_one: bool) -> list[Row]:
-    """Rows from ``offset`` on, at least one, none empty, together at most ``length``.
+async def find_bitmaps(node: Node, names: Sequence[str]) -> dict[bytes, DirtyBitmap]:
+    """The contexts of these dirty bitmaps, each of the first layer that has one of its name, with
+    all of its bits in memory.  Raises UsageError and BitmapError."""
+    found: dict[bytes, DirtyBitmap] = {}
+    for name in names:
+        layer: Node | None = node
+        while layer is not None:
+            engine = getattr(layer, "engine", None)
+            if engine is not None and engine.bitmaps.find(name) is not None:
+                found[DIRTY_BITMAP + name.encode()] = await at.load(engine, name)
+                break
+            layer = layer.child("backing")
+        else:
+            raise UsageError(f"Bitmap '{name}' is not found")
+    return found
 
-    The range is looked at in windows that grow while they are all alike: a client that wants one
-    row at a time would otherwise make us walk over the rest of the disk for each.
-    """
+
+def contexts_of(depth: bool, bitmaps: Mapping[bytes, DirtyBitmap]) -> tuple[bytes, ...]:
+    """The names of all contexts of an export that tells its allocation depth and these bitmaps."""
+    return (BASE_ALLOCATION, *((ALLOCATION_DEPTH,) if depth else ()), *bitmaps)
+
+
+async def status_of(
+    node: Node,
+    context: bytes,
+    bitmaps: Mapping[bytes, DirtyBitmap],
+    offset: int,
+    length: int,
+    only_one: bool,
+) -> list[Row]:
+    """Rows from ``offset`` on, at least one, none empty, together at most ``length``."""
+    if context == BASE_ALLOCATION:
+        return await _graph(node, _allocation, offset, length, only_one)
+    if context == ALLOCATION_DEPTH:
+        return await _graph(node, _depth, offset, length, only_one)
+    return _dirty(bitmaps[context], offset, length, only_one)
+
+
+def _allocation(part: Status) -> int:
+    return (0 if part.data else STATE_HOLE) | (STATE_ZERO if part.zero else 0)
+
+
+def _depth(part: Status) -> int:
+    """0: in no layer, 1: in the disk itself, 2: in its backing file, and so on."""
+    return part.depth + 1 if part.present else 0
+
+
+async def _graph(
+    node: Node, state_of: Callable[[Status], int], offset: int, length: int, only_one: bool
+) -> list[Row]:
+    """The range is looked at in windows that grow while they are all alike: a client that wants
+    one row at a time would otherwise make us walk over the rest of the disk for each."""
     rows: list[Row] = []
     end = offset + length
-    window = _FIRST_WINDOW if only_one else _LAST_WINDOW
-    while offset < end:
+    window = _FIRST_WINDOW if only_one else _MANY_WINDOW
+    for _ in range(_ROUNDS):
         for part in await block_status(node, offset, min(end - offset, window)):
-            state = (0 if part.data else STATE_HOLE) | (STATE_ZERO if part.zero else 0)
+            state = state_of(part)
             if rows and rows[-1][1] == state:
                 rows[-1] = (rows[-1][0] + part.length, state)
             elif len(rows) == (1 if only_one else EXTENTS_LIMIT):
@@ -33,5 +94,24 @@ async def allocation(node: Node, offset: int, length: int, only_one: bool) -> li
             else:
                 rows.append((part.length, state))
             offset += part.length
+        if offset >= end:
+            break
         window = min(window * 2, _LAST_WINDOW)
+    return rows
+
+
+def _dirty(bitmap: DirtyBitmap, offset: int, length: int, only_one: bool) -> list[Row]:
+    """A disk may be longer than a bitmap of its backing file: what is behind that is clean."""
+    rows: list[Row] = []
+    end = offset + length
+    for start, count, dirty in bitmap.extents(offset, length):
+        if len(rows) == (1 if only_one else EXTENTS_LIMIT):
+            return rows
+        rows.append((count, STATE_DIRTY if dirty else 0))
+        offset = start + count
+    if offset < end:
+        if rows and not rows[-1][1]:
+            rows[-1] = (rows[-1][0] + end - offset, 0)
+        elif not rows or not only_one:
+            rows.append((end - offset, 0))
     return rows

@@ -6,8 +6,6 @@ from collections.abc import Callable, Sequence
 
 from ..records import NamedTuple
 
-REQUEST_SIZE = 28
-
 _SLOTS_LIMIT = 256
 
 
@@ -26,14 +24,15 @@ class ReceiveBuffer:
         self._length = -1
         self._slots: list[memoryview] = []
 
-    def payloads(self, length: int, count: int) -> list[memoryview]:
-        """Views of the first ``count`` payloads of ``length`` bytes when writes of that size fill
-        the buffer from its start; kept, because a client repeats its size."""
+    def payloads(self, head: int, length: int, count: int) -> list[memoryview]:
+        """Views of the first ``count`` payloads of ``length`` bytes when writes of that size, with
+        headers of ``head`` bytes (always the same), fill the buffer from its start; kept, because
+        a client repeats its size."""
         if length != self._length:
-            stride = REQUEST_SIZE + length
+            stride = head + length
             self._length = length
             self._slots = [
-                self.view[at + REQUEST_SIZE : at + stride]
+                self.view[at + head : at + stride]
                 for at in range(0, self.size - stride + 1, stride)[:_SLOTS_LIMIT]
             ]
         return self._slots[:count]
@@ -55,6 +54,7 @@ class Refusal(NamedTuple):
     command: int
     cookie: bytes
     errno: int
+    offset: int = 0
 
 
 class Batch:

@@ -95,8 +95,15 @@ REPLY_ERROR_OFFSET = 1 << 15 | 2
 STATE_HOLE = 1
 STATE_ZERO = 2
 
+STATE_DIRTY = 1
+
 BASE_ALLOCATION = b"base:allocation"
-BASE_ALLOCATION_ID = 1
+ALLOCATION_DEPTH = b"qemu:allocation-depth"
+DIRTY_BITMAP = b"qemu:dirty-bitmap:"
+"""Begins the names of contexts that tell what a dirty bitmap calls dirty."""
+
+SIMPLE, STRUCTURED, EXTENDED = range(3)
+"""Forms of replies; with the last one requests have lengths of 64 bits."""
 
 MAX_PAYLOAD = 32 << 20
 """Largest read or write in bytes; the size that clients may rely on without asking."""

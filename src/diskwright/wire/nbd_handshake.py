@@ -38,21 +38,23 @@ class Export(NamedTuple):
     multi_conn: bool = True
     rotational: bool = False
     trim: bool = True
+    contexts: tuple[bytes, ...] = (c.BASE_ALLOCATION,)
+    """Metadata contexts that can be asked for.  Their numbers are their places, from 1 on."""
 
-    def flags(self, structured: bool) -> int:
-        """Transmission flags; DF exists only beside structured replies."""
+    def flags(self, mode: int) -> int:
+        """Transmission flags; DF exists only beside structured or extended replies."""
         flags = c.HAS_FLAGS | c.SEND_FLUSH | c.SEND_FUA | c.SEND_CACHE
         if self.read_only:
             flags |= c.READ_ONLY
         else:
-            flags |= c.SEND_WRITE_ZEROES
+            flags |= c.SEND_WRITE_ZEROES | c.SEND_FAST_ZERO
             if self.trim:
                 flags |= c.SEND_TRIM
         if self.rotational:
             flags |= c.ROTATIONAL
         if self.multi_conn:
             flags |= c.CAN_MULTI_CONN
-        if structured:
+        if mode:
             flags |= c.SEND_DF
         return flags
 
@@ -75,9 +77,10 @@ class Handshake:
             _GREETING.pack(c.INIT_MAGIC, c.OPTION_MAGIC, c.FLAG_FIXED_NEWSTYLE | c.FLAG_NO_ZEROES)
         ]
         self.export: Export | None = None
-        self.structured = False
-        self.allocation = False
-        """``base:allocation`` was selected for the export that was chosen."""
+        self.mode = c.SIMPLE
+        """The form of replies that was agreed on."""
+        self.contexts: dict[int, bytes] = {}
+        """The metadata contexts that were selected for the export, by their numbers."""
         self.closed = ""
         self.shutting_down = False
         self._flags: int | None = None
@@ -145,12 +148,8 @@ class Handshake:
                 name = _U32.pack(len(export.name)) + export.name
                 self._reply(option, c.REP_SERVER, name + export.description)
             self._reply(option, c.REP_ACK)
-        elif option == c.OPT_STRUCTURED_REPLY:
-            if data:
-                self._reply(option, c.REP_ERR_INVALID)
-                return
-            self.structured = True
-            self._reply(option, c.REP_ACK)
+        elif option in (c.OPT_STRUCTURED_REPLY, c.OPT_EXTENDED_HEADERS):
+            self._agree(option, data)
         elif option in (c.OPT_INFO, c.OPT_GO):
             self._info(option, data)
         elif option in (c.OPT_LIST_META_CONTEXT, c.OPT_SET_META_CONTEXT):
@@ -158,19 +157,34 @@ class Handshake:
         else:
             self._reply(option, c.REP_ERR_UNSUP)
 
+    def _agree(self, option: int, data: bytes) -> None:
+        """A form of replies; extended headers stand above structured replies."""
+        if data:
+            self._reply(option, c.REP_ERR_INVALID)
+        elif option == c.OPT_EXTENDED_HEADERS:
+            self.mode = c.EXTENDED
+            self._reply(option, c.REP_ACK)
+        elif self.mode == c.EXTENDED:
+            self._reply(option, c.REP_ERR_EXT_HEADER_REQD)
+        else:
+            self.mode = c.STRUCTURED
+            self._reply(option, c.REP_ACK)
+
     def _export_name(self, name: bytes) -> None:
         export = self.exports.get(name)
-        if export is None or self.shutting_down:
-            self.closed = "no such export"  # this option has no way to say so
+        # This option has no way to refuse, and does not go with extended headers.
+        if export is None or self.shutting_down or self.mode == c.EXTENDED:
+            self.closed = "no such export" if export is None else "an option out of place"
             return
-        data = struct.pack(">QH", export.size, export.flags(self.structured))
+        data = struct.pack(">QH", export.size, export.flags(self.mode))
         if not (self._flags or 0) & c.FLAG_NO_ZEROES:
             data += bytes(124)
         self.out.append(data)
         self._choose(export)
 
     def _choose(self, export: Export) -> None:
-        self.allocation = self.allocation and self._context_export == export.name
+        if self._context_export != export.name:
+            self.contexts = {}
         self.export = export
 
     def _info(self, option: int, data: bytes) -> None:
@@ -200,7 +214,7 @@ class Handshake:
         self._reply(
             option,
             c.REP_INFO,
-            struct.pack(">HQH", c.INFO_EXPORT, export.size, export.flags(self.structured)),
+            struct.pack(">HQH", c.INFO_EXPORT, export.size, export.flags(self.mode)),
         )
         self._reply(option, c.REP_ACK)
         if option == c.OPT_GO:
@@ -209,9 +223,9 @@ class Handshake:
     def _meta_context(self, option: int, data: bytes) -> None:
         setting = option == c.OPT_SET_META_CONTEXT
         if setting:  # even a failed one replaces what was selected before
-            self.allocation, self._context_export = False, None
+            self.contexts, self._context_export = {}, None
         try:
-            if not self.structured:
+            if not self.mode:
                 raise _Invalid
             name, at = _string(data, 0)
             if len(data) < at + 4:
@@ -227,18 +241,27 @@ class Handshake:
         except _Invalid:
             self._reply(option, c.REP_ERR_INVALID)
             return
-        if name not in self.exports:
+        export = self.exports.get(name)
+        if export is None:
             self._reply(option, c.REP_ERR_UNKNOWN)
             return
-        found = c.BASE_ALLOCATION in queries
-        if not setting:
-            found = found or not queries or b"base:" in queries
-        if found:
-            context = c.BASE_ALLOCATION_ID if setting else 0
-            self._reply(option, c.REP_META_CONTEXT, _U32.pack(context) + c.BASE_ALLOCATION)
+        found: dict[int, bytes] = {}
+        asked = set(queries)
+        for number, context in enumerate(export.contexts, 1):
+            if context in asked or (not setting and _listed(context, asked)):
+                found[number] = context
+                text = _U32.pack(number if setting else 0) + context
+                self._reply(option, c.REP_META_CONTEXT, text)
         if setting:
-            self.allocation, self._context_export = found, name
+            self.contexts, self._context_export = found, name
         self._reply(option, c.REP_ACK)
+
+
+def _listed(context: bytes, queries: set[bytes]) -> bool:
+    """Whether a list without queries, or of a whole namespace, has it."""
+    namespace = context[: context.index(b":") + 1]
+    kind = context[: context.rindex(b":") + 1]
+    return not queries or namespace in queries or kind in queries
 
 
 def _string(data: bytes, at: int) -> tuple[bytes, int]:

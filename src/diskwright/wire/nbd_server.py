@@ -7,23 +7,17 @@ came, sends :meth:`NbdServer.take`, and closes once ``closed`` is set.  Replies 
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping
 
 from . import nbd_const as c
-from .nbd_batch import REQUEST_SIZE, Batch, Other, ReceiveBuffer, Refusal
+from .nbd_batch import Batch, Other, ReceiveBuffer, Refusal
+from .nbd_frames import COMPACT, EXTENDED, UNMARKED, Frames
 from .nbd_handshake import Export, Handshake
 
 BUFFER_SIZE = 256 << 10
 """Receive buffer in bytes: a little more than a full unix socket holds."""
 _SPARE = 64 << 10  # beside a large payload, so that the next headers come with it
 _RUN = 256  # longest run of equal requests that one Struct decodes
-
-# magic, flags and type are one number, so that one comparison knows a plain request
-_ROW = struct.Struct(">Q8sQI")
-_HEAD = c.REQUEST_MAGIC << 32
-_READ = _HEAD | c.CMD_READ
-_WRITE = _HEAD | c.CMD_WRITE
 
 _FLAGS = {  # FUA must be accepted with every command
     c.CMD_READ: c.CMD_FLAG_FUA | c.CMD_FLAG_DF,
@@ -32,29 +26,10 @@ _FLAGS = {  # FUA must be accepted with every command
     c.CMD_FLUSH: c.CMD_FLAG_FUA,
     c.CMD_TRIM: c.CMD_FLAG_FUA,
     c.CMD_CACHE: c.CMD_FLAG_FUA,
-    c.CMD_WRITE_ZEROES: c.CMD_FLAG_FUA | c.CMD_FLAG_NO_HOLE,
+    c.CMD_WRITE_ZEROES: c.CMD_FLAG_FUA | c.CMD_FLAG_NO_HOLE | c.CMD_FLAG_FAST_ZERO,
     c.CMD_BLOCK_STATUS: c.CMD_FLAG_FUA | c.CMD_FLAG_REQ_ONE,
 }
 _CHANGES = frozenset((c.CMD_WRITE, c.CMD_TRIM, c.CMD_WRITE_ZEROES))
-
-_read_runs: dict[int, struct.Struct] = {}
-_write_runs: dict[tuple[int, int], struct.Struct] = {}
-
-
-def _read_run(count: int) -> struct.Struct:
-    run = _read_runs.get(count)
-    if run is None:
-        run = _read_runs[count] = struct.Struct(">" + "Q8sQI" * count)
-    return run
-
-
-def _write_run(length: int, count: int) -> struct.Struct:
-    run = _write_runs.get((length, count))
-    if run is None:
-        if len(_write_runs) >= 256:  # a client that never repeats a size must not fill the memory
-            _write_runs.clear()
-        run = _write_runs[length, count] = struct.Struct(">" + f"Q8sQI{length}x" * count)
-    return run
 
 
 class NbdServer:
@@ -73,8 +48,10 @@ class NbdServer:
         self.closed = ""
         self.clean = False
         self.export: Export | None = None
-        self.structured = False
-        self.allocation = False
+        self.mode = c.SIMPLE
+        """The form of replies, and whether requests are extended."""
+        self.contexts: Mapping[int, bytes] = {}
+        """The metadata contexts that were selected, by their numbers."""
         self.wanted = 0
         """Bytes that the buffer must hold when :meth:`space` returns None."""
         self._start = self._end = 0
@@ -84,6 +61,7 @@ class NbdServer:
         self._mixed = False
         self._size = 0
         self._read_only = False
+        self._frames: Frames = COMPACT
 
     # -- the transport's side
     def take(self) -> list[bytes]:
@@ -145,7 +123,9 @@ class NbdServer:
         if export is None:
             return False
         self.export = export
-        self.structured, self.allocation = handshake.structured, handshake.allocation
+        self.mode, self.contexts = handshake.mode, handshake.contexts
+        if self.mode == c.EXTENDED:
+            self._frames = EXTENDED
         self._size, self._read_only = export.size, export.read_only
         return True
 
@@ -154,6 +134,8 @@ class NbdServer:
         view, start, end = self.buffer.view, self._start, self._end
         batch = Batch()
         mixed = self._mixed
+        frames = self._frames
+        size, unpack, plain_read, plain_write = frames.size, frames.unpack, frames.read, frames.write
         self._message = 0
         while not self.closed:
             if self._skip:
@@ -166,22 +148,22 @@ class NbdServer:
                     batch.refuse(self._skipped)
                     self._skipped = None
             left = end - start
-            if left < REQUEST_SIZE:
+            if left < size:
                 break
-            head, cookie, offset, length = _ROW.unpack_from(view, start)
-            if head == _READ:
-                if left >= 2 * REQUEST_SIZE and not mixed:
-                    taken = self._take_reads(batch, start, min(left // REQUEST_SIZE, _RUN))
+            head, cookie, offset, length = unpack(view, start)
+            if head == plain_read:
+                if left >= 2 * size and not mixed:
+                    taken = self._take_reads(batch, start, min(left // size, _RUN))
                     if taken:
-                        start += taken * REQUEST_SIZE
+                        start += taken * size
                         continue
                     mixed = self._mixed = True
                 if 0 < length <= c.MAX_PAYLOAD and offset + length <= self._size:
                     batch.add_reads((cookie,), (offset,), (length,))
-                    start += REQUEST_SIZE
+                    start += size
                     continue
-            elif head == _WRITE:
-                stride = REQUEST_SIZE + length
+            elif head == plain_write:
+                stride = size + length
                 if (
                     0 < length <= c.MAX_PAYLOAD
                     and offset + length <= self._size
@@ -196,11 +178,11 @@ class NbdServer:
                             start += taken * stride
                             continue
                         mixed = self._mixed = True
-                    payload = view[start + REQUEST_SIZE : start + stride]
+                    payload = view[start + size : start + stride]
                     batch.add_writes(self.buffer, (cookie,), (offset,), (payload,))
                     start += stride
                     continue
-            if head >> 32 != c.REQUEST_MAGIC:
+            if head >> 32 != frames.magic:
                 self.closed = "bad request magic"
                 break
             used = self._general(batch, head, cookie, offset, length, start, left)
@@ -220,8 +202,8 @@ class NbdServer:
 
     def _take_reads(self, batch: Batch, start: int, count: int) -> int:
         """Decode ``count`` rows at once; how many were taken (0: they are not all plain reads)."""
-        rows = _read_run(count).unpack_from(self.buffer.data, start)
-        if rows[0::4].count(_READ) != count:
+        rows = self._frames.reads(count).unpack_from(self.buffer.data, start)
+        if rows[0::4].count(self._frames.read) != count:
             return 0
         offsets, lengths = rows[2::4], rows[3::4]
         longest = max(lengths)
@@ -239,20 +221,22 @@ class NbdServer:
 
     def _take_writes(self, batch: Batch, start: int, length: int, count: int) -> int:
         """The same for plain writes of one length."""
-        rows = _write_run(length, count).unpack_from(self.buffer.data, start)
-        if rows[0::4].count(_WRITE) != count or rows[3::4].count(length) != count:
+        frames = self._frames
+        rows = frames.writes(length, count).unpack_from(self.buffer.data, start)
+        if rows[0::4].count(frames.write) != count or rows[3::4].count(length) != count:
             return 0
         offsets = rows[2::4]
         if max(offsets) + length > self._size:
             return 0
         buffer = self.buffer
         if start == 0:
-            payloads = buffer.payloads(length, count)
+            payloads = buffer.payloads(frames.size, length, count)
         else:
-            stride = REQUEST_SIZE + length
+            size = frames.size
+            stride = size + length
             view = buffer.view
             payloads = [
-                view[at + REQUEST_SIZE : at + stride]
+                view[at + size : at + stride]
                 for at in range(start, start + count * stride, stride)
             ]
         batch.add_writes(buffer, rows[1::4], offsets, payloads)
@@ -269,37 +253,55 @@ class NbdServer:
         left: int,
     ) -> int:
         """Any one request; returns the bytes used, -1 when the rest of it must come first."""
+        size = self._frames.size
         flags, command = head >> 16 & 0xFFFF, head & 0xFFFF
         if command == c.CMD_DISC:
             self.closed, self.clean = "disconnected by the client", True
-            return REQUEST_SIZE
+            return size
+        extended = self.mode == c.EXTENDED
+        marked = extended and bool(flags & c.CMD_FLAG_PAYLOAD_LEN)
+        loaded = marked or command == c.CMD_WRITE
+        if extended and loaded:
+            if length > c.MAX_PAYLOAD:
+                self.closed = "a payload longer than allowed"
+                return size
+            if not marked:
+                self._frames = UNMARKED  # what is plain for this client
         error = self._judge(command, flags, offset, length)
-        if command == c.CMD_WRITE:
-            stride = REQUEST_SIZE + length
+        if loaded:
+            stride = size + length
+            if error is not None and not length:
+                batch.refuse(Refusal(command, cookie, error, offset))
+                return size
             if error is not None:  # answered when its payload has gone by
-                self._skip, self._skipped = length, Refusal(command, cookie, error)
-                return REQUEST_SIZE
+                self._skip = length
+                self._skipped = Refusal(command, cookie, error, offset)
+                return size
             if left < stride:
                 self._message = stride
                 return -1
-            payload = self.buffer.view[start + REQUEST_SIZE : start + stride]
+            payload = self.buffer.view[start + size : start + stride]
             batch.add_writes(self.buffer, (cookie,), (offset,), (payload,))
             batch.fua = batch.fua or bool(flags & c.CMD_FLAG_FUA)
             return stride
         if error is not None:
-            batch.refuse(Refusal(command, cookie, error))
+            batch.refuse(Refusal(command, cookie, error, offset))
         elif command == c.CMD_READ:
             batch.add_reads((cookie,), (offset,), (length,))
         else:
             batch.add_other(Other(command, flags, cookie, offset, length))
-        return REQUEST_SIZE
+        return size
 
     def _judge(self, command: int, flags: int, offset: int, length: int) -> int | None:
         """None: carry it out.  Otherwise the answer (0: nothing to do)."""
         allowed = _FLAGS.get(command)
-        if allowed is None or flags & ~allowed:
+        if allowed is None:
             return c.EINVAL
-        if flags & c.CMD_FLAG_DF and not self.structured:
+        if self.mode == c.EXTENDED and command == c.CMD_WRITE:
+            flags &= ~c.CMD_FLAG_PAYLOAD_LEN
+        if flags & ~allowed:
+            return c.EINVAL
+        if flags & c.CMD_FLAG_DF and not self.mode:
             return c.EINVAL
         if command == c.CMD_FLUSH:
             return None
@@ -310,6 +312,6 @@ class NbdServer:
         if offset + length > self._size:
             writes = command in (c.CMD_WRITE, c.CMD_WRITE_ZEROES)
             return c.ENOSPC if writes else c.EINVAL
-        if command == c.CMD_BLOCK_STATUS and not (self.allocation and length):
+        if command == c.CMD_BLOCK_STATUS and not (self.contexts and length):
             return c.EINVAL
         return None if length else 0
