@@ -63,7 +63,7 @@ def serve(sock: socket.socket, size: int) -> None:
 
 def converse(sock: socket.socket, size: int) -> None:
     """Handshake and requests."""
-    machine = NbdServer([Export(b"", size)])
+    machine = NbdServer({b"": Export(b"", size)})
     send(sock, [memoryview(part) for part in machine.take()])
     headers: reply.ReadHeaders | None = None
     while not machine.closed:

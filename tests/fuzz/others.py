@@ -96,6 +96,10 @@ def streams() -> list[bytes]:
     return [
         peer.opening() + some * 3,
         peer.opening(True, True) + some + more,
+        peer.opening(extended=True, allocation=True)
+        + peer.wide(peer.READ, 1, 0, 4096)
+        + peer.wide(peer.WRITE, 2, 512, data=b"x" * 600)
+        + peer.wide(peer.STATUS, 3, 0, 1 << 20),
         struct.pack(">I", 1) + peer.option(peer.EXPORT_NAME) + some,
         struct.pack(">I", 3)
         + peer.option(peer.LIST) + peer.option(peer.INFO, peer.info(b"", [1, 3]))

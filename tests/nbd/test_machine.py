@@ -126,7 +126,7 @@ def test_unknown_names_and_options() -> None:
     assert answers == [
         (7, c.REP_ERR_UNKNOWN),
         (5, c.REP_ERR_UNSUP),
-                (12345, c.REP_ERR_UNSUP),
+        (12345, c.REP_ERR_UNSUP),
         (10, c.REP_ERR_INVALID),
         (3, c.REP_ERR_INVALID),
         (7, c.REP_ERR_INVALID),
