@@ -135,7 +135,8 @@ class NbdServer:
         batch = Batch()
         mixed = self._mixed
         frames = self._frames
-        size, unpack, plain_read, plain_write = frames.size, frames.unpack, frames.read, frames.write
+        size, unpack = frames.size, frames.unpack
+        plain_read, plain_write = frames.read, frames.write
         self._message = 0
         while not self.closed:
             if self._skip:
