@@ -195,7 +195,7 @@ async def _serve(
     driver: Driver, call: Call, settings: Settings, listening: Callable[[], None]
 ) -> None:
     from ..export.nbd import NbdExport
-    from ..export.nbd_service import serve_until_signalled, tune_collector
+    from ..export.nbd_service import tune_collector, until_signalled
     from ..export.nbd_status import find_bitmaps
     from ..graph.opener import close_disk, open_disk
     from .background import unlink, write_pid
@@ -233,7 +233,8 @@ async def _serve(
         if settings.verbose:
             export.on_left = lambda why: call.error(f"a client left: {why}")
         listener = _listen(settings)
-        try:
+
+        async def work() -> None:
             if settings.pid_file:
                 write_pid(settings.pid_file)
             if sys.stdout.isatty():
@@ -241,9 +242,12 @@ async def _serve(
             listening()
             undo = tune_collector()
             try:
-                await serve_until_signalled(driver, export, listener)
+                await export.serve(listener)
             finally:
                 undo()
+
+        try:
+            await until_signalled(driver, work(), export.stop)
         finally:
             listener.close()
             for path in filter(None, (settings.socket, settings.pid_file)):

@@ -1,4 +1,4 @@
-"""Serving until told to stop: the process around an :class:`~diskwright.export.nbd.NbdExport`."""
+"""Serving until told to stop: the process around exports."""
 
 from __future__ import annotations
 
@@ -11,24 +11,17 @@ from types import FrameType
 from typing import Any
 
 from ..engine.kernel import BaseDriver, Cancelled
-from .nbd import NbdExport
 
 _SIGNALS = [signal.SIGTERM, signal.SIGINT]
 if sys.platform != "win32":
     _SIGNALS.append(signal.SIGHUP)
 
 
-async def serve_until_signalled(
-    driver: BaseDriver, export: NbdExport, listener: socket.socket
-) -> None:
-    """Serve; SIGTERM, SIGINT and SIGHUP (where it exists) end it gracefully.  Main thread only."""
-    await until_signalled(driver, export.serve(listener), export.stop)
-
-
 async def until_signalled(
     driver: BaseDriver, work: Coroutine[Any, Any, None], stop: Callable[[], None]
 ) -> None:
-    """Do ``work``; at the first of these signals ``stop`` is called, which must end it."""
+    """Do ``work``; at the first of SIGTERM, SIGINT and SIGHUP (where it exists) ``stop`` is called,
+    which must end it.  Main thread only."""
     reader, writer = socket.socketpair()
     reader.setblocking(False)
     writer.setblocking(False)
