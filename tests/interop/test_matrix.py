@@ -26,7 +26,7 @@ from interop.tools import TRUSTED
 SEED = int(os.environ.get("MATRIX_SEED", "7000"))
 LONG = "MATRIX" in os.environ
 SEEDS = int(os.environ.get("MATRIX", "6"))
-SECONDS = 16.0
+SECONDS = 10.0
 STEPS = 10
 
 

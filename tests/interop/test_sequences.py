@@ -20,7 +20,7 @@ from interop.tools import OURS, TRUSTED, geometry, io_arguments, operations
 
 SEED = int(os.environ.get("SEED", "20260"))
 LONG = "SEQUENCES" in os.environ  # otherwise the time is bounded
-SEQUENCES = int(os.environ.get("SEQUENCES", "12"))
+SEQUENCES = int(os.environ.get("SEQUENCES", "8"))
 SECONDS = 30.0
 STEPS = 7
 BASE, MIDDLE, TOP, COPY = "base.img", "middle.img", "top.img", "copy.img"
