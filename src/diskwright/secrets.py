@@ -16,12 +16,13 @@ from typing import Any
 from .errors import UnsupportedFeature, UsageError
 from .records import NamedTuple
 
-TYPE = "secret"
+TYPE, AUTHZ = "secret", "authz-simple"
 TLS_TYPES = {"tls-creds-x509": "x509", "tls-creds-psk": "psk"}
 FORMATS = ("raw", "base64")
 EXTRA = "diskwright[crypto]"
 """The extra that brings the library of ciphers."""
 
+_AUTHZ_PROPERTIES = ("qom-type", "id", "identity")
 _PROPERTIES = ("qom-type", "id", "data", "file", "format", "keyid", "iv")
 _ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 _KEY_BYTES = 32
@@ -59,6 +60,8 @@ class Secrets(Mapping[str, bytes]):
         self._found: dict[str, bytes] = {}
         self.credentials: dict[str, TlsCredentials] = {}
         """TLS credentials; their ids are not those of secrets."""
+        self.identities: dict[str, str] = {}
+        """Who is admitted by an ``authz-simple``: the distinguished name of a certificate."""
         for name, value in (given or {}).items():
             self.put(name, value.encode() if isinstance(value, str) else bytes(value))
 
@@ -85,7 +88,7 @@ class Secrets(Mapping[str, bytes]):
                 "Parameter 'id' expects an identifier\nIdentifiers consist of letters, digits, "
                 "'-', '.', '_', starting with a letter."
             )
-        if name in self._found or name in self.credentials:
+        if name in self._found or name in self.credentials or name in self.identities:
             raise UsageError(
                 f"attempt to add duplicate property '{name}' to object (type 'container')"
             )
@@ -108,6 +111,7 @@ class Secrets(Mapping[str, bytes]):
 
         ``tls-creds-x509,id=ID,dir=PATH,endpoint=client`` and ``tls-creds-psk`` with ``username``:
         see :class:`TlsCredentials`; their files are read when a connection is made.
+        ``authz-simple,id=ID,identity=NAME``: see ``identities``.
 
         Raises UsageError.
         """
@@ -116,9 +120,11 @@ class Secrets(Mapping[str, bytes]):
         if kind is None:
             raise UsageError("Parameter 'qom-type' is missing")
         tls = TLS_TYPES.get(kind)
-        if kind != TYPE and tls is None:
+        if kind not in (TYPE, AUTHZ) and tls is None:
             raise UsageError(f"Parameter 'qom-type' does not accept value '{kind}'")
-        known = _PROPERTIES if tls is None else ("qom-type", "id", *_TLS_PROPERTIES[tls])
+        known: tuple[str, ...] = _PROPERTIES if kind == TYPE else _AUTHZ_PROPERTIES
+        if tls is not None:
+            known = ("qom-type", "id", *_TLS_PROPERTIES[tls])
         for key, value in given.items():
             if key not in known:
                 raise UsageError(f"Parameter '{key}' is unexpected")
@@ -127,7 +133,12 @@ class Secrets(Mapping[str, bytes]):
         name: str | None = given.get("id")
         if name is None:
             raise UsageError("Parameter 'id' is missing")
-        if tls is None:
+        if kind == AUTHZ:
+            self._check_id(name)
+            if "identity" not in given:
+                raise UsageError("Parameter 'identity' is missing")
+            self.identities[name] = given["identity"]
+        elif tls is None:
             self.put(name, self._value(given, read))
         else:
             self._check_id(name)

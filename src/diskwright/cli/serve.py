@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import socket
 
     from ..engine.kernel import Driver
+    from ..export.nbd_tls import ServerTls
     from ..graph.gate import Gate
     from ..graph.names import Reference
     from ..graph.node import Node
@@ -49,6 +50,10 @@ OPTIONS = (
     Opt("", "aio", "AIO"),
     Opt("", "discard", "DISCARD", "ignore or unmap (default; qemu-nbd: ignore)"),
     Opt("", "detect-zeroes", "DETECT", "off (default), on or unmap"),
+    Opt("", "tls-creds", "ID", "require TLS, with the credentials of an --object tls-creds-x509 or "
+        "tls-creds-psk (endpoint=server)"),
+    Opt("", "tls-authz", "ID", "admit only clients whose certificate an --object authz-simple "
+        "names"),
     Opt("", "fork", "", "return when clients can connect, and serve in the background"),
     Opt("", "pid-file", "PATH", "write the server's process id there"),
     Opt("v", "verbose", "", "report why clients were dropped"),
@@ -84,6 +89,8 @@ class Settings(NamedTuple):
     snapshot: Selector | None = None
     depth: bool = False
     bitmaps: tuple[str, ...] = ()
+    tls_creds: str = ""
+    tls_authz: str = ""
 
 
 def main(call: Call, argv: list[str]) -> int:
@@ -152,6 +159,8 @@ def _settings(call: Call, args: Args) -> Settings:
         snapshot=_snapshot(call, args),
         depth="allocation-depth" in args,
         bitmaps=tuple(args.all("bitmap")),
+        tls_creds=args.get("tls-creds") or "",
+        tls_authz=args.get("tls-authz") or "",
     )
 
 
@@ -200,6 +209,7 @@ async def _serve(
     from ..graph.opener import close_disk, open_disk
     from .background import unlink, write_pid
 
+    tls = _tls(settings)
     node = await open_disk(
         driver,
         settings.reference,
@@ -228,6 +238,7 @@ async def _serve(
             clients=settings.clients,
             persistent=settings.persistent,
             handshake_seconds=settings.handshake_seconds or 1e9,
+            tls=tls,
         )
         export.on_error = lambda error: call.error(f"a request failed: {reason(error)}")
         if settings.verbose:
@@ -256,6 +267,25 @@ async def _serve(
         await close_disk(node)
 
 
+def _tls(settings: Settings) -> ServerTls | None:
+    if not settings.tls_creds:
+        if settings.tls_authz:
+            raise UsageError("--tls-authz is not permitted without --tls-creds")
+        return None
+    from ..export.nbd_tls import ServerTls
+    from ..protocols.nbd_tls import server_context
+
+    known = settings.secrets
+    if known is None or settings.tls_creds not in known.credentials:
+        raise UsageError(f"No TLS credentials with id '{settings.tls_creds}'")
+    identity = None
+    if settings.tls_authz:
+        identity = known.identities.get(settings.tls_authz)
+        if identity is None:
+            raise UsageError(f"No authorization with id '{settings.tls_authz}'")
+    return ServerTls(server_context(known.credentials[settings.tls_creds]), identity)
+
+
 def _listen(settings: Settings) -> socket.socket:
     from ..export.nbd import listen_tcp, listen_unix
 
@@ -277,10 +307,11 @@ def uri(settings: Settings, listener: socket.socket) -> str:
     """Where clients find it."""
     from urllib.parse import quote
 
+    scheme = "nbds" if settings.tls_creds else "nbd"
     name = quote(os.fsencode(settings.name), safe="")
     if settings.socket:
-        return f"nbd+unix:///{name}?socket={quote(os.path.abspath(settings.socket))}"
+        return f"{scheme}+unix:///{name}?socket={quote(os.path.abspath(settings.socket))}"
     host, number = listener.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
     port = "" if number == DEFAULT_PORT else f":{number}"
-    return f"nbd://{host}{port}/{name}"
+    return f"{scheme}://{host}{port}/{name}"

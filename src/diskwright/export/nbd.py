@@ -8,12 +8,16 @@ import socket
 import stat
 import sys
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from ..bitmaps import DirtyBitmap
 from ..engine.kernel import BaseDriver, Cancelled, Future
 from ..engine.node import Node
 from .budget import TOTAL_LIMIT
 from .nbd_server import HANDSHAKE_SECONDS, Server
+
+if TYPE_CHECKING:
+    from .nbd_tls import ServerTls
 
 BACKLOG = 128
 
@@ -40,9 +44,10 @@ class NbdExport(Server):
         persistent: bool = False,
         budget: int = TOTAL_LIMIT,
         handshake_seconds: float = HANDSHAKE_SECONDS,
+        tls: ServerTls | None = None,
     ) -> None:
         super().__init__(
-            driver, clients=clients, budget=budget, handshake_seconds=handshake_seconds
+            driver, clients=clients, budget=budget, handshake_seconds=handshake_seconds, tls=tls
         )
         self.node = node
         self.persistent = persistent

@@ -23,10 +23,11 @@ from ..wire.nbd_batch import Batch, Other, ReceiveBuffer
 from ..wire.nbd_server import BUFFER_SIZE, NbdServer
 from .arena import Arena
 from .budget import CLIENT_LIMIT, Budget
-from .nbd_requests import perform, status
+from .nbd_requests import groups, perform, status
 
 if TYPE_CHECKING:
     from .nbd_server import Server
+    from .nbd_tls import Secured, ServerTls
 
 READ_GROUP = 4 << 20
 """Reads of one batch are carried out in groups of about so many bytes."""
@@ -48,13 +49,14 @@ class Connection:
         self.driver = export.driver
         self.sock = sock
         self.fd = sock.fileno()
-        self.machine = NbdServer(export.exports, ReceiveBuffer(BUFFER_SIZE))
+        self.machine = NbdServer(export.exports, ReceiveBuffer(BUFFER_SIZE), bool(export.tls))
         self.outgoing = Outgoing(self.driver, sock, lambda error: self.stop(str(error)))
         self.budget = Budget(CLIENT_LIMIT, export.budget)
         self.negotiated = False
         self.reason = ""
         self.ended: Future[None] = Future()
-        self._receive = sock.recv_into
+        self._receive: Callable[[memoryview], int] = sock.recv_into
+        self._secured: Secured | None = None
         self._reading = False
         self._closer: Task[None] | None = None
         self._feeder: Task[None] | None = None  # what the client must wait for
@@ -94,6 +96,8 @@ class Connection:
         self.export.budget.reclaim.discard(self._give_back)
         self.budget.release(self._held)
         self.driver.forget(self.fd)
+        if self._secured is not None:
+            self._secured.leave()
         self.sock.close()
         self.ended.set()
 
@@ -102,9 +106,8 @@ class Connection:
             self.stop("the handshake took too long")
 
     def _send_handshake(self) -> None:
-        out = self.machine.take()
-        if out:
-            data = b"".join(out)
+        data = b"".join(self.machine.take())
+        if data:
             self.outgoing.send((data,), len(data))
         if self.machine.export is not None:
             self.negotiated = True
@@ -121,6 +124,25 @@ class Connection:
         if self._closer is None:
             self._reading = True
             self.driver.watch(self.fd, self._readable)
+            self._look_on()
+
+    def _look_on(self) -> None:
+        """What TLS took from the socket already is not announced by it."""
+        if self._secured is not None and self._reading and self._secured.pending():
+            self.driver.soon(self._readable)
+
+    async def _secure(self, tls: ServerTls) -> None:
+        """Begin TLS; what was agreed on before counts no more."""
+        from .nbd_tls import Secured
+
+        await self.outgoing.drained()
+        self.driver.forget(self.fd)
+        secured = Secured(tls, self.sock)
+        self.sock = secured.sock
+        await secured.shake_hands(self.driver, self.export.handshake_seconds)
+        self._secured, self._receive = secured, secured.receive
+        self.outgoing = Outgoing(self.driver, self.sock, self.outgoing.on_broken)
+        self.machine.secured()
 
     def _readable(self) -> None:
         """There is something to receive, or the client is gone."""
@@ -139,12 +161,16 @@ class Connection:
             batch = machine.received(count)
             if machine.handshake is not None:
                 self._send_handshake()
+                if machine.upgrade and not machine.closed and self.export.tls is not None:
+                    self._feed(self._secure(self.export.tls))
+                    return
             if batch is not None:
                 self._begin(batch)
             if machine.closed:
                 self.stop(machine.closed)
             elif self._held > BUFFER_SIZE and self.export.budget.contended:
                 self._shrink()
+            self._look_on()
         except (BlockingIOError, InterruptedError):
             pass
         except OSError as error:
@@ -161,6 +187,8 @@ class Connection:
 
     def _fed(self, task: Future[None]) -> None:
         self._feeder = None
+        if isinstance(task.error, OSError):
+            self.stop(str(task.error))
         self._resume()
         if isinstance(task.error, Cancelled):
             task.error = None
@@ -264,16 +292,12 @@ class Connection:
     async def _read_groups(self, batch: Batch) -> None:
         """Reads that the budget must grant group by group."""
         cookies, offsets, lengths = batch.read_cookies, batch.read_offsets, batch.read_lengths
-        at, count = 0, len(cookies)
-        while at < count and self.outgoing.broken is None:
-            end, total = at + 1, lengths[at]
-            while end < count and end - at < reply.HEADERS and total + lengths[end] <= READ_GROUP:
-                total += lengths[end]
-                end += 1
+        for at, end, total in groups(lengths, READ_GROUP, reply.HEADERS):
+            if self.outgoing.broken is not None:
+                break
             if not self.budget.take(total):
                 await self.budget.acquire(total)
             self._read(cookies[at:end], offsets[at:end], lengths[at:end], total)
-            at = end
 
     def _read(
         self, cookies: Sequence[bytes], offsets: Sequence[int], lengths: Sequence[int], total: int
@@ -313,8 +337,7 @@ class Connection:
         buffers[1::2] = work.value or ()
         size = total + count * arena.header_size
         if self.outgoing.send(buffers, size):
-            self.export.keep(arena)
-            self.budget.release(total)
+            self._sent(arena, total)
         else:
             self.outgoing.then(partial(self._sent, arena, total))
 
@@ -359,17 +382,16 @@ class Connection:
             batch.release()
 
     async def _other(self, other: Other) -> None:
-        command, _, cookie, offset, _ = other
-        mode = self.machine.mode
+        machine = self.machine
         try:
-            if command == c.CMD_BLOCK_STATUS:
-                found = await status(self.node, other, self.machine.contexts, self.bitmaps)
-                data = reply.block_status(mode, cookie, offset, found)
+            if other.command == c.CMD_BLOCK_STATUS:
+                asked = machine.mode, machine.contexts, self.bitmaps
+                data = await status(self.node, other, *asked)
             else:
                 await perform(self.node, other, lambda: self._closer is not None)
-                data = reply.done((cookie,), mode, (offset,))
+                data = reply.done((other.cookie,), machine.mode, (other.offset,))
         except (OSError, DiskError) as error:
-            self._refuse(command, cookie, offset, error)
+            self._refuse(other.command, other.cookie, other.offset, error)
         else:
             self.outgoing.send((data,), len(data))
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from ..bitmaps import DirtyBitmap
 from ..contract import FUA, MAY_UNMAP, NO_FALLBACK
 from ..engine.node import Node
 from ..wire import nbd_const as c
 from ..wire.nbd_batch import Other
-from .nbd_status import Row, status_of
+from ..wire.nbd_reply import block_status
+from .nbd_status import status_of
 
 _CACHE_PIECE = 1 << 20
 
@@ -33,14 +34,32 @@ async def perform(node: Node, other: Other, stopped: Callable[[], bool]) -> None
 
 
 async def status(
-    node: Node, other: Other, contexts: Mapping[int, bytes], bitmaps: Mapping[bytes, DirtyBitmap]
-) -> dict[int, list[Row]]:
-    """What each of ``contexts`` says, by its number."""
+    node: Node,
+    other: Other,
+    mode: int,
+    contexts: Mapping[int, bytes],
+    bitmaps: Mapping[bytes, DirtyBitmap],
+) -> bytes:
+    """The reply that says what each of ``contexts`` knows of a range."""
     only_one = bool(other.flags & c.CMD_FLAG_REQ_ONE)
-    return {
+    found = {
         number: await status_of(node, context, bitmaps, other.offset, other.length, only_one)
         for number, context in contexts.items()
     }
+    return block_status(mode, other.cookie, other.offset, found)
+
+
+def groups(lengths: Sequence[int], size: int, most: int) -> Iterator[tuple[int, int, int]]:
+    """``lengths`` in groups of up to ``most`` and of about ``size`` bytes: (first, behind the
+    last, bytes)."""
+    at, count = 0, len(lengths)
+    while at < count:
+        end, total = at + 1, lengths[at]
+        while end < count and end - at < most and total + lengths[end] <= size:
+            total += lengths[end]
+            end += 1
+        yield at, end, total
+        at = end
 
 
 async def _cache(node: Node, offset: int, length: int, stopped: Callable[[], bool]) -> None:

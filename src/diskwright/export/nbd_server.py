@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import sys
 from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING
 
 from ..bitmaps import DirtyBitmap
 from ..engine.kernel import BaseDriver, Cancelled, Future, Task
@@ -15,6 +16,9 @@ from .budget import TOTAL_LIMIT, Budget
 from .nbd_connection import Connection
 from .nbd_status import contexts_of
 
+if TYPE_CHECKING:
+    from .nbd_tls import ServerTls
+
 HANDSHAKE_SECONDS = 10.0
 ARENA_SIZE = 1 << 20
 """Larger read buffers are not kept, so that idle clients cost nothing."""
@@ -24,6 +28,7 @@ _SEND_BUFFER = 4 << 20  # the kernel lowers it to what it allows
 
 class Server:
     """At most ``clients`` connections at a time (0: no limit), whose memory has one ``budget``.
+    With ``tls`` nothing is said to a client before it has begun TLS.
 
     ``exports``, ``nodes`` and ``bitmaps`` (dirty bitmaps by their contexts), by name, may change
     while clients are connected.
@@ -36,10 +41,12 @@ class Server:
         clients: int = 0,
         budget: int = TOTAL_LIMIT,
         handshake_seconds: float = HANDSHAKE_SECONDS,
+        tls: ServerTls | None = None,
     ) -> None:
         self.driver = driver
         self.clients = clients
         self.handshake_seconds = handshake_seconds
+        self.tls = tls
         self.budget = Budget(budget)
         self.exports: dict[bytes, Export] = {}
         self.nodes: dict[bytes, Node] = {}

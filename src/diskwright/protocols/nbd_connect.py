@@ -197,7 +197,7 @@ async def _send(
     driver: BaseDriver, sock: socket.socket, data: memoryview, deadline: float
 ) -> None:
     while data:
-        data = data[await _patiently(driver, sock, 1, deadline, sock.send, data) :]
+        data = data[await patiently(driver, sock, 1, deadline, sock.send, data) :]
 
 
 async def _receive(
@@ -205,14 +205,14 @@ async def _receive(
 ) -> bytes:
     data = bytearray()
     while len(data) < count:
-        part = await _patiently(driver, sock, 0, deadline, sock.recv, count - len(data))
+        part = await patiently(driver, sock, 0, deadline, sock.recv, count - len(data))
         if not part:
             raise ConnectionResetError(errno.ECONNRESET, os.strerror(errno.ECONNRESET))
         data += part
     return bytes(data)
 
 
-async def _patiently(
+async def patiently(
     driver: BaseDriver,
     sock: socket.socket,
     direction: int,
@@ -257,6 +257,6 @@ async def _shake_hands(driver: BaseDriver, sock: Any, deadline: float) -> None:
     from .nbd_tls import explained
 
     try:
-        await _patiently(driver, sock, 0, deadline, sock.do_handshake)
+        await patiently(driver, sock, 0, deadline, sock.do_handshake)
     except (ssl.SSLError, ConnectionError) as error:
         raise explained(error) from error

@@ -1,4 +1,4 @@
-"""TLS for NBD clients: from credentials to a context of the standard library."""
+"""TLS for NBD, both ends: from credentials to a context of the standard library."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from ..errors import PeerError, UnsupportedFeature, UsageError
 from ..secrets import TlsCredentials
 
 PSK_FILE = "keys.psk"
+_NO_KEYS = "TLS with a pre-shared key (Python has it from 3.13 on)"
 
 
 def client_context(credentials: TlsCredentials) -> ssl.SSLContext:
@@ -25,8 +26,31 @@ def client_context(credentials: TlsCredentials) -> ssl.SSLContext:
         context.verify_mode = ssl.CERT_NONE
     if credentials.kind == "psk":
         _use_key(context, credentials)
+    else:
+        _use_certificates(context, credentials)
+    return context
+
+
+def server_context(credentials: TlsCredentials) -> ssl.SSLContext:
+    """The context of a server, which asks clients for certificates if peers are verified.  Raises
+    the same."""
+    if credentials.endpoint != "server":
+        raise UsageError(f"Expecting TLS credentials with a server endpoint: '{credentials.id}'")
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.minimum_version = ssl.TLSVersion.TLSv1_2
+    if credentials.kind == "psk":
+        _use_keys(context, credentials)
         return context
-    folder = credentials.folder
+    if not credentials.folder:
+        raise UsageError(f"TLS credentials of a server need 'dir': '{credentials.id}'")
+    _use_certificates(context, credentials)
+    if credentials.verify_peer:
+        context.verify_mode = ssl.CERT_REQUIRED
+    return context
+
+
+def _use_certificates(context: ssl.SSLContext, credentials: TlsCredentials) -> None:
+    folder, endpoint = credentials.folder, credentials.endpoint
     try:
         if not folder:
             context.load_default_certs()
@@ -36,16 +60,30 @@ def client_context(credentials: TlsCredentials) -> ssl.SSLContext:
             if os.path.exists(revoked):
                 context.load_verify_locations(revoked)
                 context.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
-        certificate = os.path.join(folder, "client-cert.pem")
-        if folder and os.path.exists(certificate):
-            key = os.path.join(folder, "client-key.pem")
+        certificate = os.path.join(folder, f"{endpoint}-cert.pem")
+        if endpoint == "server" or (folder and os.path.exists(certificate)):
+            key = os.path.join(folder, f"{endpoint}-key.pem")
             context.load_cert_chain(certificate, key, credentials.password)
     except ssl.SSLError as error:
         raise PeerError(f"the certificates in '{folder}' cannot be used: {error}") from error
     except OSError as error:
         raise OSError(error.errno, f"{os.strerror(error.errno or 0)} (TLS certificates)",
                       error.filename or folder) from error  # fmt: skip
-    return context
+
+
+def _use_keys(context: ssl.SSLContext, credentials: TlsCredentials) -> None:
+    """Admit who knows one of the keys in ``keys.psk``."""
+    take: Callable[[Callable[[str | None], bytes], str | None], None] | None
+    take = getattr(context, "set_psk_server_callback", None)
+    if take is None:
+        raise UnsupportedFeature(_NO_KEYS)
+    path = os.path.join(credentials.folder, PSK_FILE)
+    keys = _keys_of(path)
+    if not keys:
+        raise UsageError(f"'{path}' has no keys")
+    context.maximum_version = ssl.TLSVersion.TLSv1_2
+    context.set_ciphers("PSK")
+    take(lambda user: keys.get(user or "", b""), None)
 
 
 def _use_key(context: ssl.SSLContext, credentials: TlsCredentials) -> None:
@@ -53,7 +91,7 @@ def _use_key(context: ssl.SSLContext, credentials: TlsCredentials) -> None:
     offer: Callable[[Callable[[str | None], tuple[str | None, bytes]]], None] | None
     offer = getattr(context, "set_psk_client_callback", None)
     if offer is None:
-        raise UnsupportedFeature("TLS with a pre-shared key (Python has it from 3.13 on)")
+        raise UnsupportedFeature(_NO_KEYS)
     user = credentials.username or "qemu"
     key = _key_of(credentials.key_file or os.path.join(credentials.folder, PSK_FILE), user)
     # OpenSSL's callback of this kind serves TLS 1.2; servers that offer 1.3 take that as well.
@@ -63,16 +101,25 @@ def _use_key(context: ssl.SSLContext, credentials: TlsCredentials) -> None:
 
 
 def _key_of(path: str, user: str) -> bytes:
-    """The key of ``user`` in a file of lines ``USER:HEX``."""
+    key = _keys_of(path).get(user)
+    if key is None:
+        raise UsageError(f"'{path}' has no key of '{user}'")
+    return key
+
+
+def _keys_of(path: str) -> dict[str, bytes]:
+    """The keys in a file of lines ``USER:HEX``, by their users."""
+    found = {}
     with open(path, encoding="utf-8", errors="surrogateescape") as file:
         for line in file:
-            name, _, key = line.strip().partition(":")
-            if name == user:
-                try:
-                    return bytes.fromhex(key)
-                except ValueError:
-                    raise UsageError(f"'{path}': the key of '{user}' is not hexadecimal") from None
-    raise UsageError(f"'{path}' has no key of '{user}'")
+            user, colon, key = line.strip().partition(":")
+            if not colon or user in found:
+                continue
+            try:
+                found[user] = bytes.fromhex(key)
+            except ValueError:
+                raise UsageError(f"'{path}': the key of '{user}' is not hexadecimal") from None
+    return found
 
 
 def explained(error: Exception) -> PeerError:

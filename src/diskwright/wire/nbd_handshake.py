@@ -68,11 +68,14 @@ class Handshake:
 
     ``out`` collects what must be sent.  ``export`` is set when transmission begins;
     ``closed`` says why the connection must be dropped (after ``out`` was sent).  ``exports``, by
-    name, may change meanwhile.
+``exports``, by
+    name, may change meanwhile.  ``secure``: nothing is said without TLS.
     """
 
-    def __init__(self, exports: Mapping[bytes, Export]) -> None:
+    def __init__(self, exports: Mapping[bytes, Export], secure: bool = False) -> None:
         self.exports = exports
+        self.upgrade = False
+        """The connection must become a TLS one (after ``out`` was sent), then :meth:`secured`."""
         self.out: list[bytes] = [
             _GREETING.pack(c.INIT_MAGIC, c.OPTION_MAGIC, c.FLAG_FIXED_NEWSTYLE | c.FLAG_NO_ZEROES)
         ]
@@ -87,10 +90,16 @@ class Handshake:
         self._options = 0
         self._skip = 0
         self._context_export: bytes | None = None
+        self._secure = secure
+        self._secured = False
+
+    def secured(self) -> None:
+        """The connection is a TLS one now: everything is agreed on anew."""
+        self.upgrade, self._secured = False, True
 
     def parse(self, buffer: memoryview, start: int, end: int) -> int:
         """Consume whole messages of ``buffer[start:end]``; returns where the rest begins."""
-        while not self.closed and self.export is None:
+        while not self.closed and self.export is None and not self.upgrade:
             if self._skip:
                 skipped = min(self._skip, end - start)
                 self._skip -= skipped
@@ -122,11 +131,14 @@ class Handshake:
                 if option == c.OPT_EXPORT_NAME:
                     self.closed = "export name too long"
                 else:
-                    self._reply(option, c.REP_ERR_TOO_BIG)
+                    in_clear = self._secure and not self._secured
+                    self._reply(option, c.REP_ERR_TLS_REQD if in_clear else c.REP_ERR_TOO_BIG)
                     self._skip = length
                 continue
             self._option(option, bytes(buffer[start : start + length]))
             start += length
+        if self.upgrade and start < end:  # a stranger may have put them there
+            self.closed = "bytes in the clear behind STARTTLS"
         return start
 
     def _reply(self, option: int, kind: int, data: bytes = b"") -> None:
@@ -138,6 +150,10 @@ class Handshake:
         elif option == c.OPT_ABORT:
             self._reply(option, c.REP_ACK)
             self.closed = "aborted by the client"
+        elif option == c.OPT_STARTTLS and self._secure:
+            self._start_tls(data)
+        elif self._secure and not self._secured:
+            self._reply(option, c.REP_ERR_TLS_REQD)
         elif self.shutting_down:
             self._reply(option, c.REP_ERR_SHUTDOWN)
         elif option == c.OPT_LIST:
@@ -157,6 +173,13 @@ class Handshake:
         else:
             self._reply(option, c.REP_ERR_UNSUP)
 
+    def _start_tls(self, data: bytes) -> None:
+        if data or self._secured:
+            self._reply(c.OPT_STARTTLS, c.REP_ERR_INVALID)
+            return
+        self._reply(c.OPT_STARTTLS, c.REP_ACK)
+        self.upgrade = True
+
     def _agree(self, option: int, data: bytes) -> None:
         """A form of replies; extended headers stand above structured replies."""
         if data:
@@ -171,10 +194,13 @@ class Handshake:
             self._reply(option, c.REP_ACK)
 
     def _export_name(self, name: bytes) -> None:
-        export = self.exports.get(name)
         # This option has no way to refuse, and does not go with extended headers.
-        if export is None or self.shutting_down or self.mode == c.EXTENDED:
-            self.closed = "no such export" if export is None else "an option out of place"
+        if self.mode == c.EXTENDED or (self._secure and not self._secured):
+            self.closed = "an option out of place"
+            return
+        export = self.exports.get(name)
+        if export is None or self.shutting_down:
+            self.closed = "no such export"
             return
         data = struct.pack(">QH", export.size, export.flags(self.mode))
         if not (self._flags or 0) & c.FLAG_NO_ZEROES:

@@ -37,13 +37,16 @@ class NbdServer:
 
     ``closed`` tells why the connection ends (after what :meth:`take` gives was sent and the
     batches before were answered); ``clean`` that the client asked for it.  ``export`` is what
-    the client chose, once it has.
+    the client chose, once it has.  ``secure``: clients must begin TLS first, see ``upgrade``.
     """
 
     def __init__(
-        self, exports: Mapping[bytes, Export], buffer: ReceiveBuffer | None = None
+        self,
+        exports: Mapping[bytes, Export],
+        buffer: ReceiveBuffer | None = None,
+        secure: bool = False,
     ) -> None:
-        self.handshake: Handshake | None = Handshake(exports)
+        self.handshake: Handshake | None = Handshake(exports, secure)
         self.buffer = buffer or ReceiveBuffer(BUFFER_SIZE)
         self.closed = ""
         self.clean = False
@@ -72,6 +75,17 @@ class NbdServer:
         if self.export is not None:
             self.handshake = None
         return out
+
+    @property
+    def upgrade(self) -> bool:
+        """When :meth:`take` was sent the connection must become a TLS one, before anything else is
+        received; then :meth:`secured` is called."""
+        return self.handshake is not None and self.handshake.upgrade
+
+    def secured(self) -> None:
+        """The connection is a TLS one now."""
+        if self.handshake is not None:
+            self.handshake.secured()
 
     def space(self) -> memoryview | None:
         """Where to receive next, never empty; None: :meth:`replace` the buffer first."""
