@@ -118,6 +118,9 @@ class Session:
             for line, shown in commands(block.text):
                 self._command(line, shown)
         elif block.language == "python":
+            for server in self.servers:  # whose last client may have left just now
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    server.wait(2)
             printed = io.StringIO()
             with (
                 contextlib.chdir(self.folder),
