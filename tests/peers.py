@@ -23,6 +23,8 @@ PACKAGES = {
     "sfdisk": "fdisk",
     "7z": "p7zip-full",
     "strace": "strace",
+    "zsh": "zsh",
+    "fish": "fish",
 }
 
 
