@@ -20,14 +20,17 @@ _MOST_KEYS = 4096
 
 
 class Lease:
-    """One entry of the queue.  ``spans`` are (start, end) in bytes."""
+    """One entry of the queue.  ``spans`` are (start, end) in bytes.  ``behind`` are those that wait
+    for it next: of what stands in an entry's way, it is the last in the queue."""
 
-    __slots__ = ("_keys", "exclusive", "future", "spans")
+    __slots__ = ("_keys", "behind", "exclusive", "future", "spans", "turn")
 
     def __init__(self, spans: Sequence[Span], exclusive: bool) -> None:
         self.spans = spans
         self.exclusive = exclusive
         self.future: Future[None] | None = None
+        self.behind: list[Lease] = []
+        self.turn = 0
         self._keys: frozenset[int] | bool | None = None
 
     def keys(self, shift: int) -> frozenset[int] | bool:
@@ -60,6 +63,7 @@ class Leases:
         self._shift = granule.bit_length() - 1
         self.queue: dict[Lease, None] = {}
         self.exclusives = 0
+        self._turns = 0
 
     def _conflict(self, one: Lease, other: Lease) -> bool:
         if not (one.exclusive or other.exclusive):
@@ -73,30 +77,40 @@ class Leases:
             return not a.isdisjoint(b)  # type: ignore[union-attr, arg-type]
         return any(s < f and e < g for s, g in one.spans for e, f in other.spans)
 
-    def _free(self, lease: Lease) -> bool:
-        for earlier in self.queue:
-            if earlier is lease:
-                return True
-            if self._conflict(earlier, lease):
-                return False
-        return True
+    def _before(self, lease: Lease) -> Lease | None:
+        """The last entry that stands in the way of ``lease``; None when there is none."""
+        turn = lease.turn
+        for other in reversed(self.queue):
+            if other.turn < turn and self._conflict(other, lease):
+                return other
+        return None
+
+    def _enter(self, lease: Lease) -> None:
+        self.queue[lease] = None
+        self.exclusives += lease.exclusive
+
+    def _asked(self, spans: Sequence[Span], exclusive: bool) -> tuple[Lease, Lease | None]:
+        """A lease, not yet in the queue, and what stands in its way."""
+        lease = Lease(spans, exclusive)
+        self._turns = lease.turn = self._turns + 1
+        if self.queue and (exclusive or self.exclusives):
+            return lease, self._before(lease)
+        return lease, None
 
     def try_take(self, spans: Sequence[Span], exclusive: bool) -> Lease | None:
         """The lease if it can be granted at once, else None (and nothing is queued)."""
-        lease = Lease(spans, exclusive)
-        if self.queue and (exclusive or self.exclusives) and not self._free(lease):
+        lease, before = self._asked(spans, exclusive)
+        if before is not None:
             return None
-        self.queue[lease] = None
-        self.exclusives += exclusive
+        self._enter(lease)
         return lease
 
     async def take(self, spans: Sequence[Span], exclusive: bool) -> Lease:
         """Queue for ``spans`` (start, end) and wait until granted."""
-        lease = self.try_take(spans, exclusive)
-        if lease is None:
-            lease = Lease(spans, exclusive)
-            self.queue[lease] = None
-            self.exclusives += exclusive
+        lease, before = self._asked(spans, exclusive)
+        self._enter(lease)
+        if before is not None:
+            before.behind.append(lease)
             lease.future = Future()
             try:
                 await lease.future
@@ -106,10 +120,22 @@ class Leases:
         return lease
 
     def drop(self, lease: Lease) -> None:
-        """Give it back, and grant what waited for it."""
+        """Give it back, and grant what waited for nothing else."""
         del self.queue[lease]
         self.exclusives -= lease.exclusive
-        for waiting in self.queue:
-            future = waiting.future
-            if future is not None and not future.done and self._free(waiting):
-                future.set()
+        behind = lease.behind
+        if len(behind) > 1:
+            behind.sort(key=_turn)
+        for waiting in behind:
+            if waiting not in self.queue:
+                continue  # given up meanwhile
+            before = self._before(waiting)
+            if before is not None:
+                before.behind.append(waiting)
+            else:
+                assert waiting.future is not None
+                waiting.future.set()
+
+
+def _turn(lease: Lease) -> int:
+    return lease.turn
