@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from ..engine.budget import Budget
     from ..engine.kernel import Driver
     from ..graph.gate import Gate
+    from ..graph.names import Reference
     from ..ops.images import ImageSpec
     from ..secrets import Secrets
 
@@ -136,6 +137,21 @@ def cache_mode(args: Args, key: str, default: str, message: str) -> str:
     if mode not in READ_CACHES:
         raise UsageError(f"{message}: {mode}")
     return mode
+
+
+def served(args: Args, image: str, default: str = "writeback") -> tuple[Reference, str]:
+    """What a server opens, and its cache mode.  Raises UsageError in the words of qemu-nbd."""
+    reference: Reference = image
+    if "image-opts" in args:
+        from ..graph.names import parse_image_opts
+
+        if FORMAT.key in args:
+            raise UsageError("--image-opts and -f are mutually exclusive")
+        reference = parse_image_opts(image)
+    cache = args.get("cache") or default
+    if cache not in READ_CACHES:
+        raise UsageError(f"Invalid cache mode `{cache}'")
+    return reference, cache
 
 
 def output_format(args: Args) -> str:

@@ -6,14 +6,12 @@ import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ..errors import UsageError
-from .images import READ_CACHES, arguments, gate, new_driver, secrets, warn_if_guessed
+from .images import arguments, gate, new_driver, secrets, served, warn_if_guessed
 from .options import FORCE_SHARE, FORMAT, GATE, IMAGE_OPTS, OBJECT, Args, Opt
 from .output import Call, UsageProblem, reason
 
 if TYPE_CHECKING:
     from ..engine.kernel import Driver
-    from ..graph.names import Reference
     from ..graph.node import Node
 
 OPTIONS = (
@@ -60,17 +58,7 @@ def _mount(call: Call, args: Args, ready: Callable[[], None]) -> None:
 async def _open(driver: Driver, call: Call, args: Args, writable: bool) -> Node:
     from ..graph.opener import open_disk
 
-    image = args.operands[0]
-    reference: Reference = image
-    if "image-opts" in args:
-        from ..graph.names import parse_image_opts
-
-        if "format" in args:
-            raise UsageError("--image-opts and -f are mutually exclusive")
-        reference = parse_image_opts(image)
-    cache = args.get("cache") or "writeback"
-    if cache not in READ_CACHES:
-        raise UsageError(f"Invalid cache mode `{cache}'")
+    reference, cache = served(args, args.operands[0])
     return await open_disk(
         driver,
         reference,

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import DiskError, UsageError
 from ..records import NamedTuple
-from .images import READ_CACHES, arguments, gate, new_driver, secrets, warn_if_guessed
+from .images import arguments, gate, new_driver, secrets, served, warn_if_guessed
 from .options import FORCE_SHARE, FORMAT, GATE, IMAGE_OPTS, OBJECT, Args, Opt
 from .output import Call, UsageProblem, reason
 
@@ -117,16 +117,7 @@ def _settings(call: Call, args: Args) -> Settings:
         raise UsageProblem("Invalid number of arguments")
     keys = secrets(args)
     image = args.operands[0]
-    reference: Reference = image
-    if "image-opts" in args:
-        from ..graph.names import parse_image_opts
-
-        if "format" in args:
-            raise UsageError("--image-opts and -f are mutually exclusive")
-        reference = parse_image_opts(image)
-    cache = args.get("cache") or ("none" if "nocache" in args else "writeback")
-    if cache not in READ_CACHES:
-        raise UsageError(f"Invalid cache mode `{cache}'")
+    reference, cache = served(args, image, "none" if "nocache" in args else "writeback")
     ours = not call.name.startswith("qemu-nbd")
     discard = args.get("discard") or ("unmap" if ours else "ignore")
     if discard not in ("ignore", "off", "unmap", "on"):
