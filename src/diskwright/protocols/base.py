@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+
 from ..engine.node import Buffer, Node
 from ..errors import NodeClosed
 from ..extents import Data, Extent, Zero
@@ -19,11 +21,19 @@ class Leaf(Node):
     end grow it, unless it cannot grow."""
 
     closed = False
+    filename = ""
+    """The name that errors give, where there is one."""
 
     def check_open(self) -> None:
         """Raise :class:`~diskwright.errors.NodeClosed` after close or fork."""
         if self.closed:
             raise NodeClosed(f"node '{self.name or self.driver_name}' is closed")
+
+    def check_writable(self) -> None:
+        """The same, and OSError (EACCES) where nothing is written."""
+        self.check_open()
+        if self.read_only:
+            raise OSError(errno.EACCES, "the node is read-only", self.filename or None)
 
     def all_data(self, offset: int, length: int) -> list[Extent]:
         """The extents of a range where nothing tells holes from data: bytes up to the end, zeroes

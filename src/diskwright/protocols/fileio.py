@@ -214,11 +214,6 @@ class FileIO(Leaf):
                 self._idle.notify()
 
     # -- writing
-    def _check_writable(self) -> None:
-        self.check_open()
-        if self.read_only:
-            raise OSError(errno.EACCES, "the node is read-only", self.filename)
-
     async def write(
         self,
         offsets: Sequence[int],
@@ -227,7 +222,7 @@ class FileIO(Leaf):
         tag: str = "write_aio",
     ) -> None:
         if self.closed or self.read_only:
-            self._check_writable()
+            self.check_writable()
         ends: list[int] | None = None
         if len(offsets) == 1:
             total = len(buffers[0])

@@ -147,7 +147,7 @@ class FileNode(FileIO):
 
     # -- zeroes and discards
     async def zero(self, offsets: Sequence[int], lengths: Sequence[int], flags: int = 0) -> None:
-        self._check_writable()
+        self.check_writable()
         spans = merged(offsets, lengths)
         if not spans:
             return
@@ -174,7 +174,7 @@ class FileNode(FileIO):
             await self.flush()
 
     async def discard(self, offsets: Sequence[int], lengths: Sequence[int]) -> None:
-        self._check_writable()
+        self.check_writable()
         spans = merged(offsets, lengths)
         if not self.unmap or not spans:
             return
@@ -264,7 +264,7 @@ class FileNode(FileIO):
         return runs[0]
 
     async def truncate(self, size: int, preallocation: str = "off") -> None:
-        self._check_writable()
+        self.check_writable()
         try:
             await self._job(self._space.resize, size, preallocation)
         finally:
@@ -295,7 +295,7 @@ class FileNode(FileIO):
         """Copy from ``source`` without moving the bytes through this process (a reflink where
         the file system has them).  Bytes copied, which may be fewer; 0: it cannot be done, or
         ``source`` ends there."""
-        self._check_writable()
+        self.check_writable()
         if not isinstance(source, FileNode):
             return 0
         source.check_open()

@@ -67,7 +67,7 @@ class FileObjectNode(Leaf):
         super().__init__(driver, "file-object")
         self._file = file
         self._turns = turns_of(file)
-        self._label = label
+        self.filename = label or ""
         self._lane = Lane(driver)
         self._unflushed = False
         self._flush_error: OSError | None = None
@@ -79,15 +79,10 @@ class FileObjectNode(Leaf):
             await self._lane.call(self._in_turn, function, *arguments)
         except OSError as error:
             if error.filename is None and error.errno is not None:
-                error.filename = self._label
+                error.filename = self.filename or None
             raise
         except Exception as error:
-            raise OSError(errno.EIO, words(error) or repr(error), self._label) from error
-
-    def _check_writable(self) -> None:
-        self.check_open()
-        if self.read_only:
-            raise OSError(errno.EACCES, "the node is read-only", self._label)
+            raise OSError(errno.EIO, words(error) or repr(error), self.filename or None) from error
 
     async def begin(self, writable: bool) -> None:
         """Learn the length."""
@@ -178,23 +173,23 @@ class FileObjectNode(Leaf):
         flags: int = 0,
         tag: str = "write_aio",
     ) -> None:
-        self._check_writable()
+        self.check_writable()
         self._unflushed = True
         await self._do(self._write, offsets, buffers)
         if flags & FUA:
             await self.flush()
 
     async def zero(self, offsets: Sequence[int], lengths: Sequence[int], flags: int = 0) -> None:
-        self._check_writable()
+        self.check_writable()
         if flags & NO_FALLBACK:
-            raise OSError(errno.ENOTSUP, "zeroes can only be written here", self._label)
+            raise OSError(errno.ENOTSUP, "zeroes can only be written here", self.filename)
         self._unflushed = True
         await self._do(self._zero, offsets, lengths)
         if flags & FUA:
             await self.flush()
 
     async def discard(self, offsets: Sequence[int], lengths: Sequence[int]) -> None:
-        self._check_writable()
+        self.check_writable()
 
     async def flush(self) -> None:
         self.check_open()
@@ -212,7 +207,7 @@ class FileObjectNode(Leaf):
         return self.all_data(offset, length)
 
     async def truncate(self, size: int, preallocation: str = "off") -> None:
-        self._check_writable()
+        self.check_writable()
         self._unflushed = True
         try:
             await self._do(self._truncate, size)

@@ -124,9 +124,7 @@ async def _places(driver: BaseDriver, address: Address) -> list[tuple[int, Any]]
     return [(family, where) for family, _, _, _, where in found]
 
 
-async def _connected(
-    driver: BaseDriver, sock: socket.socket, where: Any, deadline: float
-) -> None:
+async def _connected(driver: BaseDriver, sock: socket.socket, where: Any, deadline: float) -> None:
     while (number := sock.connect_ex(where)) == errno.EAGAIN and sock.family == _UNIX:
         if driver.now() >= deadline:
             raise TimeoutError
@@ -193,16 +191,12 @@ async def _agree(
         raise
 
 
-async def _send(
-    driver: BaseDriver, sock: socket.socket, data: memoryview, deadline: float
-) -> None:
+async def _send(driver: BaseDriver, sock: socket.socket, data: memoryview, deadline: float) -> None:
     while data:
         data = data[await patiently(driver, sock, 1, deadline, sock.send, data) :]
 
 
-async def _receive(
-    driver: BaseDriver, sock: socket.socket, count: int, deadline: float
-) -> bytes:
+async def _receive(driver: BaseDriver, sock: socket.socket, count: int, deadline: float) -> bytes:
     data = bytearray()
     while len(data) < count:
         part = await patiently(driver, sock, 0, deadline, sock.recv, count - len(data))

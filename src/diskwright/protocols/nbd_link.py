@@ -10,7 +10,6 @@ from functools import partial
 
 from ..engine.kernel import BaseDriver, Future, Timer
 from ..errors import PeerError
-from ..hints import Any
 from ..wire.nbd_client import NbdClient
 from ..wire.nbd_flight import Flight
 from ..wire.nbd_negotiation import readable
@@ -31,22 +30,10 @@ class Trip(Flight):
 
     __slots__ = ("done", "sent")
 
-    def __init__(
-        self,
-        command: int,
-        offsets: Sequence[int],
-        lengths: Sequence[int],
-        buffers: Sequence[Any] = (),
-        flags: int = 0,
-    ) -> None:
-        super().__init__(command, offsets, lengths, buffers, flags)
+    def reset(self) -> None:
+        """To be sent, for the first time or once more."""
+        super().reset()
         self.done: Future[None] = Future()
-        self.sent = False
-
-    def again(self) -> None:
-        """To be sent once more."""
-        self.reset()
-        self.done = Future()
         self.sent = False
 
 

@@ -165,7 +165,7 @@ class Links:
                 link.lose("the server is shutting down", c.ESHUTDOWN)
                 if not self.settings.reconnect_delay:
                     return
-            trip.again()
+            trip.reset()
 
     async def _answered(self, link: Link, trip: Trip) -> None:
         """Wait for the answer.  A read that is cancelled ends at once, and its buffers are not

@@ -74,11 +74,6 @@ class NbdNode(Leaf):
     def _can(self, flag: int) -> bool:
         return bool(self.agreed.flags & flag)
 
-    def _check_writable(self) -> None:
-        self.check_open()
-        if self.read_only:
-            raise OSError(errno.EACCES, "the node is read-only")
-
     # -- moving requests
     async def _carry(self, trip: Trip) -> None:
         """Have ``trip`` answered.  Raises OSError."""
@@ -127,9 +122,7 @@ class NbdNode(Leaf):
             for at in range(0, length, most):
                 yield offset + at, min(most, length - at), view[at : at + most]
 
-    def _spans(
-        self, spans: Sequence[tuple[int, int]]
-    ) -> Iterator[tuple[int, int, Buffer | None]]:
+    def _spans(self, spans: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, Buffer | None]]:
         """The same for requests without data."""
         for start, end in spans:
             most = end - start if self.agreed.extended else _EFFECT
@@ -174,7 +167,7 @@ class NbdNode(Leaf):
         flags: int = 0,
         tag: str = "write_aio",
     ) -> None:
-        self._check_writable()
+        self.check_writable()
         size = self.size
         if any(o + len(b) > size for o, b in zip(offsets, buffers, strict=True)):
             buffers = [self._within(o, b) for o, b in zip(offsets, buffers, strict=True)]
@@ -216,7 +209,7 @@ class NbdNode(Leaf):
                 self._written += 1
 
     async def zero(self, offsets: Sequence[int], lengths: Sequence[int], flags: int = 0) -> None:
-        self._check_writable()
+        self.check_writable()
         spans, edges = self._aligned(offsets, lengths)
         fast = bool(flags & NO_FALLBACK)
         able = self._can(c.SEND_WRITE_ZEROES)
@@ -239,7 +232,7 @@ class NbdNode(Leaf):
             await self.flush()
 
     async def discard(self, offsets: Sequence[int], lengths: Sequence[int]) -> None:
-        self._check_writable()
+        self.check_writable()
         if self._can(c.SEND_TRIM):
             await self._locked(c.CMD_TRIM, self._aligned(offsets, lengths)[0], 0)
 
@@ -335,7 +328,7 @@ class NbdNode(Leaf):
         return merge(found)
 
     async def truncate(self, size: int, preallocation: str = "off") -> None:
-        self._check_writable()
+        self.check_writable()
         if size == self.size or (self.fixed_end and size < self.size):
             return
         raise NotSupported(f"Cannot {'grow' if self.fixed_end else 'resize'} NBD nodes")
