@@ -68,7 +68,7 @@ EXPECTED = {
 }
 
 
-@pytest.mark.skipif(not shutil.which("bash"), reason="no bash")
+@pytest.mark.skipif(not shutil.which("bash"), reason="bash is not installed")
 def test_bash(tmp_path: Path) -> None:
     lines = ["dw ", *EXPECTED]
     verbs, *found = on_tab(made("bash", tmp_path), "dw", "_diskwright", lines)
@@ -76,7 +76,7 @@ def test_bash(tmp_path: Path) -> None:
     assert dict(zip(EXPECTED, found, strict=True)) == EXPECTED
 
 
-@pytest.mark.skipif(not shutil.which("bash"), reason="no bash")
+@pytest.mark.skipif(not shutil.which("bash"), reason="bash is not installed")
 def test_links_of_other_names_complete_as_the_tools_they_are(tmp_path: Path) -> None:
     script = made("bash", tmp_path, "qemu-img", "qemu-io")
     lines = ["qemu-img dig", "qemu-img inf", "qemu-img create -f qcow2 -o compression_l"]
@@ -85,9 +85,7 @@ def test_links_of_other_names_complete_as_the_tools_they_are(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("shell", ["zsh", "fish"])
-def test_the_others_can_read_theirs(
-    shell: str, tmp_path: Path, peer: Callable[[str], str]
-) -> None:
+def test_the_others_can_read_theirs(shell: str, tmp_path: Path, peer: Callable[[str], str]) -> None:
     script = made(shell, tmp_path)
     text = script.read_text()
     for verb in {**IMG_VERBS, **OWN_VERBS}:

@@ -23,17 +23,20 @@ MIB = 1 << 20
 PROGRAM = [sys.executable, "-m", "diskwright"]
 
 
-def _ready() -> bool:
-    if importlib.util.find_spec("mfusepy") is None or not shutil.which("fusermount3"):
-        return False
+def _wanting() -> str:
+    """What keeps these tests from being run."""
+    if importlib.util.find_spec("mfusepy") is None:
+        return "mfusepy is not installed"
+    if not shutil.which("fusermount3"):
+        return "fusermount3 is not installed"
     try:
         os.close(os.open("/dev/fuse", os.O_RDWR))
-    except OSError:
-        return False
-    return True
+    except OSError as error:
+        return f"no FUSE here: {error}"
+    return ""
 
 
-pytestmark = pytest.mark.skipif(not _ready(), reason="no FUSE: mfusepy, fusermount3 or /dev/fuse")
+pytestmark = pytest.mark.skipif(bool(_wanting()), reason=_wanting() or "nothing")
 
 
 def run(*words: Any, status: int = 0) -> str:
@@ -87,7 +90,8 @@ def clean(image: Path) -> None:
 
 
 needs_peers = pytest.mark.skipif(
-    not (shutil.which("mkfs.ext4") and shutil.which("qemu-img")), reason="no e2fsprogs or qemu-img"
+    not (shutil.which("mkfs.ext4") and shutil.which("qemu-img")),
+    reason="e2fsprogs or qemu-img is not installed",
 )
 
 

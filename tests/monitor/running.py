@@ -20,7 +20,7 @@ OURS = [sys.executable, "-m", "diskwright", "daemon"]
 THEIRS = ["qemu-storage-daemon"]
 
 needs_qsd = pytest.mark.skipif(
-    not shutil.which("qemu-storage-daemon"), reason="no qemu-storage-daemon"
+    not shutil.which("qemu-storage-daemon"), reason="qemu-storage-daemon is not installed"
 )
 needs_unix = pytest.mark.skipif(sys.platform == "win32", reason="no unix sockets")
 

@@ -253,7 +253,7 @@ def test_client_library_and_two_monitors(tmp_path: Path) -> None:
     assert not (tmp_path / "nbd.sock").exists() and not (tmp_path / "q.sock").exists()
 
 
-@pytest.mark.skipif(not shutil.which("qemu-io"), reason="no qemu-io")
+@pytest.mark.skipif(not shutil.which("qemu-io"), reason="qemu-io is not installed")
 def test_exports_come_and_go_under_clients(tmp_path: Path) -> None:
     images(tmp_path)
 
