@@ -6,7 +6,7 @@ when the first of their bits is set, and a chunk that is set as a whole costs no
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 from .bits import CHUNK_SHIFT, BitmapError, Bits, Budget
 from .errors import UsageError
@@ -100,6 +100,20 @@ class DirtyBitmap:
         self.bits.clear()
         self.touched = None
         self.loaded = True
+
+    def saved(self) -> Callable[[], None]:
+        """What brings the bits back to what they are now."""
+        bits = Bits(self.bits.length)
+        bits.merge(self.bits)
+        touched = None if self.touched is None else set(self.touched)
+        loaded = self.loaded
+
+        def restore() -> None:
+            self.bits.clear()
+            self.bits.merge(bits)
+            self.touched, self.loaded = touched, loaded
+
+        return restore
 
     def check_size(self, other: DirtyBitmap) -> None:
         """Raise BitmapError where ``other`` is of a disk of another size."""

@@ -94,12 +94,17 @@ async def remove(engine: Engine, name: str) -> None:
         bitmap = engine.bitmaps.get(name)
         if bitmap.busy:
             bitmap.check()
-        format = keeper(engine)
-        if bitmap.persistent and format is not None:
-            format.drop_bitmap(bitmap)
-        engine.bitmaps.remove(bitmap)
+        forget(engine, bitmap)
 
     await engine.procedures.run(removing(), whole_image=True)
+
+
+def forget(engine: Engine, bitmap: DirtyBitmap) -> None:
+    """The same at once, of a bitmap that nobody uses."""
+    format = keeper(engine)
+    if bitmap.persistent and format is not None:
+        format.drop_bitmap(bitmap)
+    engine.bitmaps.remove(bitmap)
 
 
 async def _change(engine: Engine, name: str, change: Callable[[DirtyBitmap], Procedure]) -> None:

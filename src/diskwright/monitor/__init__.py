@@ -5,4 +5,15 @@ from __future__ import annotations
 
 def all_commands() -> None:
     """Import every module that declares commands."""
-    from . import basics, bitmaps, create, exports, jobs, nodes, objects, query, snapshots  # noqa: F401
+    from . import (  # noqa: F401
+        basics,
+        bitmaps,
+        create,
+        exports,
+        jobs,
+        nodes,
+        objects,
+        query,
+        snapshots,
+        transactions,
+    )

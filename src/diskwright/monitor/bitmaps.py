@@ -6,12 +6,12 @@ from typing import Annotated, Any
 
 from ..bitmaps import DirtyBitmap
 from ..engine import bitmaps as at
+from ..engine.engine import Engine
 from ..errors import UsageError
 from ..graph.node import Node
 from ..ops import bitmap as ops
 from ..records import NamedTuple
-from .commands import command
-from .session import Monitor
+from .transactions import Transaction, action
 from .types import SIZE, STR, Alternate, Array, Member, Struct
 
 _LARGEST = 1 << 32
@@ -36,9 +36,9 @@ _SOURCE = Alternate(
 Sources = Annotated[list[Any], Array(_SOURCE)]
 
 
-@command("block-dirty-bitmap-add")
+@action("block-dirty-bitmap-add")
 async def block_dirty_bitmap_add(
-    monitor: Monitor,
+    transaction: Transaction,
     node: str,
     name: str,
     granularity: Annotated[int, SIZE] | None = None,
@@ -47,52 +47,76 @@ async def block_dirty_bitmap_add(
 ) -> None:
     """Add a bitmap to a node; it follows writes unless ``disabled``.  ``granularity`` in bytes, by
     default a cluster between 4 KiB and 64 KiB.  A ``persistent`` one is stored in the image."""
-    found = monitor.daemon.find(node, node)
+    found = transaction.daemon.find(node, node)
     if granularity is not None and not 0 <= granularity < _LARGEST:
         raise UsageError("Parameter 'granularity' expects uint32_t")
     await ops.add(found, name, granularity, persistent=persistent, enabled=not disabled)
+    engine = ops.engine_of(found)
+    transaction.undo(lambda: at.forget(engine, engine.bitmaps.get(name)))
 
 
-@command("block-dirty-bitmap-remove")
-async def block_dirty_bitmap_remove(monitor: Monitor, node: str, name: str) -> None:
+@action("block-dirty-bitmap-remove")
+async def block_dirty_bitmap_remove(transaction: Transaction, node: str, name: str) -> None:
     """Remove a bitmap; a persistent one from the image, too."""
-    await at.remove(ops.engine_of(monitor.daemon.find(node, node)), name)
+    engine, bitmap = _bitmap(transaction, node, name)
+    if bitmap.busy:
+        bitmap.check()
+    bitmap.busy = True
+
+    def spare() -> None:
+        bitmap.busy = False
+
+    transaction.undo(spare)
+    transaction.finish(lambda: at.forget(engine, bitmap))
 
 
-@command("block-dirty-bitmap-clear")
-async def block_dirty_bitmap_clear(monitor: Monitor, node: str, name: str) -> None:
+@action("block-dirty-bitmap-clear")
+async def block_dirty_bitmap_clear(transaction: Transaction, node: str, name: str) -> None:
     """Let nothing be dirty in a bitmap."""
-    await at.clear(ops.engine_of(monitor.daemon.find(node, node)), name)
+    engine, bitmap = _bitmap(transaction, node, name)
+    transaction.undo(bitmap.saved())
+    await at.clear(engine, name)
 
 
-@command("block-dirty-bitmap-enable")
-async def block_dirty_bitmap_enable(monitor: Monitor, node: str, name: str) -> None:
+@action("block-dirty-bitmap-enable")
+async def block_dirty_bitmap_enable(transaction: Transaction, node: str, name: str) -> None:
     """Let a bitmap follow writes."""
-    await at.switch(ops.engine_of(monitor.daemon.find(node, node)), name, True)
+    await _switch(transaction, node, name, True)
 
 
-@command("block-dirty-bitmap-disable")
-async def block_dirty_bitmap_disable(monitor: Monitor, node: str, name: str) -> None:
+@action("block-dirty-bitmap-disable")
+async def block_dirty_bitmap_disable(transaction: Transaction, node: str, name: str) -> None:
     """Let a bitmap stay as it is."""
-    await at.switch(ops.engine_of(monitor.daemon.find(node, node)), name, False)
+    await _switch(transaction, node, name, False)
 
 
-@command("block-dirty-bitmap-merge")
+async def _switch(transaction: Transaction, node: str, name: str, enabled: bool) -> None:
+    engine, bitmap = _bitmap(transaction, node, name)
+    before = bitmap.enabled
+    await at.switch(engine, name, enabled)
+    if before != enabled:
+        transaction.undo(lambda: at.switch(engine, name, before))
+
+
+@action("block-dirty-bitmap-merge")
 async def block_dirty_bitmap_merge(
-    monitor: Monitor, node: str, target: str, bitmaps: Sources
+    transaction: Transaction, node: str, target: str, bitmaps: Sources
 ) -> None:
     """Add to ``target`` what is dirty in others, of the same node or of another.  When one of them
     cannot be added, none is."""
-    daemon = monitor.daemon
-    found = daemon.find(node, node)
-    ops.engine_of(found).bitmaps.get(target)
+    daemon = transaction.daemon
+    _, bitmap = _bitmap(transaction, node, target)
     sources = []
     for one in bitmaps:
-        if isinstance(one, dict):
-            sources.append(await ops.load(daemon.find(one["node"], one["node"]), one["name"]))
-        else:
-            sources.append(await ops.load(found, one))
-    await ops.merge(found, target, sources)
+        there, name = (one["node"], one["name"]) if isinstance(one, dict) else (node, one)
+        sources.append(await ops.load(daemon.node(there), name))
+    transaction.undo(bitmap.saved())
+    await ops.merge(daemon.node(node), target, sources)
+
+
+def _bitmap(transaction: Transaction, node: str, name: str) -> tuple[Engine, DirtyBitmap]:
+    engine = ops.engine_of(transaction.daemon.node(node))
+    return engine, engine.bitmaps.get(name)
 
 
 async def listed(node: Node) -> list[BlockDirtyInfo] | None:

@@ -103,6 +103,13 @@ class Daemon:
             raise UsageError(f"Cannot find device='{device}' nor node-name='{node_name}'")
         return found
 
+    def node(self, name: str) -> Node:
+        """The node called ``name``.  Raises UsageError."""
+        found = self.graph.nodes.get(name)
+        if found is None:
+            raise UsageError(f"Node '{name}' not found")
+        return found
+
     def used(self, node: Node) -> bool:
         """Somebody beside other nodes uses it: an export, a job."""
         return bool(self._users.get(node))

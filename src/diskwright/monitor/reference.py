@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from . import all_commands
 from .blockdev import OPTIONS, REF, REF_OR_NULL
 from .commands import COMMANDS, EVENTS, Command
+from .transactions import ACTION, ACTIONS
 from .types import Alternate, Array, Builtin, Enum, Member, Struct, Type, Union
 
 BEGIN, END = "<!-- made from the declarations -->", "<!-- until here -->"
@@ -16,6 +17,7 @@ _NAMED: dict[Type, str] = {
     OPTIONS: "node options",
     REF: "node options or a node's name",
     REF_OR_NULL: "node options, a node's name or null",
+    ACTION: "`type` (`abort`, or a command that is an *action*) and `data` (its arguments)",
 }
 
 
@@ -41,6 +43,7 @@ def _text() -> str:
 def _command(command: Command) -> Iterator[str]:
     yield from (f"### {command.name}", "")
     marks = [*command.features, *(["oob"] if command.oob else [])]
+    marks += ["action"] if command.name in ACTIONS else []
     if marks:
         yield from (f"*{', '.join(marks)}*", "")
     yield from (command.help, "")

@@ -9,7 +9,9 @@ from ..graph.node import Node
 from ..ops import snapshots as ops
 from ..records import NamedTuple
 from .commands import command
+from .daemon import Daemon
 from .session import Monitor
+from .transactions import Transaction, action
 
 
 class SnapshotInfo(NamedTuple):
@@ -30,15 +32,18 @@ def told(found: dict[str, Any]) -> SnapshotInfo:
     return SnapshotInfo(**{name.replace("-", "_"): value for name, value in found.items()})
 
 
-@command("blockdev-snapshot-internal-sync")
-async def blockdev_snapshot_internal_sync(monitor: Monitor, device: str, name: str) -> None:
+@action("blockdev-snapshot-internal-sync")
+async def blockdev_snapshot_internal_sync(
+    transaction: Transaction, device: str, name: str
+) -> None:
     """Take a snapshot inside an image: clients may go on writing."""
-    node = _node(monitor, device)
+    node = _node(transaction.daemon, device)
     if not name:
         raise UsageError("Name is empty")
     if any(found.name == name for found in ops.listed(node)):
         raise UsageError(f"Snapshot with name '{name}' already exists on device '{device}'")
-    await ops.create(node, name, icount=None)
+    made = await ops.create(node, name, icount=None)
+    transaction.undo(lambda: ops.delete(node, ops.Selector(made.id, made.name)))
 
 
 @command("blockdev-snapshot-delete-internal-sync")
@@ -47,7 +52,7 @@ async def blockdev_snapshot_delete_internal_sync(
 ) -> SnapshotInfo:
     """Give up a snapshot that is inside an image, by its id, its name, or both, and tell what it
     was."""
-    node = _node(monitor, device)
+    node = _node(monitor.daemon, device)
     if not (id or name):
         raise UsageError("Name or id must be provided")
     wanted = ops.Selector(id, name)
@@ -62,8 +67,8 @@ async def blockdev_snapshot_delete_internal_sync(
     return told(found.to_dict())
 
 
-def _node(monitor: Monitor, device: str) -> Node:
-    node = monitor.daemon.find(device, device)
+def _node(daemon: Daemon, device: str) -> Node:
+    node = daemon.find(device, device)
     if node.parents:
         raise UsageError("Need a root block node")
     if ops.ability(node) is None:

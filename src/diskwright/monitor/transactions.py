@@ -1,0 +1,140 @@
+"""``transaction``: several actions, all of them or none.
+
+An action is an asynchronous function of a :class:`Transaction` and the action's members.  What it
+does takes effect at once, so that later actions build on it; it says how that is taken back
+(:meth:`Transaction.undo`), and what is left to do when no action can fail any more
+(:meth:`Transaction.finish`).  The command of the same name is a transaction of that one action.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Awaitable, Callable, Mapping
+from functools import wraps
+from typing import Annotated, Any, Literal, TypeVar
+
+from ..errors import DiskError, UsageError
+from ..graph.closing import explain
+from ..records import NamedTuple
+from . import types
+from .commands import command
+from .daemon import Daemon
+from .session import Monitor
+from .types import Array, Enum, Member, Struct, Union
+
+Act = TypeVar("Act", bound=Callable[..., Awaitable[None]])
+Step = Callable[[], Awaitable[None] | None]
+Mode = Literal["individual", "grouped"]
+
+
+class Transaction:
+    """What is done together.  ``grouped``: of the jobs that it begins one alone cannot succeed."""
+
+    def __init__(self, daemon: Daemon, mode: Mode = "individual") -> None:
+        self.daemon = daemon
+        self.mode = mode
+        self._undo: list[Step] = []
+        self._finish: list[Step] = []
+
+    def undo(self, step: Step) -> None:
+        """Call ``step`` if an action fails; those that were named later are called before."""
+        self._undo.append(step)
+
+    def finish(self, step: Step) -> None:
+        """Call ``step`` when all actions have succeeded.  It does not fail."""
+        self._finish.append(step)
+
+    async def run(self, work: Callable[[], Awaitable[None]]) -> None:
+        """Do ``work`` (which tells :meth:`undo` and :meth:`finish`) as a whole or not at all."""
+        try:
+            await work()
+        except BaseException as error:
+            for step in reversed(self._undo):
+                try:
+                    await _done(step)
+                except (OSError, DiskError) as second:
+                    error.add_note(f"Could not be taken back ({explain(second)})")
+            raise
+        for step in self._finish:
+            await _done(step)
+
+
+async def _done(step: Step) -> None:
+    answer = step()
+    if inspect.isawaitable(answer):
+        await answer
+
+
+class Action(NamedTuple):
+    """An action.  ``grouped``: it begins a job, so that it can be done with the others'."""
+
+    run: Callable[..., Awaitable[None]]
+    members: Struct
+    grouped: bool
+
+
+ACTIONS: dict[str, Action] = {}
+
+
+def action(name: str, *, grouped: bool = False, plain: bool = True) -> Callable[[Act], Act]:
+    """Declare the decorated function, ``run(transaction, **members)``, as an action and, if
+    ``plain``, as a command."""
+
+    def declare(run: Act) -> Act:
+        ACTIONS[name] = Action(run, types.arguments(run), grouped)
+
+        @wraps(run)
+        async def alone(monitor: Monitor, **members: Any) -> None:
+            one = Transaction(monitor.daemon)
+            await one.run(lambda: run(one, **members))
+
+        if plain:
+            command(name)(alone)
+        return run
+
+    return declare
+
+
+def _actions() -> tuple[str, tuple[Member, ...], Mapping[str, Struct]]:
+    variants = {name: Struct((Member("data", one.members),)) for name, one in ACTIONS.items()}
+    return "type", (Member("type", Enum(*variants)),), variants
+
+
+ACTION = Union(_actions)
+
+
+class Properties(NamedTuple):
+    """``grouped``: the jobs of a transaction end together, and one that fails ends them all."""
+
+    completion_mode: Mode = "individual"
+
+
+@action("abort", plain=False)
+async def abort(transaction: Transaction) -> None:
+    """Fail, so that nothing is done."""
+    raise UsageError("Transaction aborted using Abort action")
+
+
+@command("transaction")
+async def transaction(
+    monitor: Monitor,
+    actions: Annotated[list[dict[str, Any]], Array(ACTION)],
+    properties: Properties | None = None,
+) -> None:
+    """Carry out actions in their order, each with the arguments of the command of its name; when
+    one fails, nothing has been done.  ``abort`` always fails."""
+    whole = Transaction(monitor.daemon, properties.completion_mode if properties else "individual")
+    if whole.mode == "grouped":
+        for one in actions:
+            if not ACTIONS[one["type"]].grouped:
+                raise UsageError(
+                    f"Action '{one['type']}' does not support transaction property "
+                    "completion-mode = grouped"
+                )
+
+    async def work() -> None:
+        for one in actions:
+            members = {name.replace("-", "_"): value for name, value in one["data"].items()}
+            await ACTIONS[one["type"]].run(whole, **members)
+
+    await whole.run(work)
