@@ -19,6 +19,8 @@ from .node import Node
 _MOST_PARTS = 512
 # Writes on their way at a time when they are begun in order: one that runs and one behind it.
 _WRITES = 2
+# Most bytes of the first batch.
+_FIRST = 256 << 10
 
 
 class Segment(NamedTuple):
@@ -143,6 +145,9 @@ class Copier:
         self._turn.set()
         self._started = 0.0
         self._moved = 0
+        self._room = options.buffer if options.units else min(options.buffer, _FIRST)
+        """Most bytes of the next batch: the first ones are small, so that the target has work soon,
+        and new buffers are touched for the first time while it has."""
 
     async def run(self, segments: AsyncIterator[Segment]) -> None:
         """Copy all segments; raises the first error after everything issued has ended."""
@@ -170,22 +175,23 @@ class Copier:
         async for segment in segments:
             for part in self._parts(segment):
                 if len(batch.parts) >= _MOST_PARTS or (
-                    not part.zero and batch.length + part.length > self.options.buffer
+                    not part.zero and batch.length + part.length > self._room
                 ):
                     yield batch
                     batch = Batch()
+                    self._room = min(2 * self._room, self.options.buffer)
                 batch.add(part)
         if batch.parts:
             yield batch
 
     def _parts(self, segment: Segment) -> Iterator[Segment]:
-        """Pieces of at most a buffer, cut at multiples of it so that they align in the target.
+        """Pieces of at most a batch, cut at multiples of it so that they align in the target.
 
         Zeroes are not cut: a map takes them at any length.
         """
-        size = 1 << 30 if segment.zero else self.options.buffer
         done = 0
         while done < segment.length:
+            size = 1 << 30 if segment.zero else self._room
             at = segment.target_offset + done
             length = min(size - at % size, segment.length - done)
             yield segment._replace(
