@@ -36,8 +36,9 @@ ALLOWED: dict[str, tuple[str, ...]] = {
     "aio": (*_OPS, "export", "api"),
     "fs": (*_OPS, "api"),
     "monitor": (*_OPS, "export", "api", "aio"),
-    "cli": (*_OPS, "export", "api", "aio", "monitor", "formats"),
-    "testing": (*_OPS, "export", "api", "aio", "monitor", "formats", "cli"),
+    "console": ("wire",),
+    "cli": (*_OPS, "export", "api", "aio", "monitor", "console", "formats"),
+    "testing": (*_OPS, "export", "api", "aio", "monitor", "console", "formats", "cli"),
     # The package itself offers the API, and `python -m` the command line.
     "top": ("api", "aio", "cli"),
 }

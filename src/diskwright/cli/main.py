@@ -54,6 +54,7 @@ OWN_VERBS = {
     "inspect": "Tell what a file is, opening nothing that it names",
     "io": "Read and write by commands",
     "mount": "Show a disk as a raw file, without being root",
+    "qmp": "Talk to a QMP monitor, by hand or by a script",
     "salvage": "Copy what can be read out of a damaged image",
     "serve": "Serve a disk over NBD",
 }

@@ -1,0 +1,68 @@
+"""``qmp``: a shell for monitors, of ours and of QEMU's."""
+
+from __future__ import annotations
+
+import sys
+
+from ..errors import UsageError
+from .images import arguments
+from .options import Opt
+from .output import Call, UsageProblem
+
+OPTIONS = (
+    Opt("c", "command", "COMMAND", "carry out COMMAND, and end (repeatable)"),
+    Opt("e", "events", "", "in a script: print events, too, as they come"),
+    Opt("k", "keep-going", "", "in a script: go on behind a command that failed"),
+    Opt("p", "pretty", "", "in a script: print as for people"),
+    Opt("", "timeout", "SECONDS", "give up when a reply or an event takes longer"),
+)
+
+
+def main(call: Call, argv: list[str]) -> int:
+    """Carry out what is typed, or what a script says."""
+    summary = (
+        "Talk to a QMP monitor: SOCKET is the path of a unix socket, or HOST:PORT.\n"
+        "Commands are 'COMMAND key=value a.b=c', or JSON; 'help' lists them."
+    )
+    args = arguments(call, argv, OPTIONS, "SOCKET", summary)
+    if args is None:
+        return 0
+    if len(args.operands) != 1:
+        raise UsageProblem("Expecting the socket of a monitor")
+    from ..console.connection import connect
+    from ..console.shell import Shell, history_path
+
+    typed = "command" not in args and sys.stdin.isatty() and sys.stdout.isatty()
+
+    def out(text: str) -> None:
+        call.out(text, "")
+        sys.stdout.flush()
+
+    shell = Shell(
+        connect(args.operands[0]),
+        out,
+        pretty=typed or "pretty" in args,
+        events=typed or "events" in args,
+        timeout=seconds("--timeout", args.get("timeout")),
+    )
+    try:
+        if typed:
+            shell.interactive(history_path())
+            return 0
+        lines = args.all("command") if "command" in args else sys.stdin
+        return 0 if shell.script(lines, "keep-going" in args) else 1
+    finally:
+        shell.close()
+
+
+def seconds(name: str, text: str | None) -> float | None:
+    """A time above 0; None where none is given.  Raises UsageError."""
+    if text is None:
+        return None
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0
+    if not 0 < found < 1e9:
+        raise UsageError(f"{name} expects a number of seconds, not '{text}'")
+    return found
