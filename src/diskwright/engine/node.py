@@ -66,6 +66,10 @@ class Node:
     """True when its format was guessed for want of a signature, so it is raw."""
     changing = False
     """True while it is opened anew: who is above asks it and does not look through it."""
+    highest = 0
+    """Where writes have ended at most, of those that somebody watches: users' and files'."""
+    watch: Any = None
+    """Who is told of each write before it is carried out (a threshold), if anybody is."""
     wants_events = False
     """True when :meth:`event` must be called (blkdebug)."""
 
@@ -79,6 +83,11 @@ class Node:
         self.children = {}
         self.parents = []
         self.options = {}
+
+    @property
+    def real(self) -> Node:
+        """The node itself; of what only stands for a node, that one."""
+        return self
 
     # -- requests
     read_scattered: ReadScattered | None = None

@@ -90,6 +90,7 @@ async def block_status(
     Neighbours are merged.  Holes of a file between its data may be told as data when they are
     not twice as long as ``least_hole``: who reads anyway sooner reads them than knows of each.
     """
+    node = node.real
     length = min(length, node.size - offset)
     if length <= 0:
         return []

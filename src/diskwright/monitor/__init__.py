@@ -8,6 +8,7 @@ def all_commands() -> None:
     from . import (  # noqa: F401
         basics,
         bitmaps,
+        blockstats,
         create,
         exports,
         jobs,
@@ -15,5 +16,6 @@ def all_commands() -> None:
         objects,
         query,
         snapshots,
+        thresholds,
         transactions,
     )

@@ -6,16 +6,19 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 from .. import __version__
 from ..engine.futures import Condition
 from ..engine.kernel import BaseDriver, Future
 from ..errors import UsageError
 from ..export.nbd_server import Server
+from ..graph.backend import Backend, Drain
 from ..graph.gate import Gate
-from ..graph.graph import Graph
+from ..graph.graph import Graph, walk
 from ..graph.node import Node
 from ..graph.perms import ALL, Use
+from ..graph.stats import Stats
 from ..secrets import Secrets
 from . import types
 from .commands import EVENTS
@@ -45,6 +48,8 @@ class Daemon:
         self.server_path: str | None = None
         """The unix socket on which it listens."""
         self.exports: dict[str, BlockExport] = {}
+        self.past: WeakKeyDictionary[Node, Stats] = WeakKeyDictionary()
+        """What users that have gone have asked of nodes."""
         self.jobs: dict[str, Job] = {}
         self.monitors: set[Monitor] = set()
         self.stopping: Future[None] = Future()
@@ -113,6 +118,18 @@ class Daemon:
     def used(self, node: Node) -> bool:
         """Somebody beside other nodes uses it: an export, a job."""
         return bool(self._users.get(node))
+
+    def backends(self) -> list[Backend]:
+        """What those outside hold in place of nodes."""
+        return [export.disk for export in self.exports.values()]
+
+    def draining(self, node: Node) -> Drain:
+        """What keeps requests away from ``node``."""
+        return Drain(disk for disk in self.backends() if node in walk(disk.node))
+
+    def retire(self, disk: Backend) -> None:
+        """Its user has gone: let the node remember what was asked of it."""
+        self.past.setdefault(disk.node, Stats()).add(disk.stats)
 
     def use(self, node: Node, who: str, use: Use | None) -> None:
         """Say what ``who`` needs of ``node`` and lets others do (None: it has ended).

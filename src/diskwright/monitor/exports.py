@@ -12,6 +12,7 @@ from ..engine.kernel import Future, Task
 from ..errors import DiskError, UsageError
 from ..export.nbd import listen_tcp, listen_unix
 from ..export.nbd_server import Server
+from ..graph.backend import Backend
 from ..graph.node import Node
 from ..graph.perms import ALL, RESIZE, root_use
 from ..records import NamedTuple
@@ -85,12 +86,17 @@ class BlockExport:
     """One export of a daemon: of its NBD server under ``name``, or a ``mount``."""
 
     def __init__(
-        self, id: str, node: Node, writable: bool, name: bytes = b"", mount: Mount | None = None
+        self, id: str, disk: Backend, writable: bool, name: bytes = b"", mount: Mount | None = None
     ) -> None:
-        self.id, self.name, self.node = id, name, node
+        self.id, self.name, self.disk = id, name, disk
         self.writable, self.mount = writable, mount
         self.shutting_down = False
         self.removal: Task[None] | None = None
+
+    @property
+    def node(self) -> Node:
+        """What it shows."""
+        return self.disk.node
 
     @property
     def user(self) -> str:
@@ -205,8 +211,9 @@ async def add_export(daemon: Daemon, options: Mapping[str, Any]) -> None:
     from .fuse import mount_of
 
     id, node, writable = _exported(daemon, options)
-    mount = await mount_of(daemon, node, options)
-    export = BlockExport(id, node, writable, mount=mount)
+    disk = Backend(node)
+    mount = await mount_of(daemon, disk, options)
+    export = BlockExport(id, disk, writable, mount=mount)
     # The kernel knows a size.
     daemon.use(node, export.user, root_use(writable, ALL - {RESIZE}, mount.file.growable))
     try:
@@ -251,10 +258,10 @@ def _add_nbd(daemon: Daemon, options: Mapping[str, Any]) -> None:
             raise UsageError(f"export {what} '{value[:32].decode(errors='replace')}...' too long")
     if name in server.exports:
         raise UsageError(f"NBD server already has export named '{word}'")
-    export = BlockExport(id, node, writable, name)
+    export = BlockExport(id, Backend(node), writable, name)
     # Clients were told a size.
     daemon.use(node, export.user, root_use(writable, ALL - {RESIZE}))
-    server.offer(name, node, text, not writable)
+    server.offer(name, export.disk, text, not writable)
     daemon.exports[id] = export
 
 
@@ -305,6 +312,7 @@ async def _gone(daemon: Daemon, export: BlockExport) -> None:
             await export.node.flush()
     finally:
         del daemon.exports[export.id]
+        daemon.retire(export.disk)
         daemon.use(export.node, export.user, None)
         daemon.emit("BLOCK_EXPORT_DELETED", Deleted(export.id))
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .daemon import Daemon
 
 
-async def mount_of(daemon: Daemon, node: Node, options: Mapping[str, Any]) -> Mount:
+async def mount_of(daemon: Daemon, disk: Node, options: Mapping[str, Any]) -> Mount:
     """The mount that ``options`` describe, not begun yet.  Raises UsageError."""
     name = options["mountpoint"]
     # In a thread: the path may lead through what this daemon itself serves.
@@ -24,10 +24,10 @@ async def mount_of(daemon: Daemon, node: Node, options: Mapping[str, Any]) -> Mo
         if other.mount is not None and other.mount.mountpoint == where:
             raise UsageError(f"There already is a FUSE export on '{name}'")
     file = DiskFile(
-        node,
+        disk,
         writable=options.get("writable", False),
         growable=options.get("growable", False),
-        allocated=actual_size,
+        allocated=lambda disk: actual_size(disk.real),
     )
     others = options.get("allow-other", "auto")
     return Mount(daemon.driver, file, where, others, direct=True)

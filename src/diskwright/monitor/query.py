@@ -63,7 +63,7 @@ class BlockDeviceInfo(NamedTuple):
     iops_wr: int
     image: ImageInfo
     cache: CacheInfo
-    write_threshold: int
+    write__threshold: int
     node_name: str | None = None
     backing_file: str | None = None
     dirty_bitmaps: list[BlockDirtyInfo] | None = None
@@ -100,12 +100,12 @@ async def query_named_block_nodes(monitor: Monitor, flat: bool = False) -> list[
     """List all nodes, those that were opened last first.  ``flat`` leaves out what is below each
     (``backing-image``), which is in the list for itself."""
     return [
-        _device(node, flat)._replace(dirty_bitmaps=await listed(node))
+        await _device(node, flat)
         for node in reversed(list(monitor.daemon.graph.nodes.values()))
     ]
 
 
-def _device(node: Node, flat: bool) -> BlockDeviceInfo:
+async def _device(node: Node, flat: bool) -> BlockDeviceInfo:
     found = describe(node)
     mode = _mode(node)
     guarded = isinstance(node, GuardedNode)
@@ -125,9 +125,10 @@ def _device(node: Node, flat: bool) -> BlockDeviceInfo:
         iops_wr=0,
         image=_image(node, found, flat),
         cache=CacheInfo(True, mode in ("none", "off", "directsync"), mode == "unsafe"),
-        write_threshold=0,
+        write__threshold=node.watch.threshold if node.watch is not None else 0,
         node_name=node.name,
         backing_file=found.full_backing_name or found.backing_name,
+        dirty_bitmaps=await listed(node),
     )
 
 
@@ -149,6 +150,26 @@ def _image(node: Node, found: NodeInfo, flat: bool) -> ImageInfo:
     if below is not None and not flat:
         image = image._replace(backing_image=_image(below, describe(below), flat))
     return image
+
+
+class BlockInfo(NamedTuple):
+    """An export, as a disk that somebody uses; there are no drives with media and trays."""
+
+    device: str
+    type: str
+    removable: bool
+    locked: bool
+    qdev: str | None = None
+    inserted: BlockDeviceInfo | None = None
+
+
+@command("query-block")
+async def query_block(monitor: Monitor) -> list[BlockInfo]:
+    """List the exports, each with the node that it shows; ``qdev`` is the export's id."""
+    return [
+        BlockInfo("", "unknown", False, False, export.id, await _device(export.node, False))
+        for export in monitor.daemon.exports.values()
+    ]
 
 
 @command("x-debug-query-block-graph", features=("unstable",))

@@ -21,18 +21,27 @@ from ..records import NamedTuple
 _UNDERSCORED = frozenset(
     {
         "backing_file", "backing_file_depth", "bps_rd", "bps_wr", "detect_zeroes", "iops_rd",
-        "iops_wr", "write_threshold",
+        "iops_wr",
         *(f"{kind}_{what}" for kind in ("rd", "wr", "unmap", "flush", "zone_append")
           for what in ("bytes", "operations", "total_time_ns", "merged")),
         *(f"{how}_{kind}_operations" for how in ("failed", "invalid")
           for kind in ("rd", "wr", "unmap", "flush", "zone_append")),
         "wr_highest_offset", "account_invalid", "account_failed", "timed_stats", "idle_time_ns",
+        "interval_length",
+        *(f"{what}_latency_ns" for what in
+          (f"{how}_{kind}" for how in ("min", "max", "avg")
+           for kind in ("rd", "wr", "flush", "zone_append"))),
+        *(f"avg_{kind}_queue_depth" for kind in ("rd", "wr", "zone_append")),
+        *(f"{kind}_latency_histogram" for kind in ("rd", "wr", "flush", "zone_append")),
     }
 )  # fmt: skip
 
 
 def spelled(name: str) -> str:
-    """What the member that Python calls ``name`` is called in JSON."""
+    """What the member that Python calls ``name`` is called in JSON.  Two underscores are one there:
+    not every ``write_threshold`` has one."""
+    if "__" in name:
+        return name.replace("__", "_")
     return name if name in _UNDERSCORED else name.rstrip("_").replace("_", "-")
 
 

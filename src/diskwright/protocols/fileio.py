@@ -310,6 +310,8 @@ class FileIO(Leaf):
         """Something was written, up to ``end``."""
         self._written += 1
         self._holes.forget()
+        if end > self.highest:
+            self.highest = end
         if end > self.size and self.device.kind == "file":
             self.size = end
 

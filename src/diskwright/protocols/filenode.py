@@ -21,7 +21,7 @@ from .locks import ImageLocks
 from .opening import CACHE_MODES, open_descriptor, open_flags
 from .os_portable import Device, Portable
 from .os_portable import table as system_table
-from .space import Space, find_runs, merged, rough_runs
+from .space import Discards, Space, find_runs, merged, rough_runs
 
 _EVERYTHING = frozenset(PERMISSIONS)
 _QUIET = frozenset({"consistent-read", "write-unchanged"})
@@ -39,6 +39,7 @@ class FileNode(FileIO):
     ) -> None:
         super().__init__(driver, filename, table, fd, device)
         self.cache = "writeback"
+        self.discards = Discards()
         self.force_share = False
         self.unmap = True
         # Locks stay on the first descriptor: those of a second one would conflict with them.
@@ -164,6 +165,8 @@ class FileNode(FileIO):
             if bounce is not None and lease is not None:
                 bounce.leases.drop(lease)
         self._changed_to(end)
+        if unmap and not left:
+            self.discards.count(len(spans), [stop - start for start, stop in spans])
         if left and flags & NO_FALLBACK:
             raise OSError(errno.ENOTSUP, "zeroes can only be written here", self.filename)
         for start, stop in left + edges:
@@ -180,9 +183,11 @@ class FileNode(FileIO):
             return
         bounce = self._bounce
         lease = await bounce.lock(offsets, lengths) if bounce is not None else None
+        done: list[int] = []
         try:
-            await self._job(self._space.discard, spans)
+            done = await self._job(self._space.discard, spans)
         finally:
+            self.discards.count(len(spans), done)
             self._changed_to(0)
             if bounce is not None and lease is not None:
                 bounce.leases.drop(lease)

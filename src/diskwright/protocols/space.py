@@ -37,6 +37,20 @@ def merged(offsets: Sequence[int], lengths: Sequence[int]) -> list[Span]:
     return out
 
 
+class Discards:
+    """Ranges of a file that were given back (``done``, together ``bytes``), and those where that
+    ``failed``."""
+
+    def __init__(self) -> None:
+        self.done = self.failed = self.bytes = 0
+
+    def count(self, asked: int, done: list[int]) -> None:
+        """Of ``asked`` ranges those were given back that ``done`` has the lengths of."""
+        self.done += len(done)
+        self.failed += asked - len(done)
+        self.bytes += sum(done)
+
+
 class Space:
     """The space of what one descriptor has open."""
 
@@ -111,20 +125,25 @@ class Space:
             return False
         return True
 
-    def discard(self, spans: list[Span]) -> None:
-        """Give the space back where it can be."""
+    def discard(self, spans: list[Span]) -> list[int]:
+        """Give the space back where it can be; how many bytes of each span, up to the first where
+        that cannot be done."""
+        done: list[int] = []
         if self.device.kind == "device":
             sector = self.device.sector
             for start, end in spans:
                 first, last = -(-start // sector) * sector, end // sector * sector
                 if first < last and not self._try("discard_device", first, last - first):
-                    return
-            return
+                    return done
+                done.append(max(last - first, 0))
+            return done
         size = self._size()
         for start, end in spans:
             end = min(end, size)
             if start < end and not self._try("punch", start, end - start):
-                return
+                return done
+            done.append(max(end - start, 0))
+        return done
 
     def _size(self) -> int:
         return self.table.device(self.fd).size

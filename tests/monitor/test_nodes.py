@@ -1,0 +1,137 @@
+"""Nodes under clients: what is told of them and what is done with them, beside
+qemu-storage-daemon."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from monitor.running import OURS, THEIRS, Client, daemon, needs_qsd, needs_unix
+from monitor.test_daemon import NBD, TOP, images, normal
+
+pytestmark = [
+    needs_unix,
+    needs_qsd,
+    pytest.mark.skipif(not shutil.which("qemu-io"), reason="qemu-io is not installed"),
+]
+
+Step = tuple[str, Any]
+LOAD = ["write -P 1 0 4k", "write -P 2 4k 4k", "read -P 1 0 1k", "flush", "discard 64k 64k"]
+FILE = {"driver": "file", "node-name": "file", "filename": "top.qcow2", "discard": "unmap"}
+EXPORT = {"type": "nbd", "id": "e", "node-name": "top", "writable": True}
+
+
+def load(folder: Path, name: str, commands: list[str]) -> int:
+    """Requests of a client of the export ``name``; qemu-io's exit status."""
+    words = [word for command in commands for word in ("-c", command)]
+    uri = f"nbd+unix:///{name}?socket={folder}/nbd.sock"
+    done = subprocess.run(
+        ["qemu-io", "-f", "raw", *words, uri], capture_output=True, text=True, timeout=20
+    )
+    return done.returncode
+
+
+def played(argv: list[str], folder: Path, script: list[Step]) -> list[Any]:
+    """Every step of the script with its reply and the events until then.  A step is a command and
+    its arguments, or ``qemu-io``, the name of an export and what qemu-io is to do."""
+    folder.mkdir()
+    images(folder)
+    found: list[Any] = []
+    with daemon(argv, folder) as (_, (client,)):
+        for name, arguments in script:
+            if name == "qemu-io":
+                told: Any = load(folder, *arguments)
+                client.send("query-version")
+            else:
+                told = client.send(name, arguments)
+            events = [(event["event"], normal(event["data"])) for event in client.events]
+            client.events.clear()
+            found.append((f"{name} {json.dumps(arguments)}", normal(told), events))
+    return found
+
+
+def compare(tmp_path: Path, script: list[Step]) -> None:
+    """All replies and events are those of qemu-storage-daemon."""
+    ours, theirs = (
+        played(argv, tmp_path / name, script) for name, argv in (("ours", OURS), ("theirs", THEIRS))
+    )
+    for mine, their in zip(ours, theirs, strict=True):
+        assert mine == their
+
+
+def test_thresholds(tmp_path: Path) -> None:
+    threshold = "block-set-write-threshold"
+    script: list[Step] = [
+        ("blockdev-add", {**TOP, "file": FILE, "discard": "unmap"}),
+        ("nbd-server-start", NBD),
+        ("block-export-add", EXPORT),
+        (threshold, {"node-name": "missing", "write-threshold": 1}),
+        (threshold, {"node-name": "top", "write-threshold": "x"}),
+        (threshold, {"node-name": "file", "write-threshold": 1 << 20}),
+        (threshold, {"node-name": "top", "write-threshold": 4096}),
+        ("query-named-block-nodes", {"flat": True}),
+        ("qemu-io", ("top", LOAD)),
+        ("query-named-block-nodes", {"flat": True}),
+        ("qemu-io", ("top", LOAD)),
+        (threshold, {"node-name": "top", "write-threshold": 4096}),
+        (threshold, {"node-name": "top", "write-threshold": 0}),
+        ("qemu-io", ("top", LOAD)),
+        (threshold, {"node-name": "top", "write-threshold": 4096}),
+        ("qemu-io", ("top", ["write -z 1000k 8k"])),
+    ]
+    compare(tmp_path, script)
+
+
+def stats(client: Client, **arguments: Any) -> dict[str, Any]:
+    """By the name of the node, without what is zero."""
+    return {
+        one["node-name"]: {name: value for name, value in one["stats"].items() if value}
+        | {"discards": one.get("driver-specific", {}).get("discard-bytes-ok")}
+        for one in client.do("query-blockstats", **arguments)
+    }
+
+
+def test_counters(tmp_path: Path) -> None:
+    found = {}
+    for name, argv in ("ours", OURS), ("theirs", THEIRS):
+        folder = tmp_path / name
+        folder.mkdir()
+        images(folder)
+        with daemon(argv, folder) as (_, (client,)):
+            client.do("blockdev-add", **TOP | {"file": FILE, "discard": "unmap"})
+            client.do("nbd-server-start", **NBD)
+            client.do("block-export-add", **EXPORT)
+            if name == "ours":
+                told = client.send("block-latency-histogram-set", {"id": "x", "boundaries": [1]})
+                assert told["error"]["class"] == "DeviceNotFound"
+                told = client.send("block-latency-histogram-set", {"id": "e", "boundaries": [2, 1]})
+                assert "must be positive and grow" in told["error"]["desc"]
+                client.do("block-latency-histogram-set", id="e", boundaries=[1, 10**12])
+            assert load(folder, "top", LOAD) == 0
+            found[name] = stats(client, query_nodes=True)
+            if name == "theirs":
+                continue
+            (export,) = client.do("query-blockstats")
+            assert (export["device"], export["qdev"]) == ("", "e")
+            assert export["parent"]["node-name"] == "file" and "backing" in export
+            counted = export["stats"]
+            assert counted["wr_latency_histogram"] == {"boundaries": [1, 10**12], "bins": [0, 2, 0]}
+            client.do("block-latency-histogram-set", id="e")
+            assert "rd_latency_histogram" not in client.do("query-blockstats")[0]["stats"]
+            assert client.do("query-block")[0]["inserted"]["node-name"] == "top"
+            client.do("block-export-del", id="e")
+            assert client.do("query-blockstats") == client.do("query-block") == []
+            assert stats(client, query_nodes=True)["top"]["wr_bytes"] == counted["wr_bytes"] == 8192
+    mine, their = found["ours"], found["theirs"]
+    top = mine["top"]
+    assert (top["rd_operations"], top["rd_bytes"], top["wr_operations"]) == (1, 1024, 2)
+    assert (top["unmap_operations"], top["unmap_bytes"]) == (1, 65536)
+    assert top["flush_operations"] and top["idle_time_ns"] and top["wr_total_time_ns"]
+    for name in ("top", "file"):  # what QEMU counts of nodes
+        assert mine[name]["wr_highest_offset"] == their[name]["wr_highest_offset"]
+        assert mine[name]["discards"] == their[name]["discards"]
