@@ -17,13 +17,14 @@ from collections.abc import Callable, Coroutine, Generator, Mapping
 from types import MethodType, TracebackType
 from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
-from .api import OPERATIONS, OpenDisk
+from .api import OpenDisk
 from .contract import FUA, MAY_UNMAP
 from .engine.aio_driver import AsyncioDriver
 from .engine.kernel import BaseDriver
 from .errors import UsageError
 from .graph.node import Buffer, Node
 from .graph.opener import close_disk, discard_disk, open_disk
+from .ops.calls import OPERATIONS, operation
 from .ops.gates import Policy, Source, gate_of, kept, reference_of
 
 P = ParamSpec("P")
@@ -77,39 +78,36 @@ def awaitable(
 
 
 if TYPE_CHECKING:
-    from .ops import calls, morecalls
     from .ops.bitmap_list import AsyncBitmaps
+    from .ops.calls import looking, making, mending
     from .ops.map import Extent
     from .ops.rawfile import RawDisk
     from .ops.snapshot_list import AsyncSnapshots
 
-    info = awaitable(calls.info)
-    info_chain = awaitable(calls.info_chain)
-    check = awaitable(calls.check)
-    plan_repair = awaitable(calls.plan_repair)
-    undo = awaitable(calls.undo)
-    salvage = awaitable(calls.salvage)
-    convert = awaitable(calls.convert)
-    compare = awaitable(calls.compare)
-    commit = awaitable(calls.commit)
-    rebase = awaitable(calls.rebase)
-    amend = awaitable(calls.amend)
-    digest = awaitable(calls.digest)
-    inspect = awaitable(calls.inspect)
-    create = awaitable(morecalls.create)
-    overlay = awaitable(morecalls.overlay)
-    measure = awaitable(morecalls.measure)
-    map = awaitable(morecalls.map)
-    picture = awaitable(morecalls.picture)
+    info = awaitable(looking.info)
+    info_chain = awaitable(looking.info_chain)
+    check = awaitable(mending.check)
+    plan_repair = awaitable(mending.plan_repair)
+    undo = awaitable(mending.undo)
+    salvage = awaitable(mending.salvage)
+    convert = awaitable(making.convert)
+    compare = awaitable(looking.compare)
+    commit = awaitable(making.commit)
+    rebase = awaitable(making.rebase)
+    amend = awaitable(making.amend)
+    digest = awaitable(looking.digest)
+    inspect = awaitable(looking.inspect)
+    create = awaitable(making.create)
+    overlay = awaitable(making.overlay)
+    measure = awaitable(looking.measure)
+    map = awaitable(looking.map)
+    picture = awaitable(looking.picture)
 
 
 def __getattr__(name: str) -> Any:
     if name not in OPERATIONS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .ops import calls, morecalls
-
-    home = morecalls if hasattr(morecalls, name) else calls
-    found = globals()[name] = awaitable(getattr(home, name))
+    found = globals()[name] = awaitable(operation(name))
     return found
 
 

@@ -32,6 +32,7 @@ from .graph.display import display_name
 from .graph.graph import chain as layers
 from .graph.node import Buffer, Node
 from .graph.opener import close_disk, open_disk
+from .ops.calls import OPERATIONS, operation
 from .ops.gates import Policy, Source, gate_of, kept, reference_of
 from .records import NamedTuple
 
@@ -40,13 +41,6 @@ __all__ = ["Disk", "Policy", "Progress", "open"]
 P = ParamSpec("P")
 T = TypeVar("T")
 
-OPERATIONS = (
-    "info", "info_chain", "check", "plan_repair", "undo", "convert", "compare", "commit", "rebase",
-    "amend", "salvage", "digest", "inspect", "create", "overlay", "measure", "map",
-    "picture",
-)  # fmt: skip
-"""Functions of :mod:`diskwright.ops.calls` and :mod:`diskwright.ops.morecalls`, which are imported
-with the first of them."""
 _ELSEWHERE = {"Budget": "engine.budget", "limited": "engine.budget",
               "Inspector": "ops.inspect", "Progress": "ops.progress"}  # fmt: skip
 
@@ -106,32 +100,32 @@ def blocking(
 if TYPE_CHECKING:
     from .engine.budget import Budget as Budget
     from .engine.budget import limited as limited
-    from .ops import calls, morecalls
     from .ops.bitmap_list import Bitmaps
+    from .ops.calls import looking, making, mending
     from .ops.inspect import Inspector as Inspector
     from .ops.map import Extent
     from .ops.progress import Progress
     from .ops.rawfile import RawDisk
     from .ops.snapshot_list import Snapshots
 
-    info = blocking(calls.info)
-    info_chain = blocking(calls.info_chain)
-    check = blocking(calls.check)
-    plan_repair = blocking(calls.plan_repair)
-    undo = blocking(calls.undo)
-    salvage = blocking(calls.salvage)
-    convert = blocking(calls.convert)
-    compare = blocking(calls.compare)
-    commit = blocking(calls.commit)
-    rebase = blocking(calls.rebase)
-    amend = blocking(calls.amend)
-    digest = blocking(calls.digest)
-    inspect = blocking(calls.inspect)
-    create = blocking(morecalls.create)
-    overlay = blocking(morecalls.overlay)
-    measure = blocking(morecalls.measure)
-    map = blocking(morecalls.map)
-    picture = blocking(morecalls.picture)
+    info = blocking(looking.info)
+    info_chain = blocking(looking.info_chain)
+    check = blocking(mending.check)
+    plan_repair = blocking(mending.plan_repair)
+    undo = blocking(mending.undo)
+    salvage = blocking(mending.salvage)
+    convert = blocking(making.convert)
+    compare = blocking(looking.compare)
+    commit = blocking(making.commit)
+    rebase = blocking(making.rebase)
+    amend = blocking(making.amend)
+    digest = blocking(looking.digest)
+    inspect = blocking(looking.inspect)
+    create = blocking(making.create)
+    overlay = blocking(making.overlay)
+    measure = blocking(looking.measure)
+    map = blocking(looking.map)
+    picture = blocking(looking.picture)
 
 
 def __getattr__(name: str) -> Any:
@@ -139,10 +133,7 @@ def __getattr__(name: str) -> Any:
         return getattr(import_module(f"{__package__}.{_ELSEWHERE[name]}"), name)
     if name not in OPERATIONS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from .ops import calls, morecalls
-
-    home = morecalls if hasattr(morecalls, name) else calls
-    found = globals()[name] = blocking(getattr(home, name))
+    found = globals()[name] = blocking(operation(name))
     return found
 
 

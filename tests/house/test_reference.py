@@ -99,7 +99,7 @@ def test_every_name_of_the_python_api() -> None:
 
 
 def test_both_apis_have_the_same_signatures() -> None:
-    for name in diskwright.api.OPERATIONS:
+    for name in diskwright.ops.calls.OPERATIONS:
         signature = inspect.signature(getattr(diskwright, name))
         assert "driver" not in signature.parameters, name
         assert signature == inspect.signature(getattr(aio, name)), name

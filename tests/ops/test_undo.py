@@ -20,7 +20,7 @@ from diskwright.errors import ImageError, UsageError
 from diskwright.filters import rehearsal as rh
 from diskwright.filters.patches import KEPT, ZEROES, Patches
 from diskwright.filters.rehearsal import Rehearsal
-from diskwright.ops.calls import spec_of
+from diskwright.ops.calls.given import spec_of
 from diskwright.ops.check import check
 from sansio.damages import DAMAGES, Damage, Image
 
