@@ -20,7 +20,8 @@ import diskwright
 from diskwright.engine.aio_driver import AsyncioDriver
 from diskwright.engine.kernel import BaseDriver, Driver
 from diskwright.engine.node import Node
-from diskwright.export.nbd import NbdExport, listen_unix
+from diskwright.export.listening import listen_unix
+from diskwright.export.nbd_server import Server
 
 ENVIRONMENT = dict(os.environ, PYTHONPATH=str(Path(diskwright.__file__).parent.parent))
 
@@ -92,7 +93,7 @@ class Exported:
     """An export in a thread of this process."""
 
     def __init__(self) -> None:
-        self.export: NbdExport | None = None
+        self.export: Server | None = None
         self.node: Node | None = None
         self.errors: list[BaseException] = []
         self.ready = threading.Event()
@@ -104,6 +105,7 @@ def exported(
     make: Callable[[BaseDriver], Awaitable[Node]],
     *,
     use_asyncio: bool = False,
+    read_only: bool = False,
     **options: Any,
 ) -> Iterator[Exported]:
     """Serve the node that ``make(driver)`` gives on the socket ``path``."""
@@ -111,8 +113,8 @@ def exported(
 
     async def main(driver: BaseDriver) -> None:
         node = state.node = await make(driver)
-        settings = {"clients": 0, "persistent": True, **options}
-        export = state.export = NbdExport(driver, node, **settings)
+        export = state.export = Server(driver, **options)
+        export.offer(b"", node, b"", read_only or node.read_only)
         export.on_error = state.errors.append
         listener = listen_unix(str(path))
         state.ready.set()

@@ -19,7 +19,7 @@ from diskwright.contract import FUA
 from diskwright.engine.kernel import BaseDriver, Cancelled, Driver, Future
 from diskwright.engine.node import Buffer, Node
 from diskwright.export.budget import Budget
-from diskwright.export.nbd import listen_unix
+from diskwright.export.listening import listen_unix
 from diskwright.protocols.file import FileNode
 from diskwright.protocols.memory import MemoryNode
 from nbd import peer

@@ -194,7 +194,7 @@ def serve(call: Call, settings: Settings, listening: Callable[[], None]) -> None
 async def _serve(
     driver: Driver, call: Call, settings: Settings, listening: Callable[[], None]
 ) -> None:
-    from ..export.nbd import NbdExport
+    from ..export.nbd_server import Server
     from ..export.nbd_service import tune_collector, until_signalled
     from ..export.nbd_status import find_bitmaps
     from ..graph.opener import close_disk, open_disk
@@ -218,40 +218,41 @@ async def _serve(
             await _show(node, settings.snapshot)
         if not settings.read_only:
             warn_if_guessed(call, settings.image, node)
-        export = NbdExport(
+        export = Server(
             driver,
-            node,
-            name=os.fsencode(settings.name),
-            description=os.fsencode(settings.description),
-            read_only=settings.read_only,
-            depth=settings.depth,
-            bitmaps=await find_bitmaps(node, settings.bitmaps),
             clients=settings.clients,
             persistent=settings.persistent,
             handshake_seconds=settings.handshake_seconds or 1e9,
             tls=tls,
         )
+        export.offer(
+            os.fsencode(settings.name),
+            node,
+            os.fsencode(settings.description),
+            settings.read_only or node.read_only,
+            depth=settings.depth,
+            bitmaps=await find_bitmaps(node, settings.bitmaps),
+        )
         export.on_error = lambda error: call.error(f"a request failed: {reason(error)}")
         if settings.verbose:
             export.on_left = lambda why: call.error(f"a client left: {why}")
-        listener = _listen(settings)
+        listeners = _listen(settings)
 
         async def work() -> None:
             if settings.pid_file:
                 write_pid(settings.pid_file)
             if sys.stdout.isatty():
-                print(f"serving {uri(settings, listener)}", flush=True)
+                print(f"serving {uri(settings, listeners[0])}", flush=True)
             listening()
             undo = tune_collector()
             try:
-                await export.serve(listener)
+                await export.serve(*listeners)
             finally:
                 undo()
 
         try:
             await until_signalled(driver, work(), export.stop)
         finally:
-            listener.close()
             for path in filter(None, (settings.socket, settings.pid_file)):
                 unlink(path)
     finally:
@@ -277,12 +278,12 @@ def _tls(settings: Settings) -> ServerTls | None:
     return ServerTls(server_context(known.credentials[settings.tls_creds]), identity)
 
 
-def _listen(settings: Settings) -> socket.socket:
-    from ..export.nbd import listen_tcp, listen_unix
+def _listen(settings: Settings) -> list[socket.socket]:
+    from ..export.listening import listen_tcp, listen_unix
 
     if settings.socket:
         try:
-            return listen_unix(settings.socket)
+            return [listen_unix(settings.socket)]
         except OSError as error:
             raise UsageError(
                 f"Failed to bind socket to {settings.socket}: {error.strerror or error}"

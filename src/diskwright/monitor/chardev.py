@@ -10,7 +10,7 @@ from typing import Literal
 
 from ..engine.kernel import BaseDriver, Cancelled
 from ..errors import NotSupported, UsageError
-from ..export.nbd import listen_tcp, listen_unix
+from ..export.listening import listen_tcp, listen_unix
 from ..graph.options import boolean
 from ..records import NamedTuple
 from .daemon import Daemon
@@ -68,7 +68,7 @@ def chardev(text: str) -> Chardev:
             return Chardev(id, listen_unix(path), path)
         if not port:
             raise UsageError("chardev: socket: no path and no port given")
-        return Chardev(id, listen_tcp(host, port))
+        return Chardev(id, listen_tcp(host, port, 1)[0])
     except OSError as error:
         where = path or f"{host}:{port}"
         raise UsageError(f"Failed to bind socket to {where}: {error.strerror or error}") from error

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from ..engine.kernel import Future, Task
 from ..errors import DiskError, UsageError
-from ..export.nbd import listen_tcp, listen_unix
+from ..export.listening import listen_tcp, listen_unix, listen_vsock, listening
 from ..export.nbd_server import Server
 from ..graph.backend import Backend
 from ..graph.node import Node
@@ -33,11 +33,14 @@ _NAME_LIMIT = 4096
 
 _UNIX = Struct((Member("path", STR),))
 _INET = Struct((Member("host", STR), Member("port", STR)))
+_VSOCK = Struct((Member("cid", STR), Member("port", STR)))
+_FD = Struct((Member("str", STR),))
+_ADDRESSES = {"inet": _INET, "unix": _UNIX, "vsock": _VSOCK, "fd": _FD}
 
 
 def _legacy() -> tuple[str, tuple[Member, ...], Mapping[str, Struct]]:
-    variants = {"inet": Struct((Member("data", _INET),)), "unix": Struct((Member("data", _UNIX),))}
-    return "type", (Member("type", Enum("inet", "unix")),), variants
+    variants = {name: Struct((Member("data", each),)) for name, each in _ADDRESSES.items()}
+    return "type", (Member("type", Enum(*variants)),), variants
 
 
 SocketAddressLegacy = Annotated[dict[str, Any], Union(_legacy)]
@@ -118,7 +121,7 @@ def nbd_server_start(
 
 
 def _address() -> tuple[str, tuple[Member, ...], Mapping[str, Struct]]:
-    return "type", (Member("type", Enum("inet", "unix")),), {"inet": _INET, "unix": _UNIX}
+    return "type", (Member("type", Enum(*_ADDRESSES)),), _ADDRESSES
 
 
 SERVER_OPTIONS = Struct(
@@ -146,7 +149,8 @@ def start_server(
     handshake_seconds: int = _HANDSHAKE_SECONDS,
     connections: int = DEFAULT_CONNECTIONS,
 ) -> None:
-    """Listen on ``where`` (``type``, and ``path`` or ``host`` and ``port``).  Raises UsageError."""
+    """Listen on ``where`` (``type``, and ``path``, ``host`` and ``port``, ``cid`` and ``port``, or
+    ``str``, the number of an inherited descriptor).  Raises UsageError."""
     if daemon.server is not None:
         raise UsageError("NBD server already running")
     if handshake_seconds < 0 or connections < 0:
@@ -154,17 +158,25 @@ def start_server(
     try:
         if where["type"] == "unix":
             place = where["path"]
-            listener = listen_unix(place)
+            listeners = [listen_unix(place)]
+        elif where["type"] == "vsock":
+            place = f"vsock:{where['cid']}:{where['port']}"
+            listeners = [listen_vsock(where["cid"], where["port"])]
+        elif where["type"] == "fd":
+            place = f"fd:{where['str']}"
+            if not where["str"].isdecimal():
+                raise UsageError(f"Unable to parse FD number {where['str']}")
+            listeners = [listening(int(where["str"]))]
         else:
             place = f"{where['host']}:{where['port']}"
-            listener = listen_tcp(where["host"], where["port"])
+            listeners = listen_tcp(where["host"], where["port"])
     except OSError as error:
         raise UsageError(f"Failed to bind socket to {place}: {error.strerror or error}") from error
     daemon.server = Server(
         daemon.driver, clients=connections, handshake_seconds=handshake_seconds or 1e9
     )
     daemon.server_path = where.get("path")
-    daemon.server.start(listener)
+    daemon.server.start(*listeners)
 
 
 @command("nbd-server-stop")
