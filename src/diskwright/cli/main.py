@@ -57,6 +57,7 @@ OWN_VERBS = {
     "qmp": "Talk to a QMP monitor, by hand or by a script",
     "salvage": "Copy what can be read out of a damaged image",
     "serve": "Serve a disk over NBD",
+    "top": "Show what the disks of a daemon do, live",
 }
 # Tools without verbs: the whole command line belongs to one module.
 TOOLS = {"qemu-io": "io", "qemu-nbd": "serve", "qemu-storage-daemon": "daemon"}
