@@ -189,6 +189,8 @@ def normal(reply: Any) -> Any:
     if isinstance(reply, list):
         parts = (normal(value) for value in reply)
         return sorted(parts, key=lambda part: json.dumps(part, sort_keys=True))
+    if isinstance(reply, str) and reply.startswith("json:"):
+        return json.loads(reply[5:])
     return re.sub(r"^#block\d+$", "#block", reply) if isinstance(reply, str) else reply
 
 

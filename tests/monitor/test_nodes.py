@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from diskwright.cli.main import main
 from monitor.running import OURS, THEIRS, Client, daemon, needs_qsd, needs_unix
 from monitor.test_daemon import NBD, TOP, images, normal
 
@@ -40,7 +41,7 @@ def played(argv: list[str], folder: Path, script: list[Step]) -> list[Any]:
     """Every step of the script with its reply and the events until then.  A step is a command and
     its arguments, or ``qemu-io``, the name of an export and what qemu-io is to do."""
     folder.mkdir()
-    images(folder)
+    overlays(folder)
     found: list[Any] = []
     with daemon(argv, folder) as (_, (client,)):
         for name, arguments in script:
@@ -135,3 +136,88 @@ def test_counters(tmp_path: Path) -> None:
     for name in ("top", "file"):  # what QEMU counts of nodes
         assert mine[name]["wr_highest_offset"] == their[name]["wr_highest_offset"]
         assert mine[name]["discards"] == their[name]["discards"]
+
+
+def overlays(folder: Path) -> None:
+    images(folder)
+    (folder / "sub").mkdir()
+    for name in ("over1", "over2", "over3"):
+        path = str(folder / f"{name}.qcow2")
+        assert main("qemu-img", ["create", "-q", "-f", "qcow2", path, "1M"]) == 0
+
+
+def opened(name: str, **more: Any) -> Step:
+    file = {"driver": "file", "filename": f"{name}.qcow2"}
+    return "blockdev-add", {"driver": "qcow2", "node-name": name, "file": file, **more}
+
+
+def over(node: str, overlay: str) -> dict[str, Any]:
+    return {"node": node, "overlay": overlay}
+
+
+def test_overlays(tmp_path: Path) -> None:
+    snapshot, sync = "blockdev-snapshot", "blockdev-snapshot-sync"
+    one = {"type": snapshot, "data": over("top", "over1")}
+    other = {"type": snapshot, "data": over("over1", "over2")}
+    abort = {"type": "abort", "data": {}}
+    write = ("qemu-io", ("top", ["write -P 5 0 4k", "read -P 1 4k 4k"]))
+    script: list[Step] = [
+        ("blockdev-add", {**TOP, "file": FILE}),
+        opened("over1"), opened("over2"), opened("over3", **{"read-only": True}),
+        ("blockdev-add", {"driver": "raw", "node-name": "raw",
+                          "file": {"driver": "file", "filename": "disk.raw"}}),
+        ("nbd-server-start", NBD),
+        ("block-export-add", EXPORT),
+        ("qemu-io", ("top", ["write -P 1 0 64k"])),
+        (snapshot, over("missing", "over1")),
+        (snapshot, over("top", "missing")),
+        (snapshot, over("top", "top")),
+        (snapshot, over("over1", "over1")),
+        (snapshot, over("top", "over3")),
+        (snapshot, over("top", "raw")),
+        ("transaction", {"actions": [one, other, abort]}),
+        ("query-block-exports", None),
+        ("query-named-block-nodes", {"flat": True}),
+        write,
+        ("transaction", {"actions": [one, other]}),
+        ("query-block-exports", None),
+        ("query-named-block-nodes", {"flat": True}),
+        ("x-debug-query-block-graph", None),
+        write,
+        (snapshot, over("over2", "over1")),
+        ("blockdev-del", {"node-name": "top"}),
+        ("blockdev-del", {"node-name": "over2"}),
+        (sync, {"node-name": "over2", "snapshot-file": "s1.qcow2"}),
+        (sync, {"node-name": "missing", "snapshot-file": "s1.qcow2", "snapshot-node-name": "s1"}),
+        (sync, {"node-name": "over2", "snapshot-file": "s1.qcow2", "snapshot-node-name": "top"}),
+        (sync, {"node-name": "over2", "snapshot-file": "s1", "snapshot-node-name": "s1",
+                "format": "raw"}),
+        (sync, {"node-name": "over2", "snapshot-file": "s1", "snapshot-node-name": "s1",
+                "format": "foo"}),
+        (sync, {"node-name": "over2", "snapshot-file": "no/s1", "snapshot-node-name": "s1"}),
+        (sync, {"node-name": "over2", "snapshot-file": "no", "snapshot-node-name": "s1",
+                "mode": "existing"}),
+        (sync, {"node-name": "over2", "snapshot-file": "s1.qcow2", "snapshot-node-name": "s1"}),
+        (sync, {"node-name": "s1", "snapshot-file": "s2.qcow2", "snapshot-node-name": "s2",
+                "mode": "foo"}),
+        ("query-block-exports", None),
+        write,
+        ("blockdev-del", {"node-name": "s1"}),
+        ("change-backing-file", {"device": "missing", "image-node-name": "s1",
+                                 "backing-file": "x"}),
+        ("change-backing-file", {"device": "s1", "image-node-name": "raw", "backing-file": "x"}),
+        ("change-backing-file", {"device": "file", "image-node-name": "top", "backing-file": "x"}),
+        ("change-backing-file", {"device": "s1", "image-node-name": "top",
+                                 "backing-file": "base.qcow2"}),
+        ("change-backing-file", {"device": "raw", "image-node-name": "top", "backing-file": "x"}),
+        ("block-export-del", {"id": "e"}),
+        ("query-named-block-nodes", {"flat": True}),
+        ("blockdev-del", {"node-name": "over2"}),
+        ("blockdev-del", {"node-name": "over1"}),
+        ("blockdev-del", {"node-name": "top"}),
+    ]  # fmt: skip
+    compare(tmp_path, script)
+    for name in ("ours", "theirs"):
+        for image in ("s1", "over1", "over2", "top"):
+            path = str(tmp_path / name / f"{image}.qcow2")
+            assert main("qemu-img", ["check", "-q", path]) == 0

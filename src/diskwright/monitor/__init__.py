@@ -14,6 +14,7 @@ def all_commands() -> None:
         jobs,
         nodes,
         objects,
+        overlays,
         query,
         snapshots,
         thresholds,

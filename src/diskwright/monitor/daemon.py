@@ -157,6 +157,23 @@ class Daemon:
             self.refresh(node)
             raise
 
+    def needs(self, node: Node) -> frozenset[str]:
+        """The permissions that users outside and parents of ``node`` need of it."""
+        found = [use.perms for use in self._users.get(node, {}).values()]
+        return frozenset().union(*found, *(edge.perms for edge in node.parents))
+
+    def replace(self, old: Node, new: Node) -> None:
+        """Let all who use ``old`` use ``new``: users outside, whose requests are drained, and nodes
+        above but for ``new`` itself.  What they need of it is for :meth:`refresh`."""
+        users = self._users.pop(old, {})
+        self._users.setdefault(new, {}).update(users)
+        for disk in self.backends():
+            if disk.node is old:
+                disk.move(new)
+        for edge in list(old.parents):
+            if edge.parent is not new:
+                edge.parent.attach(edge.slot, new, edge.perms, edge.shared)
+
     def refresh(self, node: Node) -> None:
         """Have the graph hold what the users of ``node`` need together."""
         perms = frozenset[str]().union(*(use.perms for use in self._users.get(node, {}).values()))

@@ -18,6 +18,7 @@ from ..graph.perms import ALL, RESIZE, root_use
 from ..records import NamedTuple
 from .commands import command, event
 from .daemon import Daemon
+from .nodes import release
 from .session import Monitor
 from .types import BOOL, INT, STR, Enum, Member, Struct, Union
 
@@ -326,6 +327,7 @@ async def _gone(daemon: Daemon, export: BlockExport) -> None:
         del daemon.exports[export.id]
         daemon.retire(export.disk)
         daemon.use(export.node, export.user, None)
+        await release(daemon, export.node)
         daemon.emit("BLOCK_EXPORT_DELETED", Deleted(export.id))
 
 

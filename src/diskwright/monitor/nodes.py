@@ -54,10 +54,20 @@ async def blockdev_del(monitor: Monitor, node_name: str) -> None:
         raise UsageError(f"Node {node_name} is in use")
     if node not in daemon.owned:
         raise UsageError(f"Node {node_name} is not owned by the monitor")
-    if node.parents:
+    for edge in node.parents:
+        if edge.slot == "backing":
+            raise UsageError(
+                f"Node '{node_name}' is busy: node is used as backing hd of '{edge.parent.name}'"
+            )
         raise UsageError(f"Block device {node_name} is in use")
     daemon.owned.discard(node)
     await close_disk(node)
+
+
+async def release(daemon: Daemon, node: Node) -> None:
+    """Close a node that nobody holds any more."""
+    if node not in daemon.owned and not daemon.used(node) and not node.parents:
+        await close_disk(node)
 
 
 @command("block_resize")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from ..engine.node import Node
+from ..graph.display import display_name
 from ..graph.graph import chain
 from ..graph.guard import GuardedNode
 from ..ops.info import NodeInfo, describe
@@ -65,7 +66,7 @@ class BlockDeviceInfo(NamedTuple):
     cache: CacheInfo
     write__threshold: int
     node_name: str | None = None
-    backing_file: str | None = None
+    backing__file: str | None = None
     dirty_bitmaps: list[BlockDirtyInfo] | None = None
 
 
@@ -127,9 +128,14 @@ async def _device(node: Node, flat: bool) -> BlockDeviceInfo:
         cache=CacheInfo(True, mode in ("none", "off", "directsync"), mode == "unsafe"),
         write__threshold=node.watch.threshold if node.watch is not None else 0,
         node_name=node.name,
-        backing_file=found.full_backing_name or found.backing_name,
+        backing__file=_backing_name(node) or found.full_backing_name or found.backing_name,
         dirty_bitmaps=await listed(node),
     )
+
+
+def _backing_name(node: Node) -> str | None:
+    below = node.child("backing")
+    return None if below is None else display_name(below)
 
 
 def _mode(node: Node) -> str:

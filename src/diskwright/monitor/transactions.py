@@ -35,6 +35,7 @@ class Transaction:
         self.mode = mode
         self._undo: list[Step] = []
         self._finish: list[Step] = []
+        self._last: list[Step] = []
 
     def undo(self, step: Step) -> None:
         """Call ``step`` if an action fails; those that were named later are called before."""
@@ -43,6 +44,10 @@ class Transaction:
     def finish(self, step: Step) -> None:
         """Call ``step`` when all actions have succeeded.  It does not fail."""
         self._finish.append(step)
+
+    def last(self, step: Step) -> None:
+        """Call ``step`` behind all that finishes the actions."""
+        self._last.append(step)
 
     async def run(self, work: Callable[[], Awaitable[None]]) -> None:
         """Do ``work`` (which tells :meth:`undo` and :meth:`finish`) as a whole or not at all."""
@@ -55,7 +60,7 @@ class Transaction:
                 except (OSError, DiskError) as second:
                     error.add_note(f"Could not be taken back ({explain(second)})")
             raise
-        for step in self._finish:
+        for step in self._finish + self._last:
             await _done(step)
 
 
@@ -76,7 +81,9 @@ class Action(NamedTuple):
 ACTIONS: dict[str, Action] = {}
 
 
-def action(name: str, *, grouped: bool = False, plain: bool = True) -> Callable[[Act], Act]:
+def action(
+    name: str, *, grouped: bool = False, plain: bool = True, features: tuple[str, ...] = ()
+) -> Callable[[Act], Act]:
     """Declare the decorated function, ``run(transaction, **members)``, as an action and, if
     ``plain``, as a command."""
 
@@ -89,7 +96,7 @@ def action(name: str, *, grouped: bool = False, plain: bool = True) -> Callable[
             await one.run(lambda: run(one, **members))
 
         if plain:
-            command(name)(alone)
+            command(name, features=features)(alone)
         return run
 
     return declare

@@ -20,7 +20,7 @@ from ..records import NamedTuple
 # Members that QAPI spells with an underscore; all others have hyphens.
 _UNDERSCORED = frozenset(
     {
-        "backing_file", "backing_file_depth", "bps_rd", "bps_wr", "detect_zeroes", "iops_rd",
+        "backing_file_depth", "bps_rd", "bps_wr", "detect_zeroes", "iops_rd",
         "iops_wr",
         *(f"{kind}_{what}" for kind in ("rd", "wr", "unmap", "flush", "zone_append")
           for what in ("bytes", "operations", "total_time_ns", "merged")),
