@@ -14,15 +14,18 @@ from importlib import import_module
 from typing import Any
 
 from .errors import UnsupportedFeature, UsageError
+from .hints import TYPE_CHECKING
 from .records import NamedTuple
 
-TYPE, AUTHZ = "secret", "authz-simple"
+if TYPE_CHECKING:
+    from .authz import Authz
+
+TYPE = "secret"
 TLS_TYPES = {"tls-creds-x509": "x509", "tls-creds-psk": "psk"}
 FORMATS = ("raw", "base64")
 EXTRA = "diskwright[crypto]"
 """The extra that brings the library of ciphers."""
 
-_AUTHZ_PROPERTIES = ("qom-type", "id", "identity")
 _PROPERTIES = ("qom-type", "id", "data", "file", "format", "keyid", "iv")
 _ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 _KEY_BYTES = 32
@@ -60,8 +63,8 @@ class Secrets(Mapping[str, bytes]):
         self._found: dict[str, bytes] = {}
         self.credentials: dict[str, TlsCredentials] = {}
         """TLS credentials; their ids are not those of secrets."""
-        self.identities: dict[str, str] = {}
-        """Who is admitted by an ``authz-simple``: the distinguished name of a certificate."""
+        self.authz: dict[str, Authz] = {}
+        """Who is admitted, by ``authz-...`` objects."""
         for name, value in (given or {}).items():
             self.put(name, value.encode() if isinstance(value, str) else bytes(value))
 
@@ -88,20 +91,24 @@ class Secrets(Mapping[str, bytes]):
                 "Parameter 'id' expects an identifier\nIdentifiers consist of letters, digits, "
                 "'-', '.', '_', starting with a letter."
             )
-        if name in self._found or name in self.credentials or name in self.identities:
+        if name in self._found or name in self.credentials or name in self.authz:
             raise UsageError(
                 f"attempt to add duplicate property '{name}' to object (type 'container')"
             )
 
     def forget(self, name: str) -> None:
-        """Take a secret back.  Raises KeyError."""
-        del self._found[name]
+        """Take an object back, of whatever type.  Raises KeyError."""
+        for objects in (self._found, self.credentials, self.authz):
+            if name in objects:
+                del objects[name]
+                return
+        raise KeyError(name)
 
     def define(
         self, definition: str | Mapping[str, Any], read: Callable[[str], bytes] | None = None
     ) -> str:
-        """Add the secret or the TLS credentials of an object definition as qemu's tools take it,
-        and return its id.
+        """Add the secret, the TLS credentials or the authorisation of an object definition as
+        qemu's tools take it, and return its id.
 
         ``secret,id=ID,data=TEXT`` or ``file=PATH``, ``format=raw`` (default) or ``base64``; with
         ``keyid=ID`` (a secret of 32 bytes defined before) and ``iv=BASE64`` the data are
@@ -111,18 +118,23 @@ class Secrets(Mapping[str, bytes]):
 
         ``tls-creds-x509,id=ID,dir=PATH,endpoint=client`` and ``tls-creds-psk`` with ``username``:
         see :class:`TlsCredentials`; their files are read when a connection is made.
-        ``authz-simple,id=ID,identity=NAME``: see ``identities``.
+        ``authz-simple,id=ID,identity=NAME``, ``authz-list`` and ``authz-listfile``: see
+        :mod:`.authz`.
 
-        Raises UsageError.
+        Raises UsageError and UnsupportedFeature.
         """
         given = split(definition) if isinstance(definition, str) else dict(definition)
         kind = given.get("qom-type")
         if kind is None:
             raise UsageError("Parameter 'qom-type' is missing")
+        if not isinstance(kind, str):
+            raise UsageError("Invalid parameter type for 'qom-type', expected: string")
         tls = TLS_TYPES.get(kind)
-        if kind not in (TYPE, AUTHZ) and tls is None:
+        if kind.startswith("authz-"):
+            return self._authorise(kind, given, read)
+        if kind != TYPE and tls is None:
             raise UsageError(f"Parameter 'qom-type' does not accept value '{kind}'")
-        known: tuple[str, ...] = _PROPERTIES if kind == TYPE else _AUTHZ_PROPERTIES
+        known: tuple[str, ...] = _PROPERTIES
         if tls is not None:
             known = ("qom-type", "id", *_TLS_PROPERTIES[tls])
         for key, value in given.items():
@@ -133,16 +145,26 @@ class Secrets(Mapping[str, bytes]):
         name: str | None = given.get("id")
         if name is None:
             raise UsageError("Parameter 'id' is missing")
-        if kind == AUTHZ:
-            self._check_id(name)
-            if "identity" not in given:
-                raise UsageError("Parameter 'identity' is missing")
-            self.identities[name] = given["identity"]
-        elif tls is None:
+        if tls is None:
             self.put(name, self._value(given, read))
         else:
             self._check_id(name)
             self.credentials[name] = self._tls(name, tls, given)
+        return name
+
+    def _authorise(
+        self, kind: str, given: dict[str, Any], read: Callable[[str], bytes] | None
+    ) -> str:
+        from .authz import TYPES, authz_of
+
+        if kind not in TYPES:
+            raise UsageError(f"Parameter 'qom-type' does not accept value '{kind}'")
+        del given["qom-type"]
+        name = given.pop("id", None)
+        if not isinstance(name, str):
+            raise UsageError("Parameter 'id' is missing")
+        self._check_id(name)
+        self.authz[name] = authz_of(kind, given, read)
         return name
 
     def _tls(self, name: str, kind: str, given: Mapping[str, Any]) -> TlsCredentials:

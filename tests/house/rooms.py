@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).resolve().parents[2] / "src" / "diskwright"
 
 BASE = {
     "errors", "units", "extents", "ondisk", "contract", "abilities", "declare", "findings",
-    "secrets", "bits", "bitmaps", "tableless", "records", "hints",
+    "secrets", "authz", "bits", "bitmaps", "tableless", "records", "hints",
 }  # fmt: skip
 
 # Room -> prefixes (below the package) that its modules may import, besides themselves and base.

@@ -96,8 +96,8 @@ def test_certificates(tmp_path: Path, certificates: Path) -> None:
             assert done.returncode, name
     finally:
         assert server.end() == (0, "")
-    other = [objects[0], "--object", "authz-simple,id=a,identity=CN=me"]
-    server = Serve(image, "-t", *other, *words)
+    rules = "rules.0.match=*CN=you,rules.0.policy=allow,rules.0.format=glob"
+    server = Serve(image, "-t", objects[0], f"--object=authz-list,id=a,{rules}", *words)
     try:
         with pytest.raises(OSError):
             diskwright.open(f"{uri}&tls-certificates={certificates}")

@@ -52,8 +52,8 @@ OPTIONS = (
     Opt("", "detect-zeroes", "DETECT", "off (default), on or unmap"),
     Opt("", "tls-creds", "ID", "require TLS, with the credentials of an --object tls-creds-x509 or "
         "tls-creds-psk (endpoint=server)"),
-    Opt("", "tls-authz", "ID", "admit only clients whose certificate an --object authz-simple "
-        "names"),
+    Opt("", "tls-authz", "ID", "admit only clients whose certificate an --object authz-simple, "
+        "authz-list or authz-listfile names"),
     Opt("", "fork", "", "return when clients can connect, and serve in the background"),
     Opt("", "pid-file", "PATH", "write the server's process id there"),
     Opt("v", "verbose", "", "report why clients were dropped"),
@@ -272,7 +272,7 @@ def _tls(settings: Settings) -> ServerTls | None:
         raise UsageError(f"No TLS credentials with id '{settings.tls_creds}'")
     identity = None
     if settings.tls_authz:
-        identity = known.identities.get(settings.tls_authz)
+        identity = known.authz.get(settings.tls_authz)
         if identity is None:
             raise UsageError(f"No authorization with id '{settings.tls_authz}'")
     return ServerTls(server_context(known.credentials[settings.tls_creds]), identity)

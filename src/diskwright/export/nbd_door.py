@@ -69,8 +69,9 @@ class Door:
     def _done(self) -> bool:
         return self._served and not self.persistent and not self._inside
 
-    def _admit(self, sock: socket.socket) -> None:
-        """A client has come; :meth:`_gone` is called when it has left."""
+    async def _admit(self, sock: socket.socket) -> None:
+        """A client has come; :meth:`_gone` is called when it has left.  The next one is let in
+        after this."""
         raise NotImplementedError
 
     def _gone(self, served: bool) -> None:
@@ -109,7 +110,12 @@ class Door:
                     continue
                 _tune(sock)
                 self._inside += 1
-                self._admit(sock)
+                try:
+                    await self._admit(sock)
+                except Cancelled:
+                    sock.close()
+                    self._gone(False)
+                    raise
         except Cancelled:
             pass
         finally:

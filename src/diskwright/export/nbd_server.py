@@ -110,7 +110,7 @@ class Server(Door):
             if not self.exports[name].read_only:
                 await node.flush()
 
-    def _admit(self, sock: socket.socket) -> None:
+    async def _admit(self, sock: socket.socket) -> None:
         connection = Connection(self, sock)
         self.connections.add(connection)
         connection.ended.callbacks.append(lambda _: self._left(connection))

@@ -7,6 +7,7 @@ import ssl
 from contextlib import suppress
 from typing import Any
 
+from ..authz import Authz
 from ..engine.kernel import BaseDriver
 from ..protocols.nbd_connect import patiently
 from ..protocols.nbd_tls import explained
@@ -14,11 +15,11 @@ from ..records import NamedTuple
 
 
 class ServerTls(NamedTuple):
-    """How clients are secured.  ``identity``: the distinguished name that a client's certificate
-    must have, where not every one that the authority signed is admitted."""
+    """How clients are secured.  ``authz``: whom the distinguished name of a client's certificate
+    must please, where not every one that the authority signed is admitted."""
 
     context: ssl.SSLContext
-    identity: str | None = None
+    authz: Authz | None = None
 
 
 class Secured:
@@ -37,8 +38,10 @@ class Secured:
             await patiently(driver, self.sock, 0, deadline, self.sock.do_handshake)
         except (ssl.SSLError, ConnectionError) as error:
             raise explained(error) from error
-        wanted = self.tls.identity
-        if wanted is not None and distinguished_name(self.sock) != wanted:
+        if self.tls.authz is None:
+            return
+        name = distinguished_name(self.sock)
+        if name is None or not self.tls.authz.allows(name):
             raise PermissionError("TLS x509 authz check failed")
 
     def receive(self, view: memoryview) -> int:
