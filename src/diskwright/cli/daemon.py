@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 from ..errors import DiskError, NotSupported, UsageError
 from .images import gate, new_driver, take_budget
-from .options import BUDGETS, GATE, HELP, Args, Opt, help_text, parse
+from .options import BUDGETS, GATE, HELP, METRICS, Args, Opt, help_text, parse
 from .output import Call, reason
 
 if TYPE_CHECKING:
     from ..engine.kernel import Driver, Task
+    from ..export.metrics_server import MetricsServer
     from ..monitor.chardev import Chardev
     from ..monitor.daemon import Daemon
 
@@ -29,6 +30,7 @@ OPTIONS = (
     Opt("", "chardev", "DEF", "socket,id=ID,path=PATH,server=on or stdio,id=ID"),
     Opt("", "monitor", "DEF", "a QMP monitor: [chardev=]ID[,mode=control][,pretty=on|off]"),
     Opt("", "object", "DEF", "define a secret: 'secret,id=ID,file=PATH'"),
+    METRICS,
     Opt("", "pidfile", "PATH", "write the daemon's process id there"),
     Opt("", "daemonize", "", "return when all is set up, and go on in the background"),
     *GATE,
@@ -111,6 +113,7 @@ class Setup:
         self.daemon = daemon
         self.chardevs: dict[str, Chardev] = {}
         self.monitors: list[Task[None]] = []
+        self.metrics: list[MetricsServer] = []
 
     async def option(self, key: str, value: str) -> None:
         """Do what one option says.  Raises UsageError, which tells it."""
@@ -124,7 +127,9 @@ class Setup:
             raise UsageError(f"--{key} {value}: {text}") from error
 
     async def close(self) -> None:
-        """End the monitors."""
+        """End the monitors and all others that listen."""
+        for server in self.metrics:
+            await server.close()
         for task in self.monitors:
             task.cancel()
         for task in self.monitors:
@@ -161,6 +166,14 @@ class Setup:
             made.close()
             raise UsageError(f"Chardev with id '{made.id}' already exists")
         self.chardevs[made.id] = made
+
+    async def _metrics(self, text: str) -> None:
+        from ..export.metrics_server import MetricsServer
+        from ..monitor.metrics import gather
+
+        server = MetricsServer(self.daemon.driver, lambda: gather(self.daemon))
+        server.listen(text)
+        self.metrics.append(server)
 
     async def _monitor(self, text: str) -> None:
         from ..monitor import all_commands, keyval, types

@@ -49,6 +49,8 @@ ALLOW = Opt("", "allow", "DIR", "open what images name below DIR, too (repeatabl
 MAP_PATH = Opt("", "map-path", "FROM=TO", "where a path is here that images name (repeatable)")
 GATE = (POLICY, ALLOW, MAP_PATH)
 """What decides about the files that images name."""
+METRICS = Opt("", "metrics", "ADDRESS", "answer HTTP requests for /metrics (Prometheus) at "
+              "HOST:PORT, PORT (of this machine alone) or unix:PATH")  # fmt: skip
 BUDGETS = (
     Opt("", "max-time", "SECONDS", "give up after so long"),
     Opt("", "max-memory", "SIZE", "give up when metadata need more memory"),

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..errors import DiskError, UsageError
 from ..records import NamedTuple
 from .images import arguments, gate, new_driver, secrets, served, warn_if_guessed
-from .options import FORCE_SHARE, FORMAT, GATE, IMAGE_OPTS, OBJECT, Args, Opt
+from .options import FORCE_SHARE, FORMAT, GATE, IMAGE_OPTS, METRICS, OBJECT, Args, Opt
 from .output import Call, UsageProblem, reason
 
 if TYPE_CHECKING:
@@ -56,6 +56,7 @@ OPTIONS = (
         "authz-list or authz-listfile names"),
     Opt("", "fork", "", "return when clients can connect, and serve in the background"),
     Opt("", "pid-file", "PATH", "write the server's process id there"),
+    METRICS,
     Opt("v", "verbose", "", "report why clients were dropped"),
     FORCE_SHARE,
     *GATE,
@@ -91,6 +92,7 @@ class Settings(NamedTuple):
     bitmaps: tuple[str, ...] = ()
     tls_creds: str = ""
     tls_authz: str = ""
+    metrics: str = ""
 
 
 def main(call: Call, argv: list[str]) -> int:
@@ -152,6 +154,7 @@ def _settings(call: Call, args: Args) -> Settings:
         bitmaps=tuple(args.all("bitmap")),
         tls_creds=args.get("tls-creds") or "",
         tls_authz=args.get("tls-authz") or "",
+        metrics=args.get("metrics") or "",
     )
 
 
@@ -225,9 +228,14 @@ async def _serve(
             handshake_seconds=settings.handshake_seconds or 1e9,
             tls=tls,
         )
+        name, disk, metrics = os.fsencode(settings.name), node, None
+        if settings.metrics:
+            from ..export.metrics_server import of_disk
+
+            disk, metrics = of_disk(export, name, node)
         export.offer(
-            os.fsencode(settings.name),
-            node,
+            name,
+            disk,
             os.fsencode(settings.description),
             settings.read_only or node.read_only,
             depth=settings.depth,
@@ -251,8 +259,12 @@ async def _serve(
                 undo()
 
         try:
+            if metrics is not None:
+                metrics.listen(settings.metrics)
             await until_signalled(driver, work(), export.stop)
         finally:
+            if metrics is not None:
+                await metrics.close()
             for path in filter(None, (settings.socket, settings.pid_file)):
                 unlink(path)
     finally:

@@ -22,6 +22,8 @@ class Door:
         self.clients = clients
         self.persistent = persistent
         self.stopping = False
+        self.admitted = 0
+        """How many clients have come."""
         self._inside = 0
         self._served = False
         self._listeners: list[socket.socket] = []
@@ -110,6 +112,7 @@ class Door:
                     continue
                 _tune(sock)
                 self._inside += 1
+                self.admitted += 1
                 try:
                     await self._admit(sock)
                 except Cancelled:

@@ -128,22 +128,14 @@ def query_blockstats(monitor: Monitor, query_nodes: bool = False) -> list[BlockS
 
 
 def _of_node(daemon: Daemon, node: Node) -> BlockStats:
-    total = Stats()
-    for disk in daemon.backends():
-        if disk.node is node:
-            total.add(disk.stats)
-    total.add(daemon.past.get(node, _NOTHING))
     below, backing = node.child("file") or node.child("image"), node.child("backing")
     return BlockStats(
-        _told(total, node),
+        _told(daemon.asked(node), node),
         node_name=node.name,
         driver_specific=_discards(node),
         parent=None if below is None else _of_node(daemon, below),
         backing=None if backing is None else _of_node(daemon, backing),
     )
-
-
-_NOTHING = Stats()
 
 
 def _discards(node: Any) -> dict[str, Any] | None:

@@ -131,6 +131,16 @@ class Daemon:
         """Its user has gone: let the node remember what was asked of it."""
         self.past.setdefault(disk.node, Stats()).add(disk.stats)
 
+    def asked(self, node: Node) -> Stats:
+        """What users outside have asked of ``node``, those that have gone as well."""
+        total = Stats()
+        for disk in self.backends():
+            if disk.node is node:
+                total.add(disk.stats)
+        if node in self.past:
+            total.add(self.past[node])
+        return total
+
     def use(self, node: Node, who: str, use: Use | None) -> None:
         """Say what ``who`` needs of ``node`` and lets others do (None: it has ended).
 
