@@ -380,7 +380,7 @@ def test_a_client_that_never_reads_makes_room(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As long as nobody wants its memory it may take its time."""
-    monkeypatch.setattr("diskwright.export.nbd_connection.STALL_SECONDS", 0.3)
+    monkeypatch.setattr("diskwright.export.nbd_channel.STALL_SECONDS", 0.3)
     left: list[str] = []
     with exported(tmp_path / "s", memory, budget=12 << 20) as server:
         export = server.export

@@ -6,6 +6,7 @@ import socket
 import sys
 
 from ..engine.kernel import BaseDriver, Cancelled, Future, Task
+from ..protocols.nbd_connect import tune
 
 _SEND_BUFFER = 4 << 20  # the kernel lowers it to what it allows
 
@@ -110,7 +111,7 @@ class Door:
                 except OSError:  # no descriptors left: wait until a client has gone
                     await self.driver.sleep(0.1)
                     continue
-                _tune(sock)
+                _prepare(sock)
                 self._inside += 1
                 self.admitted += 1
                 try:
@@ -125,10 +126,9 @@ class Door:
             self.driver.soon(self._notify)
 
 
-def _tune(sock: socket.socket) -> None:
+def _prepare(sock: socket.socket) -> None:
     sock.setblocking(False)
     if sys.platform != "win32" and sock.family == socket.AF_UNIX:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
-    elif sock.family in (socket.AF_INET, socket.AF_INET6):
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    else:
+        tune(sock)

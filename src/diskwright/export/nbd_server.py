@@ -10,6 +10,7 @@ from ..bitmaps import DirtyBitmap
 from ..engine.kernel import BaseDriver
 from ..engine.node import Node
 from ..wire.nbd_handshake import Export
+from ..wire.nbd_server import BUFFER_SIZE
 from .arena import Arena
 from .budget import TOTAL_LIMIT, Budget
 from .nbd_connection import Connection
@@ -26,9 +27,9 @@ ARENAS = 8
 
 
 class Server(Door):
-    """At most ``clients`` connections at a time (0: no limit), whose memory has one ``budget``.
-    With ``tls`` nothing is said to a client before it has begun TLS.  ``persistent``: see
-    :class:`.Door`.
+    """At most ``clients`` connections at a time (0: as many as half of ``budget`` has receive
+    buffers for), whose memory has one ``budget`` in bytes.  With ``tls`` nothing is said to a
+    client before it has begun TLS.  ``persistent``: see :class:`.Door`.
 
     ``exports``, ``nodes`` and ``bitmaps`` (dirty bitmaps by their contexts), by name, may change
     while clients are connected.
@@ -44,7 +45,8 @@ class Server(Door):
         handshake_seconds: float = HANDSHAKE_SECONDS,
         tls: ServerTls | None = None,
     ) -> None:
-        super().__init__(driver, clients, persistent)
+        most = max(1, budget // BUFFER_SIZE // 2)
+        super().__init__(driver, min(clients or most, most), persistent)
         self.handshake_seconds = handshake_seconds
         self.tls = tls
         self.budget = Budget(budget)
@@ -54,7 +56,7 @@ class Server(Door):
         self.on_error: Callable[[BaseException], None] = lambda error: None
         """Told of failures that are not the client's and that no reply can carry."""
         self.on_left: Callable[[str], None] = lambda reason: None
-        """Told why a client left."""
+        """Told why a client left that did not say so."""
         self.connections: set[Connection] = set()
         self._arenas: tuple[list[Arena], ...] = ([], [], [])  # by the form of replies
 
@@ -112,13 +114,16 @@ class Server(Door):
 
     async def _admit(self, sock: socket.socket) -> None:
         connection = Connection(self, sock)
+        if not connection.budget.take(BUFFER_SIZE):
+            await connection.budget.acquire(BUFFER_SIZE)
         self.connections.add(connection)
         connection.ended.callbacks.append(lambda _: self._left(connection))
         connection.start()
 
     def _left(self, connection: Connection) -> None:
         self.connections.discard(connection)
-        self.on_left(connection.reason)
+        if not connection.machine.clean:
+            self.on_left(connection.reason)
         self._gone(connection.negotiated)
 
     # -- buffers that all clients use again

@@ -89,7 +89,7 @@ async def _connect(driver: BaseDriver, address: Address, deadline: float) -> soc
         sock.setblocking(False)
         try:
             await _connected(driver, sock, where, deadline)
-            _tune(sock)
+            tune(sock)
             return sock
         except OSError as error:
             failed = error
@@ -139,8 +139,9 @@ async def _connected(driver: BaseDriver, sock: socket.socket, where: Any, deadli
 _UNIX = getattr(socket, "AF_UNIX", None)
 
 
-def _tune(sock: socket.socket) -> None:
-    """Small requests leave at once, and a peer that is gone is noticed."""
+def tune(sock: socket.socket) -> None:
+    """Small requests leave at once, and a host that is gone is noticed while nothing is sent (else
+    after what the system allows).  A peer that lives may read nothing for as long as it likes."""
     if sock.family not in (socket.AF_INET, socket.AF_INET6):
         return
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -149,8 +150,6 @@ def _tune(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _IDLE)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, _INTERVAL)
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _PROBES)
-        most = (_IDLE + _INTERVAL * _PROBES) * 1000
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, most)
 
 
 async def _until(driver: BaseDriver, future: Future[T], deadline: float) -> T:

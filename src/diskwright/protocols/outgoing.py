@@ -193,7 +193,7 @@ class Outgoing:
         return True
 
     def _break(self, error: Exception) -> None:
-        self.broken = error
+        self.broken = error.with_traceback(None)  # whose frames hold this object
         self.on_broken(error)  # before the callbacks let waiting reads begin
         queue, self._queue = self._queue, deque()
         for item in queue:

@@ -21,8 +21,10 @@ _U32 = struct.Struct(">I")
 
 OPTION_LIMIT = 16 << 10
 """Longest option data in bytes that is looked at; longer ones are skipped and refused."""
-OPTIONS_LIMIT = 512
-"""Options of one client before it is dropped: no handshake needs more than a dozen."""
+OPTIONS_LIMIT = 16 << 10
+"""Options of one client before it is dropped: who lists exports may ask for each of them."""
+SAID_LIMIT = 16 << 20
+"""Bytes of replies in one handshake, likewise."""
 
 
 class Export(NamedTuple):
@@ -68,7 +70,6 @@ class Handshake:
 
     ``out`` collects what must be sent.  ``export`` is set when transmission begins;
     ``closed`` says why the connection must be dropped (after ``out`` was sent).  ``exports``, by
-``exports``, by
     name, may change meanwhile.  ``secure``: nothing is said without TLS.
     """
 
@@ -87,7 +88,7 @@ class Handshake:
         self.closed = ""
         self.shutting_down = False
         self._flags: int | None = None
-        self._options = 0
+        self._options = self._said = 0
         self._skip = 0
         self._context_export: bytes | None = None
         self._secure = secure
@@ -124,7 +125,7 @@ class Handshake:
                 break
             start += _OPTION.size
             self._options += 1
-            if self._options > OPTIONS_LIMIT:
+            if self._options > OPTIONS_LIMIT or self._said > SAID_LIMIT:
                 self.closed = "too many options"
                 break
             if length > OPTION_LIMIT:
@@ -143,6 +144,7 @@ class Handshake:
 
     def _reply(self, option: int, kind: int, data: bytes = b"") -> None:
         self.out.append(_REPLY.pack(c.OPTION_REPLY_MAGIC, option, kind, len(data)) + data)
+        self._said += _REPLY.size + len(data)
 
     def _option(self, option: int, data: bytes) -> None:
         if option == c.OPT_EXPORT_NAME:

@@ -113,6 +113,11 @@ class NbdServer:
         return old
 
     @property
+    def left(self) -> int:
+        """Bytes in the buffer that are no whole message yet."""
+        return self._end - self._start
+
+    @property
     def idle(self) -> bool:
         """No part of a message is waiting for its rest."""
         return self._start == self._end and not self._skip
