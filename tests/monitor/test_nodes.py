@@ -13,7 +13,8 @@ import pytest
 
 from diskwright.cli.main import main
 from monitor.running import OURS, THEIRS, Client, daemon, needs_qsd, needs_unix
-from monitor.test_daemon import NBD, TOP, images, normal
+from monitor.test_daemon import DISK, NBD, TOP, images, normal
+from nbd.pki import make_certificates
 
 pytestmark = [
     needs_unix,
@@ -37,6 +38,14 @@ def load(folder: Path, name: str, commands: list[str]) -> int:
     return done.returncode
 
 
+def contexts(folder: Path, pki: Path) -> list[str]:
+    """What a client with a certificate is told of the exports."""
+    uri = f"nbds+unix://localhost/?socket={folder}/nbd.sock&tls-certificates={pki}"
+    done = subprocess.run(["nbdinfo", "--list", uri], capture_output=True, text=True, timeout=20)
+    assert done.returncode == 0, done.stderr
+    return [line for line in done.stdout.splitlines() if "qemu:" in line or "descr" in line]
+
+
 def played(argv: list[str], folder: Path, script: list[Step]) -> list[Any]:
     """Every step of the script with its reply and the events until then.  A step is a command and
     its arguments, or ``qemu-io``, the name of an export and what qemu-io is to do."""
@@ -48,6 +57,8 @@ def played(argv: list[str], folder: Path, script: list[Step]) -> list[Any]:
             if name == "qemu-io":
                 told: Any = load(folder, *arguments)
                 client.send("query-version")
+            elif name == "nbdinfo":
+                told, arguments = contexts(folder, arguments), None
             else:
                 told = client.send(name, arguments)
             events = [(event["event"], normal(event["data"])) for event in client.events]
@@ -221,3 +232,68 @@ def test_overlays(tmp_path: Path) -> None:
         for image in ("s1", "over1", "over2", "top"):
             path = str(tmp_path / name / f"{image}.qcow2")
             assert main("qemu-img", ["check", "-q", path]) == 0
+
+
+def test_objects_tls_and_bitmaps(tmp_path: Path) -> None:
+    for program in ("openssl", "nbdinfo"):
+        if not shutil.which(program):
+            pytest.skip(f"{program} is not installed")
+    pki = tmp_path / "pki"
+    pki.mkdir()
+    make_certificates(pki)
+    add, start, export = "object-add", "nbd-server-start", "block-export-add"
+    tls = {"qom-type": "tls-creds-x509", "dir": str(pki)}
+    rule = {"match": "*CN=me", "policy": "allow", "format": "glob"}
+    nbd = {"type": "nbd", "node-name": "disk"}
+    both = {**nbd, "id": "e", "writable": True, "bitmaps": ["b", {"node": "disk", "name": "c"}],
+            "allocation-depth": True, "description": "what it is", "name": "n"}  # fmt: skip
+    script: list[Step] = [
+        ("blockdev-add", DISK),
+        ("block-dirty-bitmap-add", {"node": "disk", "name": "b"}),
+        ("block-dirty-bitmap-add", {"node": "disk", "name": "c"}),
+        (add, {"qom-type": "iothread", "id": "io"}),
+        (add, {"qom-type": "iothread", "id": "io"}),
+        (add, {"qom-type": "iothread", "id": "io2", "poll-max-ns": 100, "aio-max-batch": 3}),
+        (add, {"qom-type": "iothread", "id": "io3", "poll-max-ns": "x"}),
+        (add, {"qom-type": "iothread", "id": "io3", "poll": 1}),
+        (add, {"qom-type": "authz-simple", "id": "io2", "identity": "CN=me"}),
+        (add, {"qom-type": "authz-simple", "id": "simple", "identity": "CN=you"}),
+        (add, {"qom-type": "authz-simple", "id": "other"}),
+        (add, {"qom-type": "authz-list", "id": "list", "policy": "deny", "rules": [rule]}),
+        (add, {"qom-type": "authz-list", "id": "other", "policy": "perhaps"}),
+        (add, {"qom-type": "authz-list", "id": "other", "rules": [{**rule, "format": "re"}]}),
+        (add, {**tls, "id": "server", "endpoint": "server"}),
+        (add, {**tls, "id": "client"}),
+        (add, {**tls, "id": "other", "endpoint": "both"}),
+        ("qom-list", {"path": "/objects"}),
+        ("object-del", {"id": "client"}),
+        ("object-del", {"id": "other"}),
+        (start, {**NBD, "tls-creds": "missing"}),
+        (start, {**NBD, "tls-creds": "list"}),
+        (start, {**NBD, "max-connections": -1}),
+        (start, {**NBD, "tls-creds": "server", "tls-authz": "list", "max-connections": 3}),
+        ("object-del", {"id": "server"}),
+        (export, {**both, "bitmaps": ["missing"]}),
+        (export, {**both, "bitmaps": [{"node": "missing", "name": "b"}]}),
+        (export, {**both, "bitmaps": [{"node": "disk", "name": "missing"}]}),
+        (export, {**both, "bitmaps": [3]}),
+        (export, {**both, "writable": False}),
+        (export, both),
+        (export, {**both, "id": "f", "name": "other"}),
+        ("block-dirty-bitmap-disable", {"node": "disk", "name": "b"}),
+        ("block-dirty-bitmap-remove", {"node": "disk", "name": "c"}),
+        ("query-named-block-nodes", {"flat": True}),
+        ("nbdinfo", pki),
+        (export, {**nbd, "id": "f", "iothread": "missing"}),
+        (export, {**nbd, "id": "f", "iothread": "io", "fixed-iothread": True}),
+        (export, {**nbd, "id": "g", "name": "g", "writethrough": True}),
+        ("block-export-del", {"id": "e"}),
+        ("block-dirty-bitmap-remove", {"node": "disk", "name": "c"}),
+        ("block-dirty-bitmap-disable", {"node": "disk", "name": "b"}),
+        ("block-export-del", {"id": "f"}),
+        ("nbd-server-add", {"device": "disk", "name": "h", "bitmap": "b"}),
+        ("block-dirty-bitmap-remove", {"node": "disk", "name": "b"}),
+        ("nbd-server-stop", None),
+        ("block-dirty-bitmap-remove", {"node": "disk", "name": "b"}),
+    ]  # fmt: skip
+    compare(tmp_path, script)

@@ -12,6 +12,7 @@ import pytest
 import diskwright
 from diskwright.wire import nbd_const as c
 from nbd import peer
+from nbd.pki import make_certificates
 from nbd.serving import Serve
 from nbd.test_machine import EXPORT, Fed, replies
 from nbd.test_serve import need, run
@@ -55,20 +56,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An authority, a server called localhost, and a client, by the names that qemu gives files."""
     need("openssl")
     folder = tmp_path_factory.mktemp("pki")
-    subjects = {"ca": "/CN=ca", "server": "/CN=localhost", "client": "/C=GB/O=A, B/CN=me"}
-    for name, subject in subjects.items():
-        words = ["-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
-        words += ["-subj", subject, "-days", "9"]
-        words += ["-keyout", f"{name}-key.pem", "-out", f"{name}-cert.pem"]
-        if name == "ca":
-            words += ["-addext", "keyUsage=critical,keyCertSign"]
-        else:
-            words += ["-CA", "ca-cert.pem", "-CAkey", "ca-key.pem"]
-            words += ["-addext", "basicConstraints=critical,CA:false"]
-            words += ["-addext", "subjectAltName=DNS:localhost"]
-        subprocess.run(
-            ["openssl", "req", "-x509", *words], cwd=folder, check=True, capture_output=True
-        )
+    make_certificates(folder)
     return folder
 
 

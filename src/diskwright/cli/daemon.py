@@ -26,10 +26,12 @@ OPTIONS = (
         "[,writable=on|off]; or [type=]fuse,id=ID,node-name=NAME,mountpoint=FILE[,writable=on|off]"
         "[,growable=on|off][,allow-other=on|off|auto]"),
     Opt("", "nbd-server", "DEF", "serve exports: addr.type=unix,addr.path=PATH or addr.type=inet,"
-        "addr.host=HOST,addr.port=PORT[,max-connections=N]"),
+        "addr.host=HOST,addr.port=PORT[,tls-creds=ID][,tls-authz=ID][,max-connections=N]"),
     Opt("", "chardev", "DEF", "socket,id=ID,path=PATH,server=on or stdio,id=ID"),
     Opt("", "monitor", "DEF", "a QMP monitor: [chardev=]ID[,mode=control][,pretty=on|off]"),
-    Opt("", "object", "DEF", "define a secret: 'secret,id=ID,file=PATH'"),
+    Opt("", "object", "DEF", "define an object: secret,id=ID,file=PATH; tls-creds-x509 or "
+        "tls-creds-psk,id=ID,endpoint=server,dir=PATH; authz-simple,id=ID,identity=NAME; "
+        "authz-list; authz-listfile; iothread,id=ID"),
     METRICS,
     Opt("", "pidfile", "PATH", "write the daemon's process id there"),
     Opt("", "daemonize", "", "return when all is set up, and go on in the background"),
@@ -149,14 +151,14 @@ class Setup:
         await exports.add_export(self.daemon, keyval.take(exports.EXPORT_OPTIONS, text, "type"))
 
     async def _nbd_server(self, text: str) -> None:
-        from ..monitor import exports, keyval
+        from ..monitor import keyval, nbdserver
 
-        exports.start_with(self.daemon, keyval.take(exports.SERVER_OPTIONS, text))
+        nbdserver.start_server(self.daemon, keyval.take(nbdserver.SERVER_OPTIONS, text))
 
     async def _object(self, text: str) -> None:
-        from pathlib import Path
+        from ..monitor import keyval, objects
 
-        self.daemon.secrets.define(text, lambda path: Path(path).read_bytes())
+        objects.define(self.daemon, keyval.take(objects.OBJECT_OPTIONS, text, "qom-type"))
 
     async def _chardev(self, text: str) -> None:
         from ..monitor.chardev import chardev

@@ -32,18 +32,18 @@ _ROUNDS = 64
 async def find_bitmaps(node: Node, names: Sequence[str]) -> dict[bytes, DirtyBitmap]:
     """The contexts of these dirty bitmaps, each of the first layer that has one of its name, with
     all of its bits in memory.  Raises UsageError and BitmapError."""
-    found: dict[bytes, DirtyBitmap] = {}
-    for name in names:
-        layer: Node | None = node
-        while layer is not None:
-            engine = getattr(layer, "engine", None)
-            if engine is not None and engine.bitmaps.find(name) is not None:
-                found[DIRTY_BITMAP + name.encode()] = await at.load(engine, name)
-                break
-            layer = layer.child("backing")
-        else:
-            raise UsageError(f"Bitmap '{name}' is not found")
-    return found
+    return dict([await find_bitmap(node, name) for name in names])
+
+
+async def find_bitmap(node: Node, name: str) -> tuple[bytes, DirtyBitmap]:
+    """The same of one bitmap."""
+    layer: Node | None = node
+    while layer is not None:
+        engine = getattr(layer, "engine", None)
+        if engine is not None and engine.bitmaps.find(name) is not None:
+            return DIRTY_BITMAP + name.encode(), await at.load(engine, name)
+        layer = layer.child("backing")
+    raise UsageError(f"Bitmap '{name}' is not found")
 
 
 def contexts_of(depth: bool, bitmaps: Mapping[bytes, DirtyBitmap]) -> tuple[bytes, ...]:

@@ -7,7 +7,7 @@ from collections.abc import Coroutine, Iterable, Sequence
 from operator import add
 from time import perf_counter_ns
 
-from ..contract import Limits
+from ..contract import FUA, Limits
 from ..engine.futures import Condition
 from ..engine.node import Buffer, Node
 from ..extents import Extent
@@ -22,8 +22,10 @@ class Backend(Node):
     that of a user outside.
     """
 
-    def __init__(self, node: Node) -> None:
+    def __init__(self, node: Node, writethrough: bool = False) -> None:
+        """``writethrough``: each write is durable when it is done."""
         self.node = node
+        self._always = FUA if writethrough else 0
         self.stats = Stats()
         counters = self.stats.counters
         self._reads, self._writes = counters[READ], counters[WRITE]
@@ -81,14 +83,14 @@ class Backend(Node):
     ) -> Coroutine[Any, Any, None]:
         lengths = list(map(len, buffers))
         self._reach(offsets, lengths)
-        size = sum(lengths)
+        size, flags = sum(lengths), flags | self._always
         return self._pass(self._writes, len(offsets), size, "write", offsets, buffers, flags)
 
     def zero(
         self, offsets: Sequence[int], lengths: Sequence[int], flags: int = 0
     ) -> Coroutine[Any, Any, None]:
         self._reach(offsets, lengths)
-        size = sum(lengths)
+        size, flags = sum(lengths), flags | self._always
         return self._pass(self._writes, len(offsets), size, "zero", offsets, lengths, flags)
 
     def discard(

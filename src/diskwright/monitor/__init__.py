@@ -12,6 +12,7 @@ def all_commands() -> None:
         create,
         exports,
         jobs,
+        nbdserver,
         nodes,
         objects,
         overlays,

@@ -30,10 +30,10 @@ class BlockDirtyInfo(NamedTuple):
     inconsistent: bool | None = None
 
 
-_SOURCE = Alternate(
+BITMAP = Alternate(
     "BlockDirtyBitmapOrStr", Struct((Member("node", STR), Member("name", STR))), STR
 )
-Sources = Annotated[list[Any], Array(_SOURCE)]
+Sources = Annotated[list[Any], Array(BITMAP)]
 
 
 @action("block-dirty-bitmap-add")

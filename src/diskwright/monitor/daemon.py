@@ -42,6 +42,8 @@ class Daemon:
         self.graph = Graph(driver)
         self.secrets = Secrets()
         self.graph.secrets = self.secrets
+        self.objects: dict[str, str] = {}
+        """The types of all objects, by their ids."""
         self.owned: set[Node] = set()
         """The nodes that commands added, and that a command removes."""
         self.server: Server | None = None

@@ -6,54 +6,50 @@ import os
 import re
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from ..bitmaps import DirtyBitmap
 from ..engine.kernel import Future, Task
 from ..errors import DiskError, UsageError
-from ..export.listening import listen_tcp, listen_unix, listen_vsock, listening
-from ..export.nbd_server import Server
+from ..export.nbd_status import find_bitmap
 from ..graph.backend import Backend
 from ..graph.node import Node
 from ..graph.perms import ALL, RESIZE, root_use
+from ..ops.bitmap import engine_of
 from ..records import NamedTuple
+from .bitmaps import BITMAP
 from .commands import command, event
 from .daemon import Daemon
+from .nbdserver import server_of
 from .nodes import release
 from .session import Monitor
-from .types import BOOL, INT, STR, Enum, Member, Struct, Union
+from .types import BOOL, STR, Array, Enum, Member, Struct, Union
 
 if TYPE_CHECKING:
     from ..export.fuse_mount import Mount
 
 RemoveMode = Literal["safe", "hard"]
-DEFAULT_CONNECTIONS = 100
-_HANDSHAKE_SECONDS = 10
 _ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
 _NAME_LIMIT = 4096
 
 
-_UNIX = Struct((Member("path", STR),))
-_INET = Struct((Member("host", STR), Member("port", STR)))
-_VSOCK = Struct((Member("cid", STR), Member("port", STR)))
-_FD = Struct((Member("str", STR),))
-_ADDRESSES = {"inet": _INET, "unix": _UNIX, "vsock": _VSOCK, "fd": _FD}
-
-
-def _legacy() -> tuple[str, tuple[Member, ...], Mapping[str, Struct]]:
-    variants = {name: Struct((Member("data", each),)) for name, each in _ADDRESSES.items()}
-    return "type", (Member("type", Enum(*variants)),), variants
-
-
-SocketAddressLegacy = Annotated[dict[str, Any], Union(_legacy)]
-
-
 def _export_options() -> tuple[str, tuple[Member, ...], Mapping[str, Struct]]:
-    nbd = Struct((Member("name", STR, True), Member("description", STR, True)))
+    nbd = Struct(
+        (
+            Member("name", STR, True),
+            Member("description", STR, True),
+            Member("bitmaps", Array(BITMAP), True),
+            Member("allocation-depth", BOOL, True),
+        )
+    )
     members = (
         Member("type", Enum("nbd", "fuse")),
         Member("id", STR),
+        Member("fixed-iothread", BOOL, True),
+        Member("iothread", STR, True),
         Member("node-name", STR),
         Member("writable", BOOL, True),
+        Member("writethrough", BOOL, True),
     )
     fuse = Struct(
         (
@@ -94,6 +90,8 @@ class BlockExport:
     ) -> None:
         self.id, self.name, self.disk = id, name, disk
         self.writable, self.mount = writable, mount
+        self.bitmaps: dict[bytes, DirtyBitmap] = {}
+        """Those that clients may ask for, by their contexts."""
         self.shutting_down = False
         self.removal: Task[None] | None = None
 
@@ -108,78 +106,6 @@ class BlockExport:
         return f"export {self.id}"
 
 
-@command("nbd-server-start")
-def nbd_server_start(
-    monitor: Monitor,
-    addr: SocketAddressLegacy,
-    handshake_max_seconds: int = _HANDSHAKE_SECONDS,
-    max_connections: int = DEFAULT_CONNECTIONS,
-) -> None:
-    """Listen for NBD clients.  ``handshake-max-seconds`` (default 10) is the time for a client's
-    handshake, ``max-connections`` (default 100) how many clients there may be; 0: no limit."""
-    where = {"type": addr["type"], **addr["data"]}
-    start_server(monitor.daemon, where, handshake_max_seconds, max_connections)
-
-
-def _address() -> tuple[str, tuple[Member, ...], Mapping[str, Struct]]:
-    return "type", (Member("type", Enum(*_ADDRESSES)),), _ADDRESSES
-
-
-SERVER_OPTIONS = Struct(
-    (
-        Member("addr", Union(_address)),
-        Member("handshake-max-seconds", INT, True),
-        Member("max-connections", INT, True),
-    )
-)
-
-
-def start_with(daemon: Daemon, options: Mapping[str, Any]) -> None:
-    """Listen as the command line says, where the address has no ``data``.  Raises UsageError."""
-    start_server(
-        daemon,
-        options["addr"],
-        options.get("handshake-max-seconds", _HANDSHAKE_SECONDS),
-        options.get("max-connections", DEFAULT_CONNECTIONS),
-    )
-
-
-def start_server(
-    daemon: Daemon,
-    where: Mapping[str, Any],
-    handshake_seconds: int = _HANDSHAKE_SECONDS,
-    connections: int = DEFAULT_CONNECTIONS,
-) -> None:
-    """Listen on ``where`` (``type``, and ``path``, ``host`` and ``port``, ``cid`` and ``port``, or
-    ``str``, the number of an inherited descriptor).  Raises UsageError."""
-    if daemon.server is not None:
-        raise UsageError("NBD server already running")
-    if handshake_seconds < 0 or connections < 0:
-        raise UsageError("The limits of the NBD server cannot be negative")
-    try:
-        if where["type"] == "unix":
-            place = where["path"]
-            listeners = [listen_unix(place)]
-        elif where["type"] == "vsock":
-            place = f"vsock:{where['cid']}:{where['port']}"
-            listeners = [listen_vsock(where["cid"], where["port"])]
-        elif where["type"] == "fd":
-            place = f"fd:{where['str']}"
-            if not where["str"].isdecimal():
-                raise UsageError(f"Unable to parse FD number {where['str']}")
-            listeners = [listening(int(where["str"]))]
-        else:
-            place = f"{where['host']}:{where['port']}"
-            listeners = listen_tcp(where["host"], where["port"])
-    except OSError as error:
-        raise UsageError(f"Failed to bind socket to {place}: {error.strerror or error}") from error
-    daemon.server = Server(
-        daemon.driver, clients=connections, handshake_seconds=handshake_seconds or 1e9
-    )
-    daemon.server_path = where.get("path")
-    daemon.server.start(*listeners)
-
-
 @command("nbd-server-stop")
 async def nbd_server_stop(monitor: Monitor) -> None:
     """Remove all exports of the NBD server, disconnect its clients, and listen no more."""
@@ -188,8 +114,8 @@ async def nbd_server_stop(monitor: Monitor) -> None:
 
 async def stop_server(daemon: Daemon) -> None:
     """The same.  What clients have asked for is answered first."""
-    server = _server(daemon)
-    served = [export for export in daemon.exports.values() if export.mount is None]
+    server = server_of(daemon)
+    served = [export for export in reversed(daemon.exports.values()) if export.mount is None]
     for export in served:
         export.shutting_down = True
     await server.shut_down()
@@ -200,16 +126,14 @@ async def stop_server(daemon: Daemon) -> None:
     await _all_gone(daemon, served)
 
 
-def _server(daemon: Daemon) -> Server:
-    if daemon.server is None:
-        raise UsageError("NBD server not running")
-    return daemon.server
-
-
 @command("block-export-add", boxed=EXPORT_OPTIONS)
 async def block_export_add(monitor: Monitor, options: dict[str, Any]) -> None:
-    """Offer a node to clients; unless it is ``writable`` they can only read.  ``nbd``: ``name``
-    (default: the node's) is what they ask for.  ``fuse``: the node is the regular file
+    """Offer a node to clients; unless it is ``writable`` they can only read.  With
+    ``writethrough`` each write is durable when it is answered.  ``iothread`` names an object, and
+    like ``fixed-iothread`` has no effect.  ``nbd``: ``name`` (default: the node's) is what they ask
+    for; they may ask in which layer of the chain a range is (``allocation-depth``), and what the
+    ``bitmaps`` of the node or of its chain call dirty, which cannot be changed or removed
+    meanwhile.  ``fuse``: the node is the regular file
     ``mountpoint``; where it is ``growable`` it can be truncated and grows by writes behind its end;
     ``allow-other`` (default ``auto``: where the system allows it) lets other users open it, as its
     mode says."""
@@ -219,12 +143,12 @@ async def block_export_add(monitor: Monitor, options: dict[str, Any]) -> None:
 async def add_export(daemon: Daemon, options: Mapping[str, Any]) -> None:
     """Offer what ``options`` describe.  Raises UsageError."""
     if options["type"] == "nbd":
-        _add_nbd(daemon, options)
+        await _add_nbd(daemon, options)
         return
     from .fuse import mount_of
 
-    id, node, writable = _exported(daemon, options)
-    disk = Backend(node)
+    id, disk, writable = _exported(daemon, options)
+    node = disk.node
     mount = await mount_of(daemon, disk, options)
     export = BlockExport(id, disk, writable, mount=mount)
     # The kernel knows a size.
@@ -247,8 +171,8 @@ def _unmounted(daemon: Daemon, export: BlockExport) -> None:
         export.removal = daemon.driver.spawn(_remove(daemon, export, []), name="export-del")
 
 
-def _exported(daemon: Daemon, options: Mapping[str, Any]) -> tuple[str, Node, bool]:
-    """Id, node, and whether it can be written to."""
+def _exported(daemon: Daemon, options: Mapping[str, Any]) -> tuple[str, Backend, bool]:
+    """Id, disk, and whether it can be written to."""
     id = options["id"]
     if not _ID.fullmatch(id):
         raise UsageError("Invalid block export id")
@@ -258,12 +182,16 @@ def _exported(daemon: Daemon, options: Mapping[str, Any]) -> tuple[str, Node, bo
     writable = options.get("writable", False)
     if writable and node.read_only:
         raise UsageError("Cannot export read-only node as writable")
-    return id, node, writable
+    iothread = options.get("iothread")
+    if iothread is not None and daemon.objects.get(iothread) != "iothread":
+        raise UsageError(f'iothread "{iothread}" not found')
+    return id, Backend(node, options.get("writethrough", False)), writable
 
 
-def _add_nbd(daemon: Daemon, options: Mapping[str, Any]) -> None:
-    id, node, writable = _exported(daemon, options)
-    server = _server(daemon)
+async def _add_nbd(daemon: Daemon, options: Mapping[str, Any]) -> None:
+    id, disk, writable = _exported(daemon, options)
+    node = disk.node
+    server = server_of(daemon)
     word = options.get("name", node.name)
     name, text = word.encode(), options.get("description", "").encode()
     for what, value in (("name", name), ("description", text)):
@@ -271,11 +199,32 @@ def _add_nbd(daemon: Daemon, options: Mapping[str, Any]) -> None:
             raise UsageError(f"export {what} '{value[:32].decode(errors='replace')}...' too long")
     if name in server.exports:
         raise UsageError(f"NBD server already has export named '{word}'")
-    export = BlockExport(id, Backend(node), writable, name)
+    export = BlockExport(id, disk, writable, name)
+    for which in options.get("bitmaps", ()):
+        await _add_bitmap(daemon, export, which)
     # Clients were told a size.
     daemon.use(node, export.user, root_use(writable, ALL - {RESIZE}))
-    server.offer(name, export.disk, text, not writable)
+    depth = options.get("allocation-depth", False)
+    server.offer(name, disk, text, not writable, depth=depth, bitmaps=export.bitmaps)
     daemon.exports[id] = export
+    for bitmap in export.bitmaps.values():
+        bitmap.busy = True
+
+
+async def _add_bitmap(daemon: Daemon, export: BlockExport, which: Any) -> None:
+    node = export.node
+    if isinstance(which, dict):
+        named = daemon.graph.nodes.get(which["node"])
+        if named is None:
+            raise UsageError(f"Node '{which['node']}' not found")
+        engine_of(named).bitmaps.get(which["name"])
+        context, bitmap = await find_bitmap(named, which["name"])
+    else:
+        context, bitmap = await find_bitmap(node, which)
+    bitmap.check()
+    if bitmap.enabled and not export.writable and not node.read_only:
+        raise UsageError(f"Enabled bitmap '{bitmap.name}' incompatible with readonly export")
+    export.bitmaps[context] = bitmap
 
 
 @command("block-export-del")
@@ -292,7 +241,7 @@ async def block_export_del(monitor: Monitor, id: str, mode: RemoveMode = "safe")
         export.shutting_down = True
         await _gone(daemon, export)
         return
-    server = _server(daemon)
+    server = server_of(daemon)
     clients = server.users(export.name)
     if clients and mode == "safe":
         raise UsageError(f"export '{id}' still in use")
@@ -325,6 +274,8 @@ async def _gone(daemon: Daemon, export: BlockExport) -> None:
             await export.node.flush()
     finally:
         del daemon.exports[export.id]
+        for bitmap in export.bitmaps.values():
+            bitmap.busy = False
         daemon.retire(export.disk)
         daemon.use(export.node, export.user, None)
         await release(daemon, export.node)
@@ -353,17 +304,18 @@ def query_block_exports(monitor: Monitor) -> list[BlockExportInfo]:
 
 
 @command("nbd-server-add", features=("deprecated",))
-def nbd_server_add(
+async def nbd_server_add(
     monitor: Monitor,
     device: str,
     name: str | None = None,
     description: str = "",
     writable: bool = False,
+    bitmap: str | None = None,
 ) -> None:
     """Offer a node over NBD under ``name`` (default: ``device``), which is the export's id as
-    well.  A node that cannot be written to is offered read-only."""
+    well, with at most one ``bitmap``.  A node that cannot be written to is offered read-only."""
     node = monitor.daemon.find(device, device)
-    _server(monitor.daemon)
+    server_of(monitor.daemon)
     options = {
         "type": "nbd",
         "id": name or device,
@@ -371,8 +323,9 @@ def nbd_server_add(
         "name": name or device,
         "description": description,
         "writable": writable and not node.read_only,
+        "bitmaps": [] if bitmap is None else [bitmap],
     }
-    _add_nbd(monitor.daemon, options)
+    await _add_nbd(monitor.daemon, options)
 
 
 @command("nbd-server-remove", features=("deprecated",))

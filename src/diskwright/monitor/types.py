@@ -101,7 +101,8 @@ class Enum(Type):
 
     def take(self, value: Any, path: str) -> Any:
         if super().take(value, path) not in self.values:
-            raise UsageError(f"Parameter '{path or 'null'}' does not accept value '{value}'")
+            name = path.rpartition(".")[2] or "null"
+            raise UsageError(f"Parameter '{name}' does not accept value '{value}'")
         return value
 
 
@@ -205,7 +206,8 @@ class Alternate(Type):
         for branch in self.branches:
             if isinstance(value, branch.json) and isinstance(value, bool) == (branch is BOOL):
                 return branch.take(value, path)
-        raise self.mistaken(path)
+        name = path.rpartition(".")[2]
+        raise self.mistaken("" if name.endswith("]") else name)
 
 
 def _members(members: tuple[Member, ...], left: dict[str, Any], path: str) -> dict[str, Any]:
