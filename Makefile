@@ -22,6 +22,7 @@ demo: peers
 
 peers:
 	@PYTHON=$(PYTHON) tools/install-peers
+	@tools/unpack-guest
 
 $(BIN)/.ready: pyproject.toml | peers
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 to 3.14 was found" >&2; exit 1; }
