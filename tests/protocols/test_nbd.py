@@ -152,7 +152,7 @@ def test_more_connections(driver: BaseDriver, tmp_path: Path) -> None:
         node = opened(driver, server, connections=3)
 
         async def work() -> int:
-            for _ in range(3):
+            for _ in range(6):
                 parts = [driver.start(node.read([at], [64])) for at in range(9)]
                 for part in parts:
                     await part

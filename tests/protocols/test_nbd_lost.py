@@ -10,14 +10,16 @@ import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from diskwright.engine.kernel import BaseDriver, Cancelled
+from diskwright.contract import FUA
+from diskwright.engine.kernel import BaseDriver, Cancelled, Future
 from diskwright.errors import FlushFailed, NodeClosed, PeerError
-from diskwright.protocols import nbd_links
+from diskwright.protocols import nbd_links, nbdnode
 from diskwright.protocols.nbd import open_nbd
 from sansio import nbd_script as s
 
@@ -89,18 +91,25 @@ def test_requests_wait_for_the_connection(driver: BaseDriver, tmp_path: Path, di
 
 
 def test_a_flush_does_not_lie(driver: BaseDriver, server: Server) -> None:
-    """A server that was started anew may not have what was answered and not flushed."""
-    node = opened(driver, server, reconnect_delay=20)
+    """A server that was started anew may not have what was answered and not flushed; without
+    reconnect-delay nothing is sent to it again."""
+    node = opened(driver, server)
+
+    def read() -> bytes:
+        with suppress(PeerError):  # the first one may find out that the connection is lost
+            run(driver, node.read([0], [7]))
+        return bytes(run(driver, node.read([0], [7]))[0])
+
     run(driver, node.write([0], [b"durable"]))
     run(driver, node.flush())
     server.kill()
     server.start()
-    assert bytes(run(driver, node.read([0], [7]))[0]) == b"durable"
+    assert read() == b"durable"
     run(driver, node.flush())
     run(driver, node.write([0], [b"perhaps"]))
     server.kill()
     server.start()
-    run(driver, node.read([0], [7]))
+    read()
     with pytest.raises(PeerError, match="not flushed, which the server may have lost"):
         run(driver, node.flush())
     with pytest.raises(FlushFailed):
@@ -108,6 +117,129 @@ def test_a_flush_does_not_lie(driver: BaseDriver, server: Server) -> None:
     with pytest.raises(FlushFailed):
         run(driver, node.close())
     assert node.closed
+
+
+def test_what_was_not_flushed_is_sent_again(driver: BaseDriver, tmp_path: Path) -> None:
+    """In its order, to a server that has forgotten everything; and nothing else is."""
+    with nbdkit(tmp_path, "memory", str(SIZE)) as server:
+        node = opened(driver, server, reconnect_delay=20)
+        run(driver, node.write([0], [b"flushed"]))
+        run(driver, node.flush())
+
+        async def change() -> None:
+            await node.write([4096, 8192], [b"a" * 4096, b"b" * 4096])
+            await node.zero([5000], [1000])
+            await node.write([5500], [b"above"])
+            await node.write([9000], [b"durable"], FUA)  # the older b's must not come back
+            await node.discard([65536], [4096])
+
+        run(driver, change())
+        want = bytes(run(driver, node.read([4096], [8192]))[0])
+        assert b"durable" in want and b"above" in want
+        for _ in range(2):  # a loss while nothing else was asked for is like any other
+            server.kill()
+            server.start()
+            assert bytes(run(driver, node.read([0], [7]))[0]) == bytes(7)
+        run(driver, node.flush())
+        assert bytes(run(driver, node.read([4096], [8192]))[0]) == want
+        server.kill()
+        server.start()
+        assert bytes(run(driver, node.read([4096], [8192]))[0]) == bytes(8192)
+        run(driver, node.close())
+
+
+def test_it_cannot_be_sent_again(driver: BaseDriver, tmp_path: Path) -> None:
+    """Then the next flush fails, and every later one; reading goes on."""
+    with nbdkit(tmp_path, "memory", str(SIZE)) as server:
+        node = opened(driver, server, reconnect_delay=20)
+        run(driver, node.write([0], [b"lost"]))
+        server.kill()
+        server.command[4:4] = ["--filter=error"]
+        server.command.append("error-pwrite=EIO")
+        server.command.append("error-pwrite-rate=100%")
+        server.start()
+        assert bytes(run(driver, node.read([0], [4]))[0]) == bytes(4)
+        with pytest.raises(PeerError, match="not flushed, which the server may have lost"):
+            run(driver, node.flush())
+        with pytest.raises(FlushFailed):
+            run(driver, node.close())
+
+
+@PLAIN
+def test_how_much_is_kept(
+    driver: BaseDriver, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(nbdnode, "LIMIT", 10_000)
+    with nbdkit(tmp_path, "memory", str(SIZE)) as server:
+        node = opened(driver, server, reconnect_delay=20)
+        unflushed = node.links.unflushed
+        assert unflushed is not None
+        sizes = []
+        for _ in range(6):
+            run(driver, node.write([0], [bytes(4000)]))
+            sizes.append(unflushed.size // 4000)
+        assert sizes == [1, 2, 0, 1, 2, 0]
+        run(driver, node.close())
+
+
+def test_everything_in_flight(driver: BaseDriver, tmp_path: Path) -> None:
+    """Requests of every kind are on their way when the server is killed."""
+    late = [f"delay-{what}=300ms" for what in ("read", "write", "zero", "trim", "extents")]
+    with nbdkit(tmp_path, "--filter=delay", "memory", str(SIZE), *late) as server:
+        node = opened(driver, server, reconnect_delay=20)
+        block = 1 << 16
+
+        async def work() -> list[int]:
+            works: list[Future[Any]] = [
+                driver.start(node.write([at * block], [bytes([at]) * block])) for at in range(1, 5)
+            ]
+            works.append(driver.start(node.zero([6 * block], [block])))
+            works.append(driver.start(node.discard([7 * block], [block])))
+            works.append(driver.start(node.extents(0, SIZE)))
+            works.append(driver.start(node.read([9 * block], [block])))
+            works.append(driver.start(node.flush()))
+            for one in works:
+                await one
+            await node.flush()
+            found = await node.read([at * block for at in range(6)], [1] * 6)
+            return [part[0] for part in found]
+
+        def restart() -> None:
+            server.kill()
+            server.start()
+
+        driver.later(0.15, restart)
+        assert run(driver, work()) == [0, 1, 2, 3, 4, 0]
+        run(driver, node.close())
+
+
+@PLAIN
+def test_a_successor_is_not_taken_for_the_same_server(
+    driver: BaseDriver, tmp_path: Path, disk: Path
+) -> None:
+    """A further connection counts only once an older one has shown that it goes on."""
+    with slow(tmp_path, disk, "200ms") as server:
+        node = opened(driver, server, connections=2)
+        run(driver, node.write([0], [b"perhaps"]))
+        first = server.process
+        assert first is not None
+        os.kill(first.pid, signal.SIGSTOP)
+        server.start()  # under the same name
+
+        async def read() -> None:
+            works = [driver.start(node.read([at], [1])) for at in range(4)]
+            driver.later(0.3, lambda: first.send_signal(signal.SIGKILL))
+            for one in works:
+                with suppress(PeerError):
+                    await one
+
+        run(driver, read())
+        first.communicate()
+        assert node.links.broken is not None
+        with pytest.raises(PeerError, match="not flushed, which the server may have lost"):
+            run(driver, node.flush())
+        with pytest.raises(FlushFailed):
+            run(driver, node.close())
 
 
 @PLAIN

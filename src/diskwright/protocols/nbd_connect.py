@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 from ..engine.kernel import BaseDriver, Future
 from ..errors import PeerError
@@ -66,13 +67,27 @@ async def establish(
         sock = await _agree(driver, sock, negotiation, security, deadline)
     except TimeoutError as error:
         raise PeerError(f"'{address}' does not answer", errno.ETIMEDOUT) from error
-    except ConnectionError as error:
-        if isinstance(error, PeerError):
-            raise
-        raise PeerError(f"the NBD server at '{address}' closed the connection",
-                        error.errno or errno.ECONNRESET) from error  # fmt: skip
+    except PeerError:
+        raise
+    except OSError as error:
+        raise _ended(error, address) from error
     assert negotiation.agreed is not None
     return Established(sock, negotiation.agreed, negotiation)
+
+
+def _ended(error: OSError, address: Address) -> OSError:
+    """Why a connection ended in the handshake.  With TLS 1.3 servers look at a client's certificate
+    when the client thinks that TLS stands already."""
+    ssl: Any = sys.modules.get("ssl")
+    secured = ssl is not None and isinstance(error, ssl.SSLError)
+    if secured and not isinstance(error, ssl.SSLEOFError):
+        from .nbd_tls import explained
+
+        return explained(error)
+    if not secured and not isinstance(error, ConnectionError):
+        return error
+    text = f"the NBD server at '{address}' closed the connection"
+    return PeerError(text, errno.ECONNRESET if secured else error.errno or errno.ECONNRESET)
 
 
 # -- connecting
@@ -185,6 +200,8 @@ async def _agree(
             else:
                 negotiation.received(await _receive(driver, sock, negotiation.wanted, deadline))
     except BaseException:
+        with suppress(OSError):
+            sock.send(negotiation.take())
         driver.forget(sock.fileno())
         sock.close()
         raise

@@ -149,6 +149,13 @@ class Link:
         number = error.errno if isinstance(error, OSError) else None
         self.lose(getattr(error, "strerror", None) or str(error), number or errno.ECONNRESET)
 
+    def part(self, why: str, number: int) -> None:
+        """End it as :meth:`lose` does, with a word to the server if that needs no waiting."""
+        if self.lost is None:
+            leaving = self.machine.leaving()
+            self._outgoing.send((leaving,), len(leaving))
+            self.lose(why, number)
+
     def lose(self, why: str, number: int) -> None:
         """End it: what was not answered never will be."""
         if self.lost is not None:

@@ -12,6 +12,7 @@ from ..wire import nbd_const as c
 from ..wire.nbd_negotiation import Agreement, Negotiation
 from .nbd_connect import Address, Security, establish
 from .nbd_link import Link, Trip
+from .nbd_unflushed import Unflushed
 
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.02, 1.0
 """Seconds between attempts to connect: doubled each time."""
@@ -43,7 +44,8 @@ class Links:
     """Made by :meth:`open`.
 
     ``broken`` is set when all connections were lost while writes that had been answered were not
-    flushed: whatever server comes next may not have them.
+    flushed, and these could not be sent again: whatever server comes next may not have them.
+    ``unflushed`` are those that can be; None: nothing is sent again.
     """
 
     agreed: Agreement
@@ -54,7 +56,8 @@ class Links:
         self.driver = driver
         self.settings = settings
         self.links: list[Link] = []
-        self.broken: PeerError | None = None
+        self.broken: OSError | None = None
+        self.unflushed = Unflushed() if settings.reconnect_delay else None
         self._may_lose = may_lose
         self._most = 1
         self._extra: Task[None] | None = None
@@ -98,13 +101,32 @@ class Links:
     async def _again(self) -> None:
         """Connect to the server that was lost.  After that was tried for the whole delay in vain,
         each request tries it once."""
-        try:
-            link = await self._until(0 if self._hopeless else self.settings.reconnect_delay)
-        except OSError:
-            self._hopeless = True
-            raise
-        self.links.append(await self._same(link))
+        delay = 0 if self._hopeless else self.settings.reconnect_delay
+        end = self.driver.now() + delay
+        while True:
+            try:
+                link = await self._until(max(0, end - self.driver.now()))
+            except OSError:
+                self._hopeless = True
+                raise
+            await self._same(link)
+            if await self._restored(link):
+                break
+            if self.driver.now() >= end:
+                raise link.lost or ConnectionError
         self._hopeless = False
+        self.links.append(link)
+
+    async def _restored(self, link: Link) -> bool:
+        """Send again what no flush has covered; False when ``link`` was lost meanwhile."""
+        if self.unflushed is not None and self.broken is None:
+            try:
+                await self.unflushed.replay(link)
+            except PeerError:
+                return False
+            except OSError as error:
+                self.broken = error
+        return link.lost is None
 
     async def _same(self, link: Link) -> Link:
         """``link``, if the export is what it was; otherwise it is closed and PeerError raised."""
@@ -124,7 +146,8 @@ class Links:
     def _lost(self, link: Link) -> None:
         if link in self.links:
             self.links.remove(link)
-        if not self.links and not self._closed and self._may_lose():
+        kept = self.unflushed is not None
+        if not (self.links or self._closed or kept) and self._may_lose():
             self.broken = link.lost
 
     async def _pick(self) -> Link:
@@ -139,11 +162,27 @@ class Links:
     async def _one_more(self) -> None:
         """Another connection beside those that there are; without it things go on as well."""
         try:
-            self.links.append(await self._same(await self._connect()))
+            link = await self._same(await self._connect())
+            try:
+                await self._beside()
+            except BaseException:
+                await link.close()
+                raise
+            self.links.append(link)
         except (OSError, Cancelled):
             self._most = len(self.links)
         finally:
             self._extra = None
+
+    async def _beside(self) -> None:
+        """See that an older connection goes on: it might be one to a server that is gone, the new
+        one to its successor, and then nobody would notice what was lost.  Raises PeerError."""
+        block = self.agreed.min_block
+        if not self.links or not self.agreed.size:
+            raise PeerError("the connection was lost")
+        trip = Trip(c.CMD_READ, [0], [block], [memoryview(bytearray(block))])
+        self.links[0].submit(trip)
+        await trip.done
 
     # -- requests
     async def carry(self, trip: Trip) -> None:
@@ -162,7 +201,7 @@ class Links:
                 if failure is None or failure.number != c.ESHUTDOWN or self._closed:
                     return
                 # The server is about to go, and said so.
-                link.lose("the server is shutting down", c.ESHUTDOWN)
+                link.part("the server is shutting down", c.ESHUTDOWN)
                 if not self.settings.reconnect_delay:
                     return
             trip.reset()

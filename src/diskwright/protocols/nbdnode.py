@@ -20,6 +20,7 @@ from .bounce import Bounce
 from .nbd_link import Trip
 from .nbd_links import Links, Settings
 from .nbd_status import by_blocks, extent_of
+from .nbd_unflushed import LIMIT
 
 _ZEROES = bytes(1 << 20)
 _EFFECT = 1 << 30
@@ -84,6 +85,9 @@ class NbdNode(Leaf):
             if trip.failure.text and trip.failure.text != text:
                 text += f" (the server says: {trip.failure.text})"
             raise OSError(number, text)
+        unflushed = self.links.unflushed
+        if unflushed is not None and trip.command in _CHANGES:
+            unflushed.add(trip)
 
     async def _send(self, command: int, rows: Iterator[tuple[int, int, Buffer | None]],
                     flags: int = 0) -> None:  # fmt: skip
@@ -207,6 +211,9 @@ class NbdNode(Leaf):
         finally:  # one of them may have happened
             if not flags & c.CMD_FLAG_FUA:
                 self._written += 1
+        unflushed = self.links.unflushed
+        if unflushed is not None and unflushed.size > LIMIT:
+            await self.flush()
 
     async def zero(self, offsets: Sequence[int], lengths: Sequence[int], flags: int = 0) -> None:
         self.check_writable()
@@ -269,13 +276,15 @@ class NbdNode(Leaf):
 
     async def flush(self) -> None:
         """Also fails when all connections were lost since the last one, and writes with them that
-        the server had answered: a server that was started anew may not have them."""
+        the server had answered and that were not sent again: a server that was started anew may
+        not have them."""
         self.check_open()
         if self._flush_error is not None:
             raise FlushFailed(self._flush_error)
-        written = self._written
+        written, unflushed = self._written, self.links.unflushed
         if written == self._flushed:
             return
+        mark = 0 if unflushed is None else unflushed.mark()
         try:
             if self._can(c.SEND_FLUSH) and self.links.broken is None:
                 await self._carry(Trip(c.CMD_FLUSH, [0], [0]))
@@ -285,16 +294,16 @@ class NbdNode(Leaf):
             self._flush_error = error
             raise
         self._flushed = max(self._flushed, written)
+        if unflushed is not None:
+            unflushed.covered(mark)
 
     def _lost_writes(self) -> PeerError:
-        found = self.links.broken
-        assert found is not None
         return PeerError(
             "the connection was lost with writes that were not flushed, which the server may have "
             "lost",
             errno.EIO,
-            peer=found.peer,
-            export=found.export,
+            peer=str(self.links.settings.address),
+            export=self.agreed.name.decode("utf-8", "replace"),
         )
 
     # -- what is where
@@ -356,6 +365,7 @@ class NbdNode(Leaf):
 
 
 _ALLOCATION = c.BASE_ALLOCATION.decode()
+_CHANGES = frozenset((c.CMD_WRITE, c.CMD_WRITE_ZEROES, c.CMD_TRIM))
 
 
 def _overlapping(offsets: Sequence[int], buffers: Sequence[Buffer]) -> bool:

@@ -99,7 +99,7 @@ class Negotiation:
     The transport sends what :meth:`take` gives; then, if ``upgrade`` is set, it makes the
     connection a TLS one and calls :meth:`secured`; otherwise it receives exactly ``wanted`` bytes
     and hands them to :meth:`received`; until ``agreed`` is set.  Raises PeerError for what the
-    server refuses and for what breaks the protocol.
+    server refuses (then :meth:`take` has a farewell) and for what breaks the protocol.
 
     ``secure``: over TLS or not at all.  ``contexts``: metadata contexts that are asked for.
     ``extended``, ``structured``: ask for these replies.  With ``listing`` no export is chosen:
@@ -182,6 +182,7 @@ class Negotiation:
                     raise
             return (yield from self._by_name(not no_zeroes, "newstyle-fixed", selected))
         except _Declined as declined:
+            self._send(c.OPT_ABORT)
             raise declined.error() from None
 
     def _refuse_plain(self, style: str) -> None:
