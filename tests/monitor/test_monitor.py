@@ -2,86 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import socket
-from collections.abc import Awaitable, Callable, Iterator
-from typing import Any
+from collections.abc import Iterator
 
 import pytest
 
-from diskwright.engine.kernel import Driver, Future
+from diskwright.engine.kernel import Future
 from diskwright.monitor import all_commands, session
-from diskwright.monitor.chardev import Chardev, run
 from diskwright.monitor.commands import COMMANDS, command
 from diskwright.monitor.daemon import Daemon
 from diskwright.monitor.session import QUEUE, Monitor
+from monitor.inside import Peer, with_peers
 from monitor.running import needs_unix
 
 pytestmark = needs_unix
 all_commands()
-
-
-class Peer:
-    """A client in the same driver."""
-
-    def __init__(self, driver: Driver, sock: socket.socket) -> None:
-        sock.setblocking(False)
-        self.driver, self.sock, self.buffer = driver, sock, b""
-
-    async def send(self, data: bytes | dict[str, Any]) -> None:
-        if isinstance(data, dict):
-            data = json.dumps(data).encode()
-        while data:
-            try:
-                data = data[self.sock.send(data) :]
-            except BlockingIOError:
-                await self.driver.writable(self.sock.fileno())
-
-    async def hear(self) -> dict[str, Any] | None:
-        while b"\n" not in self.buffer:
-            try:
-                found = self.sock.recv(1 << 16)
-            except BlockingIOError:
-                await self.driver.readable(self.sock.fileno())
-                continue
-            if not found:
-                return None
-            self.buffer += found
-        line, self.buffer = self.buffer.split(b"\n", 1)
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-
-def with_peers(talk: Callable[..., Awaitable[None]], count: int = 1) -> None:
-    """Run ``talk(daemon, peer, ...)`` beside a daemon with ``count`` monitors."""
-    driver = Driver()
-    pairs = [socket.socketpair() for _ in range(count)]
-
-    async def main() -> None:
-        daemon = Daemon(driver)
-        tasks = [
-            driver.spawn(run(daemon, Chardev(str(i), client=theirs), False))
-            for i, (_, theirs) in enumerate(pairs)
-        ]
-        peers = [Peer(driver, ours) for ours, _ in pairs]
-        try:
-            await talk(daemon, *peers)
-        finally:
-            daemon.stop()
-            await daemon.until_stopped()
-            for task in tasks:
-                task.cancel()
-                await task
-            for peer in peers:
-                driver.forget(peer.sock.fileno())
-
-    try:
-        driver.run(main())
-    finally:
-        driver.close()
-        for pair in pairs:
-            for sock in pair:
-                sock.close()
 
 
 @pytest.fixture

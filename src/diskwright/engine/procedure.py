@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 
 from ..contract import (
     Barrier,
@@ -41,7 +41,8 @@ class Procedures:
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
-        self.on_progress: Callable[[int, int], None] | None = None
+        self.on_progress: Callable[[int, int], Awaitable[None] | None] | None = None
+        """Told of every Progress; may have the procedure wait, or raise into it."""
         self.opening = False
         """What is read is held for as long as the image is open."""
         self._serial = 0
@@ -185,7 +186,9 @@ class Procedures:
             return await engine.allocator.write_leased(request.offset, request.data)
         assert isinstance(request, Progress)
         if self.on_progress is not None:
-            self.on_progress(request.done, request.total)
+            pause = self.on_progress(request.done, request.total)
+            if pause is not None:
+                await pause
         return await engine.driver.turn()
 
 

@@ -11,7 +11,7 @@ from ..contract import FUA, Limits
 from ..engine.futures import Condition
 from ..engine.node import Buffer, Node
 from ..extents import Extent
-from ..hints import Any
+from ..hints import Any, Protocol
 from .stats import FLUSH, READ, UNMAP, WRITE, Stats
 
 
@@ -151,10 +151,20 @@ class Backend(Node):
             await self._changed.wait()
 
 
+class Source(Protocol):
+    """Where requests come from; see :class:`Backend`."""
+
+    def hold(self) -> None: ...
+
+    def release(self) -> None: ...
+
+    async def quiet(self) -> None: ...
+
+
 class Drain:
     """Nothing is on its way through ``backends`` between :meth:`begin` and :meth:`end`."""
 
-    def __init__(self, backends: Iterable[Backend]) -> None:
+    def __init__(self, backends: Iterable[Source]) -> None:
         self._backends = list(backends)
 
     async def begin(self) -> None:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 
 from ..contract import (
     NeedMeta,
@@ -30,6 +31,8 @@ from .names import Options, parse, resolve
 from .node import Node
 from .opener import open_disk
 from .options import convert
+
+DATA_SLOT = "data-file"
 
 
 class _Nothing(Tableless):
@@ -190,24 +193,54 @@ async def write_image(
 
 
 async def create_over(
-    file: Node, found: Driver, options: Mapping[str, Any], *, secrets: Mapping[str, bytes]
+    file: Node,
+    found: Driver,
+    options: Mapping[str, Any],
+    others: Mapping[str, Node] | None = None,
+    *,
+    secrets: Mapping[str, bytes],
+    run: Callable[[MappedNode, Procedure], Awaitable[Any]] | None = None,
 ) -> None:
     """Make an image in ``file``, a node that stays open and loses what it holds (``options``
-    complete, as for :func:`write_image`).  Whoever calls holds the permissions for that."""
+    complete, as for :func:`write_image`).  Whoever calls holds the permissions for that.
+
+    ``others`` are the nodes, by slot, of files that the format makes beside its image; they lose
+    what they hold as well, but for a data file.  ``run`` carries out the procedure.  When it fails,
+    what has lost its content is empty.
+    """
     assert found.create is not None
     graph: Graph = file.graph
     told = {"file-name": file.options.get("filename"), "secrets": secrets}
-    procedure = primed(found.create({**options, **told}))
+    procedure = primed(found.create({**told, **options}))
     await file.truncate(0)
     node = MappedNode(graph.driver, found.name, _Nothing(), {"file": file}, graph.tables)
+
+    async def creator(slot: str, name: str) -> None:
+        child = (others or {})[slot]
+        if slot != DATA_SLOT:
+            await child.truncate(0)
+        node.attach(slot, child)
+
+    node.engine.creator = creator
     try:
         graph.add(node)
-        await node.run_procedure(procedure, whole_image=False)
-        await file.flush()
+        if run is None:
+            await node.run_procedure(procedure, whole_image=False)
+        else:
+            await run(node, procedure)
+        for leaf in node.children.values():
+            await leaf.child.flush()
+    except BaseException:
+        for slot, edge in node.children.items():
+            if slot != DATA_SLOT:
+                with suppress(OSError, DiskError):
+                    await edge.child.truncate(0)
+        raise
     finally:
         node.read_only = True  # nothing is left to write back
         await node.close()
-        node.detach("file")
+        for slot in list(node.children):
+            node.detach(slot)
         graph.remove(node)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 
 from ..contract import Format, Limits, Procedure
 from ..engine.engine import Engine, Opener
@@ -203,7 +203,7 @@ class MappedNode(Node):
         self,
         procedure: Procedure,
         whole_image: bool = True,
-        on_progress: Callable[[int, int], None] | None = None,
+        on_progress: Callable[[int, int], Awaitable[None] | None] | None = None,
     ) -> Any:
         """Run a format's procedure; ``whole_image``: alone, with nothing dirty (rule 8)."""
         self.engine.procedures.on_progress = on_progress

@@ -6,6 +6,7 @@ from __future__ import annotations
 def all_commands() -> None:
     """Import every module that declares commands."""
     from . import (  # noqa: F401
+        amend,
         basics,
         bitmaps,
         blockstats,

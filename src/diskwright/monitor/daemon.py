@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
@@ -19,13 +20,14 @@ from ..graph.graph import Graph, walk
 from ..graph.node import Node
 from ..graph.perms import ALL, Use
 from ..graph.stats import Stats
+from ..jobs.job import Jobs
 from ..secrets import Secrets
 from . import types
 from .commands import EVENTS
+from .jobs import tell
 
 if TYPE_CHECKING:
     from .exports import BlockExport
-    from .jobs import Job
     from .session import Monitor
 
 QEMU = {"micro": 2, "minor": 0, "major": 10}
@@ -52,7 +54,7 @@ class Daemon:
         self.exports: dict[str, BlockExport] = {}
         self.past: WeakKeyDictionary[Node, Stats] = WeakKeyDictionary()
         """What users that have gone have asked of nodes."""
-        self.jobs: dict[str, Job] = {}
+        self.jobs = Jobs(driver, partial(tell, self))
         self.monitors: set[Monitor] = set()
         self.stopping: Future[None] = Future()
         self._users: dict[Node, dict[str, Use]] = {}
@@ -89,11 +91,10 @@ class Daemon:
         written is durable.  Raises the first error of the closing."""
         await self.stopping
         from .exports import close_all
-        from .jobs import cancel_all
         from .nodes import remove_all
 
         async with self.alone():
-            await cancel_all(self)
+            await self.jobs.cancel_all()
             try:
                 await close_all(self)
             finally:
@@ -121,6 +122,15 @@ class Daemon:
         """Somebody beside other nodes uses it: an export, a job."""
         return bool(self._users.get(node))
 
+    def check_free(self, node: Node) -> None:
+        """Raise UsageError while a job needs ``node`` as it is."""
+        for job in self.jobs:
+            if node in job.work.nodes and not job.ended:
+                raise UsageError(
+                    f"Node '{node.name}' is busy: block device is in use by block job: "
+                    f"{job.work.kind}"
+                )
+
     def backends(self) -> list[Backend]:
         """What those outside hold in place of nodes."""
         return [export.disk for export in self.exports.values()]
@@ -128,6 +138,10 @@ class Daemon:
     def draining(self, node: Node) -> Drain:
         """What keeps requests away from ``node``."""
         return Drain(disk for disk in self.backends() if node in walk(disk.node))
+
+    def draining_all(self) -> Drain:
+        """What keeps requests away from all nodes, those of jobs as well."""
+        return Drain([*self.backends(), *(job for job in self.jobs if job.work.block)])
 
     def retire(self, disk: Backend) -> None:
         """Its user has gone: let the node remember what was asked of it."""

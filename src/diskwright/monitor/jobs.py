@@ -1,25 +1,21 @@
-"""Jobs: what takes longer than a command may, and the commands about them."""
+"""Commands and events about jobs."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Coroutine
-from typing import Any, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal, cast
 
-from ..engine.kernel import Cancelled, Task
-from ..errors import DiskError, UsageError
-from ..graph.closing import explain
+from ..errors import UsageError
+from ..jobs.job import Action, IoStatus, Job, Operation
+from ..jobs.states import Status
 from ..records import NamedTuple
-from .commands import command, event
-from .daemon import Daemon
+from .commands import QmpError, command, event
 from .session import Monitor
 
-Status = Literal[
-    "undefined", "created", "running", "paused", "ready", "standby", "waiting", "pending",
-    "aborting", "concluded", "null",
-]  # fmt: skip
-Kind = Literal["create"]
-_ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
+if TYPE_CHECKING:
+    from .daemon import Daemon
+
+Kind = Literal["create", "amend"]
 
 
 class JobChange(NamedTuple):
@@ -29,7 +25,49 @@ class JobChange(NamedTuple):
     status: Status
 
 
+class BlockJobEvent(NamedTuple):
+    """A block job: ``device`` is its id, ``offset`` and ``len`` how much of how much it has done,
+    in bytes, ``speed`` in bytes a second."""
+
+    type: Kind
+    device: str
+    len: int
+    offset: int
+    speed: int
+
+
+class BlockJobCompleted(NamedTuple):
+    """The same; with ``error`` it has failed."""
+
+    type: Kind
+    device: str
+    len: int
+    offset: int
+    speed: int
+    error: str | None = None
+
+
+class BlockJobPending(NamedTuple):
+    """The job."""
+
+    type: Kind
+    id: str
+
+
+class BlockJobError(NamedTuple):
+    """The job, what failed, and what it does now."""
+
+    device: str
+    operation: Operation
+    action: Action
+
+
 event("JOB_STATUS_CHANGE", JobChange, "A job has got another status.")
+event("BLOCK_JOB_COMPLETED", BlockJobCompleted, "A block job has succeeded or failed.")
+event("BLOCK_JOB_CANCELLED", BlockJobEvent, "A block job was cancelled.")
+event("BLOCK_JOB_READY", BlockJobEvent, "A block job can be completed.")
+event("BLOCK_JOB_PENDING", BlockJobPending, "A block job waits for job-finalize.")
+event("BLOCK_JOB_ERROR", BlockJobError, "A block job has met an error.")
 
 
 class JobInfo(NamedTuple):
@@ -43,106 +81,171 @@ class JobInfo(NamedTuple):
     error: str | None = None
 
 
-class Job:
-    """One job: ``work`` runs until it has ended or is cancelled; then the job is concluded, and
-    stays until it is dismissed."""
+class BlockJobInfo(NamedTuple):
+    """A block job; see BLOCK_JOB_COMPLETED for the first five.  ``busy``: it is not at rest;
+    ``paused``: it was asked to rest; ``ready``: it can be completed; ``io-status``: the error that
+    it stopped for."""
 
-    def __init__(self, daemon: Daemon, id: str, kind: Kind) -> None:
-        if not _ID.fullmatch(id):
-            raise UsageError(f"Invalid job ID '{id}'")
-        if id in daemon.jobs:
-            raise UsageError(f"Job ID '{id}' already in use")
-        self.daemon, self.id, self.kind = daemon, id, kind
-        self.status: Status = "undefined"
-        self.error: str | None = None
-        self.done = 0
-        self._task: Task[None] | None = None
-        daemon.jobs[id] = self
+    type: Kind
+    device: str
+    len: int
+    offset: int
+    speed: int
+    busy: bool
+    paused: bool
+    io_status: IoStatus
+    ready: bool
+    status: Status
+    auto_finalize: bool
+    auto_dismiss: bool
+    error: str | None = None
 
-    def start(self, work: Coroutine[Any, Any, None]) -> None:
-        """Begin."""
-        self._to("created")
-        self._to("running")
-        self._task = self.daemon.driver.spawn(self._run(work), name=f"job {self.id}")
 
-    async def _run(self, work: Coroutine[Any, Any, None]) -> None:
-        try:
-            await work
-        except Cancelled:
-            self.error = "Operation canceled"
-        except (DiskError, OSError) as error:
-            self.error = explain(error).partition("\n")[0]
-        self.done = 1
-        if self.error is not None:
-            self._to("aborting")
+def tell(daemon: Daemon, job: Job, what: str, more: Mapping[str, Any]) -> None:
+    """Tell the monitors what happened to ``job``; see :class:`.Jobs`."""
+    if what == "status":
+        daemon.emit("JOB_STATUS_CHANGE", JobChange(job.id, job.status))
+    elif job.work.block:
+        name = f"BLOCK_JOB_{what.upper()}"
+        if what == "pending":
+            daemon.emit(name, BlockJobPending(_kind(job), job.id))
+        elif what == "error":
+            daemon.emit(name, BlockJobError(job.id, **more))
         else:
-            self._to("waiting")
-            self._to("pending")
-        self._to("concluded")
-
-    def cancel(self) -> None:
-        """End it; what it has made so far is not to be used."""
-        if self._task is not None:
-            self._task.cancel()
-
-    async def ended(self) -> None:
-        """Wait until it is concluded."""
-        if self._task is not None and not self._task.done:
-            await self._task
-
-    def dismiss(self) -> None:
-        """Forget it."""
-        self._to("null")
-        del self.daemon.jobs[self.id]
-
-    def check(self, verb: str, *allowed: Status) -> None:
-        """Raise UsageError unless its status is one of ``allowed``."""
-        if self.status not in allowed:
-            raise UsageError(
-                f"Job '{self.id}' in state '{self.status}' cannot accept command verb '{verb}'"
-            )
-
-    def info(self) -> JobInfo:
-        """What query-jobs tells."""
-        return JobInfo(self.id, self.kind, self.status, self.done, 1, self.error)
-
-    def _to(self, status: Status) -> None:
-        self.status = status
-        self.daemon.emit("JOB_STATUS_CHANGE", JobChange(self.id, status))
+            state = BlockJobEvent(_kind(job), job.id, job.total, job.done, job.pace.speed)
+            failed = what == "completed" and job.error is not None
+            daemon.emit(name, BlockJobCompleted(*state, job.error) if failed else state)
 
 
 @command("query-jobs")
 def query_jobs(monitor: Monitor) -> list[JobInfo]:
     """List the jobs; a concluded one until it is dismissed."""
-    return [job.info() for job in monitor.daemon.jobs.values()]
+    return [
+        JobInfo(job.id, _kind(job), job.status, job.done, job.total, job.error)
+        for job in monitor.daemon.jobs
+    ]
+
+
+@command("query-block-jobs")
+def query_block_jobs(monitor: Monitor) -> list[BlockJobInfo]:
+    """List the jobs that move a block device's data; a concluded one until it is dismissed."""
+    return [
+        BlockJobInfo(
+            type=_kind(job),
+            device=job.id,
+            len=job.total,
+            offset=job.done,
+            speed=job.pace.speed,
+            busy=job.busy,
+            paused=job.paused,
+            io_status=job.io_status,
+            ready=job.ready,
+            status=job.status,
+            auto_finalize=job.auto_finalize,
+            auto_dismiss=job.auto_dismiss,
+            error=job.error,
+        )
+        for job in monitor.daemon.jobs
+        if job.work.block
+    ]
+
+
+def _kind(job: Job) -> Kind:
+    return cast(Kind, job.work.kind)
+
+
+@command("job-pause")
+def job_pause(monitor: Monitor, id: str) -> None:
+    """Let a job rest, as soon as it comes to where it can."""
+    _job(monitor, id).pause()
+
+
+@command("job-resume")
+def job_resume(monitor: Monitor, id: str) -> None:
+    """Let a job go on that was paused, or that stopped at an error."""
+    _job(monitor, id).resume()
 
 
 @command("job-cancel")
 def job_cancel(monitor: Monitor, id: str) -> None:
-    """End a job.  It is concluded with an error when nothing of it is on its way any more."""
-    job = _job(monitor, id)
-    job.check("cancel", "created", "running")
-    job.cancel()
+    """End a job, and those of its group.  It is concluded with an error when nothing of it is on
+    its way any more."""
+    _job(monitor, id).cancel()
+
+
+@command("job-complete")
+def job_complete(monitor: Monitor, id: str) -> None:
+    """Let a job that is ready come to its end."""
+    _job(monitor, id).complete()
+
+
+@command("job-finalize")
+def job_finalize(monitor: Monitor, id: str) -> None:
+    """Let a job that is pending, and with it those of its group, come to its end."""
+    _job(monitor, id).finalize()
 
 
 @command("job-dismiss")
 def job_dismiss(monitor: Monitor, id: str) -> None:
     """Forget a job that is concluded."""
-    job = _job(monitor, id)
-    job.check("dismiss", "concluded")
-    job.dismiss()
+    _job(monitor, id).dismiss()
 
 
 def _job(monitor: Monitor, id: str) -> Job:
-    found = monitor.daemon.jobs.get(id)
+    found = monitor.daemon.jobs.all.get(id)
     if found is None:
         raise UsageError("Job not found")
     return found
 
 
-async def cancel_all(daemon: Daemon) -> None:
-    """End and forget all jobs."""
-    for job in list(daemon.jobs.values()):
-        job.cancel()
-        await job.ended()
-        job.dismiss()
+# -- block jobs
+@command("block-job-set-speed")
+def block_job_set_speed(monitor: Monitor, device: str, speed: int) -> None:
+    """Limit a block job to ``speed`` bytes a second (0: no limit)."""
+    _block_job(monitor, device).set_speed(speed)
+
+
+@command("block-job-cancel")
+def block_job_cancel(monitor: Monitor, device: str, force: bool = False) -> None:
+    """End a block job; one that is ready and can be left so ends well, unless ``force``."""
+    job = _block_job(monitor, device)
+    if job.paused and not force:
+        raise UsageError(f"The block job for device '{device}' is currently paused")
+    job.cancel(force)
+
+
+@command("block-job-pause")
+def block_job_pause(monitor: Monitor, device: str) -> None:
+    """See job-pause."""
+    _block_job(monitor, device).pause()
+
+
+@command("block-job-resume")
+def block_job_resume(monitor: Monitor, device: str) -> None:
+    """See job-resume."""
+    _block_job(monitor, device).resume()
+
+
+@command("block-job-complete")
+def block_job_complete(monitor: Monitor, device: str) -> None:
+    """See job-complete."""
+    _block_job(monitor, device).complete()
+
+
+@command("block-job-finalize")
+def block_job_finalize(monitor: Monitor, id: str) -> None:
+    """See job-finalize."""
+    _block_job(monitor, id).finalize()
+
+
+@command("block-job-dismiss")
+def block_job_dismiss(monitor: Monitor, id: str) -> None:
+    """See job-dismiss."""
+    _block_job(monitor, id).dismiss()
+
+
+def _block_job(monitor: Monitor, id: str) -> Job:
+    found = monitor.daemon.jobs.all.get(id)
+    if found is None or not found.work.block:
+        raise QmpError("DeviceNotActive", f"Block job '{id}' not found")
+    return found

@@ -114,6 +114,7 @@ async def _reopen(daemon: Daemon, wanted: dict[str, Any]) -> None:
     node = daemon.graph.nodes.get(name)
     if node is None:
         raise UsageError(f"Failed to find node with node-name='{name}'")
+    daemon.check_free(node)
     given = names.flatten(wanted)
     now = names.flatten(node.options)
     for key, value in given.items():

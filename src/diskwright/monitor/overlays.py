@@ -34,7 +34,7 @@ async def blockdev_snapshot(transaction: Transaction, node: str, overlay: str) -
     changed: the image in ``overlay`` must name its backing file itself."""
     daemon = transaction.daemon
     below = daemon.find(node, node)
-    await _settled(transaction, below)
+    await _flush(below)
     await _put_over(transaction, below, daemon.find(overlay, overlay))
 
 
@@ -57,7 +57,7 @@ async def blockdev_snapshot_sync(
         raise UsageError("New overlay node-name missing")
     if snapshot_node_name in daemon.graph.nodes:
         raise UsageError("New overlay node-name already in use")
-    await _settled(transaction, below)
+    await _flush(below)
     if not registry.known(format):
         raise UsageError(f"Unknown file format '{format}'")
     if "backing" not in registry.driver(format).capabilities:
@@ -77,13 +77,7 @@ async def blockdev_snapshot_sync(
     transaction.finish(lambda: release(daemon, overlay))
 
 
-async def _settled(transaction: Transaction, node: Node) -> None:
-    """Nothing is on its way to ``node`` any more until the transaction has ended, and all that was
-    written is durable."""
-    drain = transaction.daemon.draining(node)
-    await drain.begin()
-    transaction.undo(drain.end)
-    transaction.last(drain.end)
+async def _flush(node: Node) -> None:
     if not node.read_only:
         await node.flush()
 

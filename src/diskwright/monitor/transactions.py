@@ -15,6 +15,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from ..errors import DiskError, UsageError
 from ..graph.closing import explain
+from ..jobs.groups import Group
+from ..jobs.job import Job, Work
 from ..records import NamedTuple
 from . import types
 from .commands import command
@@ -28,40 +30,56 @@ Mode = Literal["individual", "grouped"]
 
 
 class Transaction:
-    """What is done together.  ``grouped``: of the jobs that it begins one alone cannot succeed."""
+    """What is done together, while no request is on its way.  ``grouped``: the jobs that it begins
+    succeed together or not at all."""
 
     def __init__(self, daemon: Daemon, mode: Mode = "individual") -> None:
         self.daemon = daemon
-        self.mode = mode
+        self._group = Group() if mode == "grouped" else None
         self._undo: list[Step] = []
         self._finish: list[Step] = []
-        self._last: list[Step] = []
 
     def undo(self, step: Step) -> None:
         """Call ``step`` if an action fails; those that were named later are called before."""
         self._undo.append(step)
 
     def finish(self, step: Step) -> None:
-        """Call ``step`` when all actions have succeeded.  It does not fail."""
+        """Call ``step``, which does not fail, when all actions have succeeded."""
         self._finish.append(step)
 
-    def last(self, step: Step) -> None:
-        """Call ``step`` behind all that finishes the actions."""
-        self._last.append(step)
+    def begin(self, id: str, work: Work, **options: Any) -> Job:
+        """A job (``options`` as :class:`.Job` has them) that starts when all have succeeded."""
+        job = Job(self.daemon.jobs, id, work, group=self._group, **options)
+
+        async def drop() -> None:
+            job.stop()
+            await job.until_ended()
+
+        self.undo(drop)
+        self.finish(job.start)
+        return job
 
     async def run(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Do ``work`` (which tells :meth:`undo` and :meth:`finish`) as a whole or not at all."""
+        """Do ``work``, which tells :meth:`undo` and :meth:`finish`, as a whole or not at all."""
+        drain = self.daemon.draining_all()
+        await drain.begin()
         try:
-            await work()
-        except BaseException as error:
-            for step in reversed(self._undo):
-                try:
-                    await _done(step)
-                except (OSError, DiskError) as second:
-                    error.add_note(f"Could not be taken back ({explain(second)})")
-            raise
-        for step in self._finish + self._last:
-            await _done(step)
+            try:
+                await work()
+            except BaseException as error:
+                await self._take_back(error)
+                raise
+            for step in self._finish:
+                await _done(step)
+        finally:
+            drain.end()
+
+    async def _take_back(self, error: BaseException) -> None:
+        for step in reversed(self._undo):
+            try:
+                await _done(step)
+            except (OSError, DiskError) as second:
+                error.add_note(f"Could not be taken back ({explain(second)})")
 
 
 async def _done(step: Step) -> None:
@@ -130,14 +148,16 @@ async def transaction(
 ) -> None:
     """Carry out actions in their order, each with the arguments of the command of its name; when
     one fails, nothing has been done.  ``abort`` always fails."""
-    whole = Transaction(monitor.daemon, properties.completion_mode if properties else "individual")
-    if whole.mode == "grouped":
+    mode = properties.completion_mode if properties else "individual"
+    if mode == "grouped":
         for one in actions:
             if not ACTIONS[one["type"]].grouped:
                 raise UsageError(
                     f"Action '{one['type']}' does not support transaction property "
                     "completion-mode = grouped"
                 )
+
+    whole = Transaction(monitor.daemon, mode)
 
     async def work() -> None:
         for one in actions:

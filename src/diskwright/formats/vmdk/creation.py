@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 from ...abilities import StreamWriter
 from ...contract import Barrier, Create, MetaWrite, Procedure, Progress, Truncate, Write
@@ -105,6 +105,8 @@ def check_options(options: Mapping[str, Any]) -> Wanted:
     if level is not None and not 1 <= level <= 9:
         raise UsageError(f"Compression level {level} is not between 1 and 9")
     extents = list(split(size // SECTOR, kind, str(options.get("file-name") or "disk.vmdk")))
+    if options.get("extents") is not None:
+        extents = _named(extents, kind, options["extents"])
     text = new_text(options, subformat, size // SECTOR, extents, backing)
     if kind.suffix is None and len(text) > MAX_EMBEDDED:
         raise UsageError("The descriptor is too large")
@@ -128,6 +130,18 @@ def split(sectors: int, kind: Kind, file_name: str) -> Iterator[ExtentLine]:
             name = extent_name(bare, kind.suffix, index + 1)
         length = min(most, sectors - index * most)
         yield ExtentLine(RW, length, kind.type, name, offset)
+
+
+def _named(extents: list[ExtentLine], kind: Kind, names: Sequence[str]) -> list[ExtentLine]:
+    """The same in files that the caller has chosen."""
+    needed = 0 if kind.suffix is None else len(extents)
+    if len(names) < needed:
+        raise UsageError(f"Extent [{len(names)}] not specified")
+    if len(names) > needed:
+        raise UsageError("List of extents contains unused extents")
+    if not names:
+        return extents
+    return [line._replace(name=name) for line, name in zip(extents, names, strict=True)]
 
 
 def extent_name(bare: str, suffix: str, number: int) -> str:
