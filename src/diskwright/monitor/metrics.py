@@ -26,11 +26,10 @@ def gather(daemon: Daemon) -> Iterator[Family]:
         yield from metrics.nbd(daemon.server, served)
     done: list[Sample] = []
     end: list[Sample] = []
-    for job in daemon.jobs.values():
-        info = job.info()
-        labels = {"job": info.id, "type": info.type}
-        done.append((labels, info.current_progress))
-        end.append((labels, info.total_progress))
+    for job in daemon.jobs:
+        labels = {"job": job.id, "type": job.work.kind}
+        done.append((labels, job.done))
+        end.append((labels, job.total))
     help = "How far a job is; it has no unit."
     yield Family("diskwright_job_progress", "gauge", help, done)
     help = "Where the job's progress ends, as far as that is known."
