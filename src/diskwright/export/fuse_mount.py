@@ -39,8 +39,8 @@ class Mount:
     """``file`` over the regular file ``mountpoint``.
 
     ``allow_other``: users other than this process's, as the file's mode and owner say (``auto``:
-    where the system allows it).  ``direct``: the kernel keeps nothing of it in memory, because
-    others change the disk, too; then it cannot be mapped into memory to be shared.
+    where the system allows it).  ``direct``: the kernel keeps neither data nor size in memory,
+    because others change the disk, too; then it cannot be mapped into memory to be shared.
     """
 
     def __init__(
@@ -75,6 +75,8 @@ class Mount:
             options.update(allow_other=True, default_permissions=True)
         if not self.file.writable:
             options["ro"] = True
+        if self.direct:
+            options["attr_timeout"] = 0  # others change the size, too
         thread = threading.Thread(target=self._loop, args=(fuse, options), name="fuse", daemon=True)
         thread.start()
         await self._mounted

@@ -183,6 +183,10 @@ class Daemon:
             self.refresh(node)
             raise
 
+    def use_of(self, node: Node, who: str) -> Use:
+        """What :meth:`use` was told of ``who``."""
+        return self._users.get(node, {}).get(who, Use(frozenset()))
+
     def needs(self, node: Node) -> frozenset[str]:
         """The permissions that users outside and parents of ``node`` need of it."""
         found = [use.perms for use in self._users.get(node, {}).values()]

@@ -151,8 +151,7 @@ async def add_export(daemon: Daemon, options: Mapping[str, Any]) -> None:
     node = disk.node
     mount = await mount_of(daemon, disk, options)
     export = BlockExport(id, disk, writable, mount=mount)
-    # The kernel knows a size.
-    daemon.use(node, export.user, root_use(writable, ALL - {RESIZE}, mount.file.growable))
+    daemon.use(node, export.user, root_use(writable, resize=mount.file.growable))
     try:
         await mount.start()
     except BaseException:

@@ -11,7 +11,7 @@ from ..graph.closing import close_disk, discard_disk
 from ..graph.node import Node
 from ..graph.opening import Opening
 from ..graph.options import Mode
-from ..graph.perms import root_use
+from ..graph.perms import WRITE, root_use
 from .blockdev import OPTIONS
 from .commands import command
 from .daemon import Daemon
@@ -127,9 +127,17 @@ async def _reopen(daemon: Daemon, wanted: dict[str, Any]) -> None:
                 raise NotSupported(f"Changing '{slot}' of a node is not supported")
         elif now.get(key) != value:
             raise UsageError(f"Cannot change the option '{key}'")
+    read_only = wanted.get("read-only", False)
+    if read_only and WRITE in daemon.needs(node):
+        raise UsageError(f"Read-only block node '{name}' cannot support read-write users")
     cache = wanted.get("cache", {})
     mode = "unsafe" if cache.get("no-flush") else "none" if cache.get("direct") else "writeback"
-    await reopen(node, writable=not wanted.get("read-only", False), cache=mode)
+    drain = daemon.draining(node)
+    await drain.begin()
+    try:
+        await reopen(node, writable=not read_only, cache=mode)
+    finally:
+        drain.end()
     daemon.refresh(node)
 
 

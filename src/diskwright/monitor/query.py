@@ -196,13 +196,11 @@ def x_debug_query_block_graph(monitor: Monitor) -> BlockGraph:
     for export in daemon.exports.values():
         ids[export] = len(ids) + 1
         nodes.append(GraphNode(ids[export], "block-backend", ""))
-        perms = {"consistent-read"} | ({"write"} if export.writable else set())
-        shared = set(_PERMISSIONS) - {"resize"}
-        edges.append(
-            GraphEdge(ids[export], ids[export.node], "root", _listed(perms), _listed(shared))
-        )
+        use = daemon.use_of(export.node, export.user)
+        perms, shared = _listed(use.perms), _listed(use.shared)
+        edges.append(GraphEdge(ids[export], ids[export.node], "root", perms, shared))
     return BlockGraph(nodes[::-1], edges[::-1])
 
 
-def _listed(perms: frozenset[str] | set[str]) -> list[Permission]:
+def _listed(perms: frozenset[str]) -> list[Permission]:
     return [name for name in _PERMISSIONS if name in perms]  # type: ignore[misc]
