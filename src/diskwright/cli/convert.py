@@ -8,7 +8,7 @@ from ..errors import DiskError, UsageError
 from ..hints import TYPE_CHECKING, Any
 from .create import check_names, collect, creation_failed, list_options, overlay, wants_list
 from .images import arguments, cache_mode, gate, run, spec
-from .options import FORCE_SHARE, GATE, IMAGE_OPTS, OBJECT, PROGRESS, QUIET, Args, Opt
+from .options import FORCE_SHARE, GATE, IMAGE_OPTS, OBJECT, PROGRESS, QUIET, TRACE, Args, Opt
 from .output import Call, reason, strerror, to_stderr
 from .progress import Progress
 from .sizes import INT64_MAX, bounded
@@ -53,6 +53,7 @@ OPTIONS = (
         ("sha256", "sha512", "sha1", "md5", "blake2b", "tree")),
     Opt("", "resume", "WHEN", "keep a journal, TARGET.resume, and go on by it where an earlier run "
         "stopped ('--resume=verify': compare digests of the source)", ("verify",)),
+    TRACE,
     *GATE,
     OBJECT,
 )

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ..errors import DiskError, NotSupported, UsageError
-from .images import gate, new_driver, take_budget
-from .options import BUDGETS, GATE, HELP, METRICS, Args, Opt, help_text, parse
+from ..errors import DiskError, UsageError
+from .images import gate, new_driver, take_budget, take_trace
+from .options import BUDGETS, GATE, HELP, METRICS, TRACE, Args, Opt, help_text, parse
 from .output import Call, reason
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 OPTIONS = (
     HELP,
     Opt("V", "version", "", "print the version and exit"),
-    Opt("T", "trace", "PATTERN", "refused: there is no tracing"),
+    TRACE._replace(short="T"),
     Opt("", "blockdev", "DEF", "open a node: [driver=]DRIVER,node-name=NAME[,read-only=on|off]"
         "[,cache.direct=on|off][,...], or JSON"),
     Opt("", "export", "DEF", "export a node: [type=]nbd,id=ID,node-name=NAME[,name=NAME]"
@@ -52,11 +52,10 @@ def main(call: Call, argv: list[str]) -> int:
 
         call.out(version(call.name))
         return 0
-    if "trace" in args:
-        raise NotSupported("--trace is not supported")
     if args.operands:
         raise UsageError(f"{args.operands[0]}: Unexpected argument")
     take_budget(args)
+    take_trace(args)
     if "daemonize" in args:
         from .background import in_background
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Coroutine
 
 from ..errors import UsageError
 from ..hints import TYPE_CHECKING, Any, TypeVar
-from .options import BUDGETS, FORMAT, HELP, Args, Opt, help_text, parse
+from .options import BUDGETS, FORMAT, HELP, TRACE, Args, Opt, help_text, parse
 from .output import Call, UsageProblem
 
 if TYPE_CHECKING:
@@ -33,6 +33,8 @@ def arguments(
         return None
     call.quiet = "quiet" in args
     take_budget(args)
+    if TRACE in declared:
+        take_trace(args)
     return args
 
 
@@ -53,19 +55,52 @@ def new_driver() -> Driver:
 
     driver = Driver()
     driver.budget = _budget
+    if _trace is not None:
+        from ..engine.trace import Tracer
+
+        driver.trace = Tracer(driver, *_trace)
     return driver
 
 
-def _budget_of(seconds: str | None, memory: str | None, metadata: str | None) -> Budget:
+_trace: tuple[str | None, float | None] | None = None
+"""The file and the time that ``--trace`` names; None without it."""
+
+
+def take_trace(args: Args) -> None:
+    """Trace requests as ``--trace`` says.  Raises UsageError."""
+    global _trace
+    _trace = None
+    text = args.get("trace")
+    if text is None:
+        return
+    path = slow = None
+    for part in text.split(","):
+        name, _, value = part.partition("=")
+        if name == "file" and value:
+            path = value
+        elif name == "slow":
+            slow = seconds("--trace slow", value)
+        elif part != "on":
+            raise UsageError(f"--trace expects on, slow=SECONDS or file=PATH, not '{part}'")
+    _trace = path, slow
+
+
+def seconds(name: str, text: str) -> float:
+    """A time above 0.  Raises UsageError."""
+    try:
+        found = float(text)
+    except ValueError:
+        found = 0
+    if not 0 < found < 1e9:
+        raise UsageError(f"{name} expects a number of seconds, not '{text}'")
+    return found
+
+
+def _budget_of(text: str | None, memory: str | None, metadata: str | None) -> Budget:
     from ..engine.budget import Budget
     from .sizes import bounded
 
-    try:
-        time = None if seconds is None else float(seconds)
-    except ValueError:
-        time = -1
-    if time is not None and not 0 < time < 1e9:
-        raise UsageError(f"--max-time expects a number of seconds, not '{seconds}'")
+    time = None if text is None else seconds("--max-time", text)
     return Budget(
         time,
         None if memory is None else bounded("--max-memory", memory, 1),

@@ -49,6 +49,8 @@ ALLOW = Opt("", "allow", "DIR", "open what images name below DIR, too (repeatabl
 MAP_PATH = Opt("", "map-path", "FROM=TO", "where a path is here that images name (repeatable)")
 GATE = (POLICY, ALLOW, MAP_PATH)
 """What decides about the files that images name."""
+TRACE = Opt("", "trace", "WHAT", "time requests, and tell at SIGUSR2 what they wait for: on, "
+            "slow=SECONDS (also once one takes longer), file=PATH (each as JSON)")  # fmt: skip
 METRICS = Opt("", "metrics", "ADDRESS", "answer HTTP requests for /metrics (Prometheus) at "
               "HOST:PORT, PORT (of this machine alone) or unix:PATH")  # fmt: skip
 BUDGETS = (

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import sys
 
-from ..errors import UsageError
-from .images import arguments
+from .images import arguments, seconds
 from .options import Opt
 from .output import Call, UsageProblem
 
@@ -38,12 +37,13 @@ def main(call: Call, argv: list[str]) -> int:
         call.out(text, "")
         sys.stdout.flush()
 
+    timeout = args.get("timeout")
     shell = Shell(
         connect(args.operands[0]),
         out,
         pretty=typed or "pretty" in args,
         events=typed or "events" in args,
-        timeout=seconds("--timeout", args.get("timeout")),
+        timeout=None if timeout is None else seconds("--timeout", timeout),
     )
     try:
         if typed:
@@ -53,16 +53,3 @@ def main(call: Call, argv: list[str]) -> int:
         return 0 if shell.script(lines, "keep-going" in args) else 1
     finally:
         shell.close()
-
-
-def seconds(name: str, text: str | None) -> float | None:
-    """A time above 0; None where none is given.  Raises UsageError."""
-    if text is None:
-        return None
-    try:
-        found = float(text)
-    except ValueError:
-        found = 0
-    if not 0 < found < 1e9:
-        raise UsageError(f"{name} expects a number of seconds, not '{text}'")
-    return found

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from ..errors import DiskError, UsageError
 from ..records import NamedTuple
 from .images import arguments, gate, new_driver, secrets, served, warn_if_guessed
-from .options import FORCE_SHARE, FORMAT, GATE, IMAGE_OPTS, METRICS, OBJECT, Args, Opt
+from .options import FORCE_SHARE, FORMAT, GATE, IMAGE_OPTS, METRICS, OBJECT, TRACE, Args, Opt
 from .output import Call, UsageProblem, reason
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ OPTIONS = (
     Opt("", "fork", "", "return when clients can connect, and serve in the background"),
     Opt("", "pid-file", "PATH", "write the server's process id there"),
     METRICS,
+    TRACE,
     Opt("v", "verbose", "", "report why clients were dropped"),
     FORCE_SHARE,
     *GATE,

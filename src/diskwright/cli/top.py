@@ -8,10 +8,9 @@ import sys
 import time
 
 from ..errors import UsageError
-from .images import arguments
+from .images import arguments, seconds
 from .options import Opt
 from .output import Call, UsageProblem
-from .qmp import seconds
 
 OPTIONS = (
     Opt("d", "delay", "SECONDS", "between two looks (default 2)"),
@@ -33,7 +32,7 @@ def main(call: Call, argv: list[str]) -> int:
         return 0
     if len(args.operands) != 1:
         raise UsageProblem("Expecting the socket of a monitor")
-    delay = seconds("--delay", args.get("delay")) or 2.0
+    delay = seconds("--delay", args.get("delay") or "2")
     count = 1 if "once" in args else _count(args.get("number"))
     from ..console import terminal
     from ..console.connection import Connection, connect

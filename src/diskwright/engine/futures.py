@@ -15,6 +15,7 @@ from ..hints import TYPE_CHECKING, Any, Generic, TypeVar
 if TYPE_CHECKING:
     from .budget import Budget
     from .pool import Pool
+    from .trace import Tracer
 
 T = TypeVar("T")
 
@@ -140,6 +141,8 @@ class BaseDriver:
         self.budget: Budget | None = None if limits is None else limits.current()
         """What all that runs here may use."""
         self.tasks: set[Task[Any]] = set()
+        self.trace: Tracer | None = None
+        """Follows the nodes that are opened, if requests are traced."""
         self._pool: Pool | None = None
 
     def in_time(self, work: Coroutine[Any, Any, T]) -> Coroutine[Any, Any, T]:

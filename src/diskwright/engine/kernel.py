@@ -265,6 +265,8 @@ class Driver(BaseDriver):
     def close(self) -> None:
         """End the pool and close the driver's own descriptors."""
         self.stop_pool()
+        if self.trace is not None:
+            self.trace.close()
         if self._poller is not None and self._wake is not None:
             self._poller.close()
             for end in self._wake:

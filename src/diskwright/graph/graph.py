@@ -69,6 +69,8 @@ class Graph:
             self.check_name(name)
         node.name = name or self.new_name()
         node.graph = self
+        if self.driver.trace is not None:
+            self.driver.trace.follow(node)
         self.nodes[node.name] = node
         return node
 

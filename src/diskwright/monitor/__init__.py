@@ -21,4 +21,5 @@ def all_commands() -> None:
         snapshots,
         thresholds,
         transactions,
+        waiting,
     )
