@@ -2,9 +2,10 @@
 
 Each target in a process of its own, as many at once as ``FUZZ_JOBS`` says (default: one for each
 processor): ``FUZZ_TARGETS`` (default: all), ``FUZZ_RUNS`` executions each (default: a million), in
-``FUZZ_FOLDER`` (default: .fuzz), whose corpora the next run goes on from.  Tells executions, speed,
-memory, what went wrong, and the line coverage of `formats/`.  Exit status 1 when anything went
-wrong.
+``FUZZ_FOLDER`` (default: .fuzz).  A run that was ended early is gone on with by the next one; when
+there is nothing left to do, the corpora are executed once more.  Tells executions and seconds of
+processor time of all runs in the folder, the share that got behind opening, the peak of memory,
+what goes wrong, and the line coverage of `formats/`.  Exit status 1 when anything goes wrong.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from fuzz.targets import TARGETS
 
 ROOT = Path(__file__).resolve().parents[2]
 FORMATS = ROOT / "src" / "diskwright" / "formats"
-_COLUMNS = "{:<8} {:>10} {:>7} {:>7} {:>7} {:>9} {:>6}"
+_COLUMNS = "{:<8} {:>10} {:>7} {:>7} {:>7} {:>7} {:>9} {:>6}"
 
 
 def main() -> int:
@@ -33,20 +34,19 @@ def main() -> int:
     jobs = int(os.environ.get("FUZZ_JOBS") or os.cpu_count() or 1)
     wrong = False
     lines: dict[str, set[int]] = {}
-    print(_COLUMNS.format("target", "executions", "per s", "opened", "corpus", "peak MiB", "wrong"))
+    titles = "target", "executions", "CPU s", "per s", "opened", "corpus", "peak MiB", "wrong"
+    print(_COLUMNS.format(*titles))
     with ThreadPoolExecutor(jobs) as pool:
         for name, result in pool.map(lambda name: (name, one(name, runs, folder / name)), names):
-            if result is None:
-                print(f"{name:<8} ended early: see {folder / name}/log")
-                wrong = True
-                continue
-            wrong |= bool(result["found"])
-            count = result["executions"]
+            if "died" in result:
+                print(f"{name:<8} {result['died']}: see {folder / name}/log")
+            wrong |= bool(result["found"] or "died" in result)
+            count, seconds = result["executions"], result["seconds"]
             print(
                 _COLUMNS.format(
-                    name, count, round(count / max(result["seconds"], 0.01)),
-                    f"{100 * result['opened'] // count}%",
-                    len(list((folder / name / "corpus").iterdir())), result["peak"],
+                    name, count, round(seconds), round(count / max(seconds, 0.01)),
+                    f"{100 * result['opened'] // max(count, 1)}%",
+                    len(list((folder / name / "corpus").glob("*"))), result["peak"],
                     len(result["found"]),
                 ),
                 flush=True,
@@ -60,19 +60,18 @@ def main() -> int:
     return int(wrong)
 
 
-def one(name: str, runs: int, folder: Path) -> dict[str, Any] | None:
-    """The result of one target; None when it died."""
+def one(name: str, runs: int, folder: Path) -> dict[str, Any]:
+    """The result of one target."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "result.json").unlink(missing_ok=True)
     environment = {**os.environ, "PYTHONPATH": f"{ROOT / 'src'}{os.pathsep}{ROOT / 'tests'}"}
     with (folder / "log").open("w") as log:
         words = [sys.executable, "-m", "fuzz.guided", name, str(runs), str(folder)]
-        subprocess.run(words, cwd=folder, env=environment, stdout=log, stderr=log)
-    try:
-        found: dict[str, Any] = json.loads((folder / "result.json").read_text())
-    except OSError:
-        return None
-    return found
+        ended = subprocess.run(words, cwd=folder, env=environment, stdout=log, stderr=log)
+    found: dict[str, Any] = {"executions": 0, "opened": 0, "seconds": 0, "peak": 0, "found": {},
+                             "lines": {}}  # fmt: skip
+    if (folder / "result.json").exists():
+        found |= json.loads((folder / "result.json").read_text())
+    return found | ({"died": f"ended with {ended.returncode}"} if ended.returncode else {})
 
 
 def report(lines: dict[str, set[int]]) -> None:
@@ -81,7 +80,7 @@ def report(lines: dict[str, set[int]]) -> None:
     all_reached = all_lines = 0
     for path in sorted(FORMATS.rglob("*.py")):
         code = set(executable(compile(path.read_text(), str(path), "exec")))
-        reached = len(code & lines.get(str(path), set()))
+        reached = len(code & lines.get(f"formats/{path.relative_to(FORMATS).as_posix()}", set()))
         all_reached += reached
         all_lines += len(code)
         if code:

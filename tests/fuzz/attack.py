@@ -3,7 +3,7 @@ number of steps, and nothing may be written where nothing was to be written."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from diskwright.abilities import SnapshotInfo
@@ -31,7 +31,8 @@ _OPENED: dict[str, dict[str, Any]] = {
                 "assumed": {}},
 }  # fmt: skip
 _MAPPED = 1 << 20
-_READ = 64 << 10
+_READ = 16 << 10
+_GROWN = 256 << 10
 
 
 def attack(
@@ -39,9 +40,10 @@ def attack(
     files: Mapping[str, Pages | bytes],
     mode: str,
     machine: Hostile | None = None,
+    first: Sequence[int] = (),
 ) -> int:
-    """Open ``files`` as ``sample`` is opened, and do all that ``mode`` is about; how many steps
-    ended well."""
+    """Open ``files`` as ``sample`` is opened, and do all that ``mode`` is about, or only those of
+    its parts that ``first`` names, in that order; how many steps ended well."""
     machine = machine or Hostile(sample, files, mode in ("look", "salvage"))
     done = 0
 
@@ -57,13 +59,19 @@ def attack(
     driver = registry.driver(sample.format)
     if not tried(lambda: machine.open(driver, **options)):
         return 0
-    steps: dict[str, Callable[[Hostile], Iterator[Step]]] = {
-        "look": look, "change": change, "repair": repair, "salvage": read,
-    }  # fmt: skip
-    for step in steps[mode](machine):
-        done += tried(step)
-        if machine.given_up:
-            break
+    parts = [
+        part for part, ability in PARTS[mode].items()
+        if getattr(machine.format, ability or "map", None) is not None
+    ]  # fmt: skip
+    if first:
+        parts = [parts[number % len(parts)] for number in first]
+    for part in parts:
+        for step in part(machine):
+            done += tried(step)
+            if machine.given_up:
+                return 1 + done
+    if not machine.read_only:
+        done += tried(machine.finish)
     return 1 + done
 
 
@@ -73,83 +81,109 @@ def _plain(error: DiskError | OSError) -> None:
         assert error.detail and (error.offset is None or error.offset >= 0)
 
 
-def look(machine: Hostile) -> Iterator[Step]:
-    """`info`, `map`, `check`, and all that a conversion reads."""
+def facts(machine: Hostile) -> Iterator[Step]:
+    """`info`."""
+    yield machine.format.info
+    yield getattr(machine.format, "references", list)
+
+
+def read(machine: Hostile) -> Iterator[Step]:
+    """The map, and the bytes at the start, in the middle and at the end of the disk."""
+    size = machine.format.size
+    yield lambda: machine.extents(0, min(_MAPPED, size))
+    for at in sorted({0, size // 2 // 512 * 512, max(size - 512, 0) // 512 * 512}):
+        length = min(_READ, size - at)
+        yield lambda at=at, length=length: machine.read(at, length)  # type: ignore[misc]
+
+
+def check(machine: Hostile) -> Iterator[Step]:
+    """`check`, and what `commit` and `measure` ask."""
     image = machine.format
-    yield image.info
-    yield getattr(image, "references", list)
-    yield from read(machine)
-    if hasattr(image, "check"):
-        yield lambda: machine.run(image.check())
+    yield lambda: machine.run(image.check())
     if hasattr(image, "referenced_clusters"):
         yield lambda: machine.run(image.referenced_clusters())
-    if hasattr(image, "load_bitmap"):
-        for bitmap in list(image.bitmaps):
-            yield lambda bitmap=bitmap: machine.run(image.load_bitmap(bitmap))  # type: ignore[misc]
-    if getattr(image, "snapshots", ()):
+
+
+def bitmaps(machine: Hostile) -> Iterator[Step]:
+    """All that are kept."""
+    image = machine.format
+    for bitmap in list(image.bitmaps):
+        yield lambda bitmap=bitmap: machine.run(image.load_bitmap(bitmap))  # type: ignore[misc]
+
+
+def shown(machine: Hostile) -> Iterator[Step]:
+    """A snapshot instead of the disk."""
+    image = machine.format
+    if image.snapshots:
         first = image.snapshots[0].id
         yield lambda: machine.run(image.show_snapshot(first, None))
         yield from read(machine)
 
 
-def read(machine: Hostile) -> Iterator[Step]:
-    """The map and the bytes at the start, in the middle and at the end of the disk."""
+def write(machine: Hostile) -> Iterator[Step]:
+    """At the start, in the middle and at the end of the disk."""
     size = machine.format.size
-    for at in sorted({0, size // 2 // 512 * 512, max(size - 512, 0) // 512 * 512}):
-        mapped = min(_MAPPED, size - at)
-        yield lambda at=at, mapped=mapped: machine.extents(at, mapped)  # type: ignore[misc]
-        length = min(_READ, size - at)
-        yield lambda at=at, length=length: machine.read(at, length)  # type: ignore[misc]
-
-
-def change(machine: Hostile) -> Iterator[Step]:
-    """Writes of every kind, a snapshot, bitmaps, another size, an empty disk; and closing."""
-    image, size = machine.format, machine.format.size
     for at in sorted({0, size // 3 // 512 * 512, max(size - 512, 0) // 512 * 512}):
         data = b"x" * min(2048, size - at)
         if data:
             yield lambda at=at, data=data: machine.write(at, data)  # type: ignore[misc]
-    unit = image.unit
+
+
+def zero(machine: Hostile) -> Iterator[Step]:
+    """Zeroes, nothing, and a compressed unit."""
+    image, size, unit = machine.format, machine.format.size, machine.format.unit
     if unit <= min(MOST_MOVED, size):
         yield lambda: machine.change(0, unit, WRITE_ZERO)
-        yield lambda: machine.change(
-            (size - 1) // unit * unit, size - (size - 1) // unit * unit, DISCARD
-        )
+        last = (size - 1) // unit * unit
+        yield lambda: machine.change(last, size - last, DISCARD)
         if getattr(image, "pack_codec", None) is not None:
             yield lambda: machine.write_packed(size // 2 // unit * unit, bytes(unit))
+
+
+def snapshots(machine: Hostile) -> Iterator[Step]:
+    """One more; one is applied, and deleted."""
+    image = machine.format
     yield from _rest(machine)
-    if getattr(image, "bitmaps", None) is not None:
-        yield lambda: _bitmaps(machine)
-    if hasattr(image, "create_snapshot"):
-        yield lambda: machine.run(image.create_snapshot(SnapshotInfo("", "new")))
-        for name in ("apply_snapshot", "delete_snapshot"):
-            first = image.snapshots[0].id if image.snapshots else None
-            yield lambda name=name, first=first: machine.run(getattr(image, name)(first, None))  # type: ignore[misc]
+    yield lambda: machine.run(image.create_snapshot(SnapshotInfo("", "new")))
+    for name in ("apply_snapshot", "delete_snapshot"):
+        first = image.snapshots[0].id if image.snapshots else None
+        yield lambda name=name, first=first: machine.run(getattr(image, name)(first, None))  # type: ignore[misc]
+
+
+def resize(machine: Hostile) -> Iterator[Step]:
+    """Larger, then half as large."""
+    image = machine.format
+    more = min(max(_GROWN, image.unit), 1 << 20)
+    for size in (image.size + more, image.size // 2):
         yield from _rest(machine)
-    yield from _resized(machine)
-    if hasattr(image, "make_empty"):
-        yield lambda: machine.run(image.make_empty())
-    yield machine.finish
+        yield lambda size=size: machine.run(image.resize(size // 4096 * 4096, "off", True))  # type: ignore[misc]
+
+
+def empty(machine: Hostile) -> Iterator[Step]:
+    """As after `commit`."""
+    yield from _rest(machine)
+    yield lambda: machine.run(machine.format.make_empty())
+
+
+def change_bitmaps(machine: Hostile) -> Iterator[Step]:
+    """Load those that are there, change them, keep another one."""
+    yield from _rest(machine)
+    yield lambda: _change_bitmaps(machine)
+
+
+def leaks(machine: Hostile) -> Iterator[Step]:
+    """`check -r leaks`."""
+    yield from _rest(machine)
+    yield lambda: machine.run(machine.format.check("leaks"))
 
 
 def repair(machine: Hostile) -> Iterator[Step]:
-    """Check with every repair, then check again, and go on with what is there now."""
+    """`check -r all`, then check again, and go on with what is there now."""
     image = machine.format
-    if not hasattr(image, "check"):
-        return
-    for fix in ("leaks", "all"):
-        yield lambda fix=fix: machine.run(image.check(fix))  # type: ignore[misc]
+    yield from _rest(machine)
+    yield lambda: machine.run(image.check("all"))
     yield lambda: machine.run(image.check())
     yield from read(machine)
-    yield from _resized(machine)
-    yield machine.finish
-
-
-def _resized(machine: Hostile) -> Iterator[Step]:
-    image = machine.format
-    for size in (image.size + (1 << 20), image.size // 2):
-        yield lambda size=size: machine.run(image.resize(size // 4096 * 4096, "off", True))  # type: ignore[misc]
-        yield from _rest(machine)
 
 
 def _rest(machine: Hostile) -> Iterator[Step]:
@@ -159,8 +193,7 @@ def _rest(machine: Hostile) -> Iterator[Step]:
             yield machine.flush
 
 
-def _bitmaps(machine: Hostile) -> None:
-    """Load those that are there, change them, keep another one."""
+def _change_bitmaps(machine: Hostile) -> None:
     image: Any = machine.format
     if not image.can_keep_bitmaps:
         raise NotSupported("version 2")
@@ -174,3 +207,13 @@ def _bitmaps(machine: Hostile) -> None:
     image.bitmaps.add(more)
     image.bitmaps.mark([(0, min(image.size, 9000))])
     machine.run(image.store_bitmaps())
+
+
+PARTS: dict[str, dict[Callable[[Hostile], Iterator[Step]], str]] = {
+    "look": {facts: "", read: "", check: "check", bitmaps: "load_bitmap", shown: "show_snapshot"},
+    "change": {write: "", zero: "", change_bitmaps: "bitmaps", snapshots: "create_snapshot",
+               resize: "", empty: "make_empty"},
+    "repair": {leaks: "check", repair: "check", resize: ""},
+    "salvage": {read: ""},
+}  # fmt: skip
+"""What each mode does, and which ability of the format it is for."""

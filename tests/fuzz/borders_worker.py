@@ -21,7 +21,7 @@ from fuzz.machine import Hang, watched
 from fuzz.mutants import mutants
 from fuzz.samples import samples
 
-luks1.MOST_ROUNDS = 1 << 17
+ROUNDS = 1 << 14
 """What more hashing than that costs is known (tests/crypto)."""
 MEMORY = 512 << 20
 """That an image may make us take, beyond what the interpreter and the samples have."""
@@ -76,5 +76,6 @@ def peak() -> int:
 if __name__ == "__main__":
     format, part, parts, every = sys.argv[1:]
     samples(format)
+    luks1.MOST_ROUNDS = ROUNDS
     limit()
     json.dump(main(format, int(part), int(parts), every == "every"), sys.stdout)

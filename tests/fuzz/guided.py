@@ -3,7 +3,8 @@ RUNS FOLDER``.
 
 ``FOLDER/corpus`` grows by every input that reaches new code; what goes wrong is kept in
 ``FOLDER/found``, one input for each place where something goes wrong, with what it said; and
-``FOLDER/result.json`` tells the rest, also which lines were reached.
+``FOLDER/result.json`` tells the rest, also which lines were reached.  It is written now and then,
+and the next run counts on from it up to RUNS.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ import traceback
 from collections.abc import Callable
 from pathlib import Path
 from types import CodeType, FunctionType
+from typing import Any
 
 import atheris
 
-ROOMS = ("formats", "wire", "ops/inspecting")
+ROOMS = ("formats/", "wire/", "ops/inspecting/")
 LINES: dict[str, set[int]] = {}
-"""Those that were reached, by file."""
+"""Those that were reached, by file below the package."""
+SAVED = 30
+"""Seconds from one result to the next."""
 
 
 def watch_lines() -> None:
@@ -31,11 +35,10 @@ def watch_lines() -> None:
     nothing afterwards: the fuzzer hears of new ones."""
     monitoring = sys.monitoring
     tool, event = monitoring.COVERAGE_ID, monitoring.events.LINE
-    wanted = tuple(f"/diskwright/{room}/" for room in ROOMS)
 
     def reached(code: CodeType, line: int) -> object:
-        file = code.co_filename
-        if any(room in file for room in wanted):
+        file = code.co_filename.rpartition("/diskwright/")[2]
+        if file.startswith(ROOMS):
             LINES.setdefault(file, set()).add(line)
             atheris._trace_branch(atheris._reserve_counter())
         return monitoring.DISABLE
@@ -71,9 +74,13 @@ class Session:
 
     def __init__(self, target: Target, folder: Path) -> None:
         self.target, self.folder = target, folder
-        self.executions = self.opened = 0
-        self.start = time.process_time()
+        self.before: dict[str, Any] = {}
+        if (folder / "result.json").exists():
+            self.before = json.loads((folder / "result.json").read_text())
+        self.executions: int = self.before.get("executions", 0)
+        self.opened: int = self.before.get("opened", 0)
         self.found: dict[str, str] = {}
+        self.saved = time.monotonic()
         (folder / "corpus").mkdir(parents=True, exist_ok=True)
         (folder / "found").mkdir(exist_ok=True)
         for seed in target.seeds():
@@ -94,16 +101,30 @@ class Session:
                 (self.folder / "found" / name).write_bytes(data)
                 said = f"{self.target.said(data)}\n{traceback.format_exc()}"
                 (self.folder / "found" / f"{name}.txt").write_text(said)
+        if time.monotonic() > self.saved + SAVED:
+            self.save()
+
+    def again(self) -> None:
+        """What went wrong before may be mended."""
+        for path in sorted((self.folder / "found").glob("*")):
+            if path.suffix != ".txt":
+                data = path.read_bytes()
+                path.unlink()
+                path.with_suffix(".txt").unlink(missing_ok=True)
+                self.once(data)
 
     def save(self) -> None:
         """Write what there is to tell."""
-        seconds = time.process_time() - self.start
+        self.saved = time.monotonic()
         result = {
-            "executions": self.executions, "opened": self.opened, "seconds": seconds,
-            "peak": peak(), "found": self.found,
+            "executions": self.executions, "opened": self.opened,
+            "seconds": self.before.get("seconds", 0) + time.process_time(),
+            "peak": max(self.before.get("peak", 0), peak()), "found": self.found,
             "lines": {file: sorted(lines) for file, lines in LINES.items()},
         }  # fmt: skip
-        (self.folder / "result.json").write_text(json.dumps(result))
+        new = self.folder / "result.json.new"
+        new.write_text(json.dumps(result))
+        new.replace(self.folder / "result.json")
 
 
 def where(error: BaseException) -> str:
@@ -131,9 +152,12 @@ def main(name: str, runs: str, folder: str) -> None:
     scale()
     limit()
     atexit.register(session.save)
+    session.again()
+    known = len(list((session.folder / "corpus").iterdir()))
+    left = max(int(runs) - session.executions, known + 1)
     arguments = [
-        "fuzz", f"-atheris_runs={runs}", "-seed=1", "-max_len=4096", "-timeout=120", "-verbosity=0",
-        "-rss_limit_mb=0", "-reduce_inputs=0", f"{folder}/corpus",
+        "fuzz", f"-atheris_runs={left}", f"-seed={session.executions + 1}", "-max_len=4096",
+        "-timeout=120", "-verbosity=0", "-rss_limit_mb=0", "-reduce_inputs=0", f"{folder}/corpus",
     ]  # fmt: skip
     if target.mutate is None:
         atheris.Setup(arguments, session.once)

@@ -1,8 +1,9 @@
 """What the fuzzer's bytes mean: a sample, what is done to it, and changes.
 
 An image of 5 MiB of which 200 bytes matter, with checksums over them, is nothing that a fuzzer
-finds its way into.  So its input is not the image but how it differs from a sound one: two bytes
-choose the sample and the mode, and each record of twelve changes one place.
+finds its way into.  So its input is not the image but how it differs from a sound one: the first
+bytes choose the sample, the mode and one or two of the mode's parts, and each record of twelve
+changes one place.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import struct
 from collections.abc import Callable, Mapping
 from functools import cache
 
-from fuzz.attack import MODES, attack
+from fuzz.attack import MODES, PARTS, attack
 from fuzz.fields import Field
 from fuzz.machine import Sample
 from fuzz.mutants import Change, borders, changed, copies
 from fuzz.pages import Pages
 from fuzz.samples import samples
 
+HEAD = 3
 RECORD = struct.Struct("<BHBQ")  # what, which field, which value of it, or this one
 MOST_RECORDS = 12
 BORDER, ALONE, VALUE, NEAR, BIT, AROUND, CUT, COPY = range(8)
@@ -46,17 +48,20 @@ def _places(format: str, number: int) -> Places:
     return Places(samples(format)[number])
 
 
-def decode(format: str, data: bytes) -> tuple[Sample, str, list[Change]]:
+def decode(format: str, data: bytes) -> tuple[Sample, str, list[int], list[Change]]:
     """Any bytes mean something."""
-    head = data[:2].ljust(2, b"\0")
+    head = data[:HEAD].ljust(HEAD, b"\0")
     places = _places(format, head[0] % len(samples(format)))
     modes = MODES[format]
     changes = []
     for at in range(
-        2, min(len(data), 2 + MOST_RECORDS * RECORD.size) - RECORD.size + 1, RECORD.size
+        HEAD, min(len(data), HEAD + MOST_RECORDS * RECORD.size) - RECORD.size + 1, RECORD.size
     ):
         changes += _changes(places, *RECORD.unpack_from(data, at))
-    return places.sample, modes[head[1] % len(modes)], changes
+    mode = modes[head[1] % len(modes)]
+    second, first = divmod(head[2], 16)
+    parts = [first] if second < 8 else [first, second]
+    return places.sample, mode, parts, changes
 
 
 def _changes(places: Places, what: int, which: int, pick: int, value: int) -> list[Change]:
@@ -89,23 +94,24 @@ def _changes(places: Places, what: int, which: int, pick: int, value: int) -> li
 
 def run(format: str, data: bytes) -> int:
     """What `attack` says of it."""
-    sample, mode, changes = decode(format, data)
+    sample, mode, parts, changes = decode(format, data)
     files: Mapping[str, bytes | Pages] = changed(sample, changes) if changes else sample.files
-    return attack(sample, files, mode)
+    return attack(sample, files, mode, first=parts)
 
 
 def seeds(format: str) -> list[bytes]:
-    """Each sample in each mode, untouched."""
+    """Each sample with each part of each mode, untouched."""
     return [
-        bytes([sample, mode])
+        bytes([sample, number, part])
         for sample in range(len(samples(format)))
-        for mode in range(len(MODES[format]))
+        for number, mode in enumerate(MODES[format])
+        for part in range(len(PARTS[mode]))
     ]
 
 
 def mutate(data: bytes, rng: random.Random, other: Callable[[bytes], bytes]) -> bytes:
     """Change the records as records, now and then ``other``-wise."""
-    head, body = bytearray(data[:2].ljust(2, b"\0")), data[2:]
+    head, body = bytearray(data[:HEAD].ljust(HEAD, b"\0")), data[HEAD:]
     records = [
         body[at : at + RECORD.size] for at in range(0, len(body) - RECORD.size + 1, RECORD.size)
     ]
@@ -120,8 +126,10 @@ def mutate(data: bytes, rng: random.Random, other: Callable[[bytes], bytes]) -> 
             records.insert(rng.randrange(len(records) + 1), new)
     elif dice < 0.6:
         del records[rng.randrange(len(records))]
-    elif dice < 0.75:
-        head[rng.randrange(2)] = rng.randrange(256)
+    elif dice < 0.75:  # what many of them make of an image is refused at once
+        records = [rng.choice(records)]
+    elif dice < 0.9:
+        head[rng.randrange(HEAD)] = rng.randrange(256)
     else:
         return other(data)
     return bytes(head) + b"".join(records[-MOST_RECORDS:])

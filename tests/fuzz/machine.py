@@ -8,7 +8,18 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
-from diskwright.contract import OP_DATA, OP_ZERO, WRITE, Create, DataRanges, Timed, Truncate
+from diskwright.contract import (
+    OP_DATA,
+    OP_ZERO,
+    WRITE,
+    Create,
+    DataRanges,
+    Progress,
+    Read,
+    Table,
+    Timed,
+    Truncate,
+)
 from diskwright.errors import CorruptImage, DamagedData, DiskError
 from diskwright.extents import DATA, INLINE, PACKED, Data
 from fuzz.pages import Pages
@@ -19,6 +30,8 @@ MOST_AT_ONCE = 512 << 20
 """Bytes that one request may ask for: nothing of an image is larger in memory."""
 ROOM = 64 << 20
 """Bytes by which a file may grow.  A real one would become sparse; memory cannot."""
+MOST_TABLES = 8
+"""That stay in memory."""
 MOST_MOVED = 8 << 20
 """Bytes of a single step that are moved here."""
 MOST_SECONDS = 20
@@ -83,7 +96,9 @@ class Hostile(Files):
         self, sample: Sample, files: Mapping[str, bytes | Pages], read_only: bool = False
     ) -> None:
         Machine.__init__(self, b"", None)
-        self.files = {name: Pages(data) for name, data in files.items()}
+        self.files = {
+            name: data if isinstance(data, Pages) else Pages(data) for name, data in files.items()
+        }
         self.slots["file"] = self.files[sample.image]
         if sample.backing is not None:
             self.slots["backing"] = Pages(sample.backing)
@@ -119,7 +134,11 @@ class Hostile(Files):
         self.slots[slot].write(offset, data)
 
     def _serve(self, request: Any) -> Any:
-        if isinstance(request, Truncate):
+        if isinstance(request, Read):  # what is asked most comes first
+            return [self.pread(request.slot, at, length) for at, length in request.ranges]
+        elif isinstance(request, Progress):
+            return None
+        elif isinstance(request, Truncate):
             assert not self.read_only
             if request.size > self.most:
                 raise OSError(errno.EFBIG, "File too large")
@@ -148,6 +167,13 @@ class Hostile(Files):
             raise
 
     # -- requests of a guest
+    def unpin(self, pins: list[Table]) -> None:
+        for table in pins:
+            table.pins -= 1
+        pins.clear()
+        if len(self.store.map) > MOST_TABLES:
+            self.store.trim()
+
     def read(self, offset: int, length: int) -> bytes:
         parts = []
         for at, extent in self.extents(offset, length):

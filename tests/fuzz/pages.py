@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-PAGE = 4096
+PAGE = 16384
 
 
 class Pages:
     """Behaves as a sparse file does: behind its end there are zeroes."""
 
-    __slots__ = ("_base", "_length", "_over")
+    __slots__ = ("_base", "_length", "_over", "_shared")
 
-    def __init__(self, base: bytes | Pages = b"") -> None:
-        if isinstance(base, Pages):
-            self._base, self._length = base._base, base._length
-            self._over = {number: bytearray(page) for number, page in base._over.items()}
-        else:
-            self._base, self._length = base, len(base)
-            self._over = {}
+    def __init__(self, base: bytes = b"") -> None:
+        self._base, self._length = base, len(base)
+        self._shared = self._length
+        """So many bytes of the base still show."""
+        self._over: dict[int, bytearray] = {}
 
     def __len__(self) -> int:
         return self._length
@@ -34,7 +32,7 @@ class Pages:
             hits = [number for number in over if first <= number <= last]
         else:
             hits = [number for number in range(first, last + 1) if number in over]
-        data = self._base[at:end]
+        data = self._base[at : min(end, self._shared)]
         if hits:
             whole = bytearray(data.ljust(end - at, b"\0"))
             for number in hits:
@@ -54,7 +52,8 @@ class Pages:
             page = self._over.get(number)
             if page is None:
                 start = number * PAGE
-                page = bytearray(self._base[start : start + PAGE].ljust(PAGE, b"\0"))
+                stop = min(start + PAGE, self._shared)
+                page = bytearray(self._base[start:stop].ljust(PAGE, b"\0"))
                 self._over[number] = page
             page[inside : inside + count] = data[done : done + count]
             done += count
@@ -62,7 +61,7 @@ class Pages:
     def resize(self, size: int) -> None:
         """Cut it, or let it grow by zeroes."""
         if size < self._length:
-            self._base = self._base[:size]
+            self._shared = min(self._shared, size)
             self._over = {n: page for n, page in self._over.items() if n * PAGE < size}
             if (last := self._over.get(size // PAGE)) is not None:
                 last[size % PAGE :] = bytes(PAGE - size % PAGE)

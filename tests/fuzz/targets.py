@@ -21,11 +21,11 @@ class Target(NamedTuple):
 
 
 def _said(format: str, data: bytes) -> str:
-    sample, mode, changes = inputs.decode(format, data)
+    sample, mode, parts, changes = inputs.decode(format, data)
     lines = [
         f"{change.file} at {change.at:#x}: {(change.data or b'(end)').hex()}" for change in changes
     ]
-    return "\n".join([f"{sample}, {mode}", *lines])
+    return "\n".join([f"{sample}, {mode} {parts}", *lines])
 
 
 TARGETS = {

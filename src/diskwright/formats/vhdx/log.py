@@ -16,6 +16,7 @@ from .structures import KIB, MIB, sealed
 
 SECTOR = 4 * KIB
 HEADER_BYTES = 64
+_SIGNATURE = b"loge"
 _FIRST, _MORE = 126, 128
 
 ENTRY_HEADER = Fields(
@@ -82,15 +83,20 @@ def encode_entry(
     first = descriptor_sectors(len(changes)) * SECTOR
     length = first + len(sectors) // 3 * SECTOR
     header = ENTRY_HEADER.pack(
-        b"loge", 0, length, tail, sequence, len(changes), 0, guid, flushed, last
+        _SIGNATURE, 0, length, tail, sequence, len(changes), 0, guid, flushed, last
     )
     whole = (header + b"".join(descriptors)).ljust(first, b"\0")
     return sealed(whole + b"".join(sectors))
 
 
+def entry_starts(data: bytes) -> list[int]:
+    """Where entries may begin in these sectors."""
+    return [n * SECTOR for n, byte in enumerate(data[::SECTOR]) if byte == _SIGNATURE[0]]
+
+
 def parse_entry_header(data: bytes, guid: bytes, log_length: int) -> EntryHeader | None:
     """The header in a sector of the log, when an entry of log ``guid`` can begin with it."""
-    if data[:4] != b"loge":
+    if data[:4] != _SIGNATURE:
         return None
     _, _, length, tail, sequence, count, _, found, flushed, last = ENTRY_HEADER.unpack_from(data)
     if found != guid or not sequence or length % SECTOR or tail % SECTOR:

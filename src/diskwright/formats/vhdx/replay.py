@@ -125,7 +125,6 @@ class Log:
         self.header = header
         self.length = header.log_length
         self._known: dict[int, Entry] = {}
-        self._window = (-1, b"")
         self._summed = 0
         self._walked = 0
 
@@ -143,24 +142,8 @@ class Log:
         parts = yield Read(SLOT, ranges)
         return b"".join(parts)
 
-    def _sector(self, at: int) -> Procedure:
-        """One sector, by way of a window."""
-        base = at - at % _CHUNK
-        if self._window[0] != base:
-            self._window = (base, (yield from self._read(base, min(_CHUNK, self.length - base))))
-        return self._window[1][at - base : at - base + SECTOR]
-
-    def entry(self, at: int) -> Procedure:
-        """The valid entry at ``at``; None without one."""
-        found = self._known.get(at)
-        if found is None:
-            found = yield from self._entry(at)
-            if found is not None:
-                self._known[at] = found
-        return found
-
-    def _entry(self, at: int) -> Procedure:
-        first = yield from self._sector(at)
+    def _entry(self, at: int, first: bytes) -> Procedure:
+        """The valid entry at ``at``, which begins with the sector ``first``; None without one."""
         header = log.parse_entry_header(first, self.header.log_guid, self.length)
         if header is None:
             return None
@@ -190,13 +173,18 @@ class Log:
     def active(self) -> Procedure:
         """The entries to replay, oldest first: of all sequences that reach their own tail the one
         that ends with the highest number (2.3.2).  Raises CorruptImage without one."""
-        for at in range(0, self.length, SECTOR):
-            yield from self.entry(at)
+        for base in range(0, self.length, _CHUNK):
+            window = yield from self._read(base, min(_CHUNK, self.length - base))
+            for inside in log.entry_starts(window):
+                first = window[inside : inside + SECTOR]
+                found = yield from self._entry(base + inside, first)
+                if found is not None:
+                    self._known[base + inside] = found
         newest_first = sorted(self._known.values(), key=lambda e: e.header.sequence, reverse=True)
         for newest in newest_first:
-            found = self._sequence(newest)
-            if found:
-                return found
+            sequence = self._sequence(newest)
+            if sequence:
+                return sequence
         raise self.corrupt("The log is in use and holds no valid sequence of entries")
 
     def _sequence(self, newest: Entry) -> list[Entry]:
