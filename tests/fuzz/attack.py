@@ -150,13 +150,20 @@ def snapshots(machine: Hostile) -> Iterator[Step]:
         yield lambda name=name, first=first: machine.run(getattr(image, name)(first, None))  # type: ignore[misc]
 
 
-def resize(machine: Hostile) -> Iterator[Step]:
-    """Larger, then half as large."""
+def grow(machine: Hostile) -> Iterator[Step]:
+    """By a little."""
     image = machine.format
-    more = min(max(_GROWN, image.unit), 1 << 20)
-    for size in (image.size + more, image.size // 2):
-        yield from _rest(machine)
-        yield lambda size=size: machine.run(image.resize(size // 4096 * 4096, "off", True))  # type: ignore[misc]
+    yield from _resized(machine, image.size + min(max(_GROWN, image.unit), 1 << 20))
+
+
+def shrink(machine: Hostile) -> Iterator[Step]:
+    """To half the size."""
+    yield from _resized(machine, machine.format.size // 2)
+
+
+def _resized(machine: Hostile, size: int) -> Iterator[Step]:
+    yield from _rest(machine)
+    yield lambda: machine.run(machine.format.resize(size // 4096 * 4096, "off", True))
 
 
 def empty(machine: Hostile) -> Iterator[Step]:
@@ -212,8 +219,8 @@ def _change_bitmaps(machine: Hostile) -> None:
 PARTS: dict[str, dict[Callable[[Hostile], Iterator[Step]], str]] = {
     "look": {facts: "", read: "", check: "check", bitmaps: "load_bitmap", shown: "show_snapshot"},
     "change": {write: "", zero: "", change_bitmaps: "bitmaps", snapshots: "create_snapshot",
-               resize: "", empty: "make_empty"},
-    "repair": {leaks: "check", repair: "check", resize: ""},
+               grow: "", shrink: "", empty: "make_empty"},
+    "repair": {leaks: "check", repair: "check", grow: "", shrink: ""},
     "salvage": {read: ""},
 }  # fmt: skip
 """What each mode does, and which ability of the format it is for."""

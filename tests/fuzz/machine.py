@@ -15,6 +15,7 @@ from diskwright.contract import (
     Create,
     DataRanges,
     Progress,
+    Punch,
     Read,
     Table,
     Timed,
@@ -126,12 +127,20 @@ class Hostile(Files):
         self.writes("file", offset, data)
 
     def writes(self, slot: str, offset: int, data: bytes) -> None:
-        assert not self.read_only, f"{len(data)} bytes at {offset:#x} of a read-only image"
+        self._writable(offset, len(data))
+        self.slots[slot].write(offset, data)
+
+    def zeroes(self, slot: str, offset: int, length: int) -> None:
+        """Write them."""
+        self._writable(offset, length)
+        self.slots[slot].zero(offset, length)
+
+    def _writable(self, offset: int, length: int) -> None:
+        assert not self.read_only, f"{length} bytes at {offset:#x} of a read-only image"
         assert offset >= 0
-        if offset + len(data) > self.most:
+        if offset + length > self.most:
             raise OSError(errno.EFBIG, "File too large")
         self.changes += 1
-        self.slots[slot].write(offset, data)
 
     def _serve(self, request: Any) -> Any:
         if isinstance(request, Read):  # what is asked most comes first
@@ -153,6 +162,10 @@ class Hostile(Files):
         elif isinstance(request, DataRanges):
             end = min(request.offset + request.length, len(self.slots[request.slot]))
             return [(request.offset, end - request.offset)] if end > request.offset else []
+        elif isinstance(request, Punch):
+            for part in request.ranges:
+                self.zeroes(part.slot, part.offset, part.length)
+            return True
         elif isinstance(request, Timed):
             return request.function(*request.arguments), 1.0
         return super()._serve(request)
@@ -219,7 +232,7 @@ class Hostile(Files):
                 if step.length > MOST_MOVED:
                     raise OSError(errno.EFBIG, "File too large")
                 if step.op == OP_ZERO:
-                    self.writes(step.slot, step.host, bytes(step.length))
+                    self.zeroes(step.slot, step.host, step.length)
                 elif step.op == OP_DATA:
                     inside = max(min(step.length, self.format.size - step.guest), 0)
                     old = bytearray(self.read(step.guest, inside)).ljust(step.length, b"\0")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 PAGE = 16384
+_ZEROES = bytearray(PAGE)
+"""Never changed."""
 
 
 class Pages:
@@ -50,7 +52,9 @@ class Pages:
             number, inside = divmod(at + done, PAGE)
             count = min(PAGE - inside, end - at - done)
             page = self._over.get(number)
-            if page is None:
+            if page is _ZEROES:
+                page = self._over[number] = bytearray(PAGE)
+            elif page is None:
                 start = number * PAGE
                 stop = min(start + PAGE, self._shared)
                 page = bytearray(self._base[start:stop].ljust(PAGE, b"\0"))
@@ -58,11 +62,22 @@ class Pages:
             page[inside : inside + count] = data[done : done + count]
             done += count
 
+    def zero(self, at: int, length: int) -> None:
+        """Write zeroes; whole pages of them are shared."""
+        first, stop = -(-at // PAGE), (at + length) // PAGE
+        if first >= stop:
+            return self.write(at, bytes(length))
+        self.write(at, bytes(first * PAGE - at))
+        self._over |= dict.fromkeys(range(first, stop), _ZEROES)
+        self._length = max(self._length, stop * PAGE)
+        self.write(stop * PAGE, bytes(at + length - stop * PAGE))
+
     def resize(self, size: int) -> None:
         """Cut it, or let it grow by zeroes."""
         if size < self._length:
             self._shared = min(self._shared, size)
             self._over = {n: page for n, page in self._over.items() if n * PAGE < size}
-            if (last := self._over.get(size // PAGE)) is not None:
+            last = self._over.get(size // PAGE)
+            if last is not None and last is not _ZEROES:
                 last[size % PAGE :] = bytes(PAGE - size % PAGE)
         self._length = size
