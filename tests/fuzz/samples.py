@@ -278,6 +278,15 @@ def vhdx_seal(files: Mapping[str, Pages], changed: list[tuple[str, int, int]]) -
                 data.write(place + 4, crc32c(body).to_bytes(4, "little"))
 
 
+def reseal() -> None:
+    """All checksums of VHDX anew."""
+    for sample in samples("vhdx"):
+        files = {"image": Pages(sample.files["image"])}
+        places = (*tinyvhdx.HEADERS, *tinyvhdx.REGIONS, tinyvhdx.LOG)
+        vhdx_seal(files, [("image", place, 64) for place in places])
+        sample.files["image"] = bytes(files["image"])
+
+
 # -- vmdk
 _TEXT = (
     "# Disk DescriptorFile\nversion=1\nCID=12345678\nparentCID=ffffffff\n"
