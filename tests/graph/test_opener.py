@@ -126,8 +126,9 @@ def test_users_of_one_node_must_agree() -> None:
         graph = Graph(driver)
         low = {"driver": "file", "filename": "a", "node-name": "low"}
         top = await open_disk(driver, {"driver": "qcow2", "file": low}, writable=True, graph=graph)
-        with pytest.raises(UsageError, match=r"Conflicts with use by '#block\d+' as 'file', "
-                           "which does not allow 'write' on node 'low'"):  # fmt: skip
+        with pytest.raises(UsageError, match=r"Permission conflict on node 'low': permissions "
+                           r"'write' are both required by node '#block101' \(uses node 'low' as "
+                           r"'file' child\) and unshared by node '#block100'"):  # fmt: skip
             await open_disk(driver, {"driver": "raw", "file": "low"}, writable=True, graph=graph)
         # The one that was there first goes on.
         await top.write([0], [b"x"])

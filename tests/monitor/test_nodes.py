@@ -4,6 +4,7 @@ qemu-storage-daemon."""
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -12,6 +13,9 @@ from typing import Any
 import pytest
 
 from diskwright.cli.main import main
+from diskwright.engine.kernel import Driver
+from diskwright.monitor import nodes
+from diskwright.monitor.daemon import Daemon
 from monitor.running import OURS, THEIRS, Client, daemon, needs_qsd, needs_unix
 from monitor.test_daemon import DISK, NBD, TOP, images, normal
 from nbd.pki import make_certificates
@@ -297,3 +301,151 @@ def test_objects_tls_and_bitmaps(tmp_path: Path) -> None:
         ("block-dirty-bitmap-remove", {"node": "disk", "name": "b"}),
     ]  # fmt: skip
     compare(tmp_path, script)
+
+
+def test_permissions(tmp_path: Path) -> None:
+    """Who may use what together: refused where QEMU refuses, in its words."""
+    qcow2 = {"driver": "file", "filename": "disk.qcow2", "node-name": "file"}
+    raw = {"driver": "file", "filename": "disk.raw"}
+    over_file = {"driver": "raw", "file": "file"}
+    top = {"driver": "qcow2", "file": {"driver": "file", "filename": "top.qcow2"}}
+    export = {"type": "nbd", "writable": True}
+    script: list[Step] = [
+        ("blockdev-add", {"node-name": "ro", **top, "file": {**top["file"], "read-only": True}}),
+        ("blockdev-add", {"node-name": "ro", **top, "force-share": True}),
+        ("blockdev-add", {"node-name": "ro", **top, "force-share": True, "read-only": True}),
+        ("query-named-block-nodes", {"flat": True}),
+        ("blockdev-del", {"node-name": "ro"}),
+        ("blockdev-add", {"node-name": "ro", **top, "read-only": True,
+                          "file": {**top["file"], "read-only": False, "node-name": "rw"}}),
+        ("query-named-block-nodes", {"flat": True}),
+        ("blockdev-del", {"node-name": "ro"}),
+        ("blockdev-add", {"node-name": "x", **raw, "detect-zeroes": "unmap"}),
+        ("blockdev-add", {"node-name": "x", **raw, "detect-zeroes": "maybe"}),
+        ("blockdev-add", {"node-name": "x", **raw, "detect-zeroes": "on", "cache":
+                          {"direct": True, "no-flush": True}}),
+        ("blockdev-add", {"node-name": "y", "driver": "raw", "file": "x"}),
+        ("blockdev-add", {"node-name": "z", "driver": "raw", "file": "x"}),
+        ("query-named-block-nodes", {"flat": True}),
+        ("nbd-server-start", NBD),
+        *(("block-export-add", {**export, "id": id, "node-name": id, "name": id}) for id in "xyz"),
+        ("x-debug-query-block-graph", None),
+        ("block_resize", {"node-name": "x", "size": 2 << 20}),
+        ("block_resize", {"node-name": "y", "size": 2 << 20}),
+        ("blockdev-del", {"node-name": "x"}),
+        ("blockdev-add", {"node-name": "disk", "driver": "qcow2", "file": qcow2}),
+        ("blockdev-add", {"node-name": "a", **over_file}),
+        ("blockdev-add", {"node-name": "b", **over_file, "driver": "qcow2"}),
+        ("blockdev-add", {"node-name": "c", "driver": "qcow2", "file":
+                          {"driver": "file", "filename": "disk.qcow2"}}),
+        ("block-export-add", {**export, "id": "e", "node-name": "file"}),
+        ("block-export-add", {**export, "id": "e", "node-name": "file", "writable": False}),
+        ("block_resize", {"node-name": "file", "size": 2 << 20}),
+        ("block_resize", {"node-name": "disk", "size": 2 << 20}),
+        ("blockdev-add", {"node-name": "top", **top, "backing": "disk"}),
+        ("block-export-add", {**export, "id": "e", "node-name": "top"}),
+        ("block-export-add", {**export, "id": "f", "node-name": "disk"}),
+        ("block_resize", {"node-name": "disk", "size": 3 << 20}),
+        ("block_resize", {"node-name": "top", "size": 3 << 20}),
+        ("blockdev-del", {"node-name": "disk"}),
+        ("blockdev-del", {"node-name": "file"}),
+        ("x-debug-query-block-graph", None),
+    ]  # fmt: skip
+    compare(tmp_path, script)
+
+
+def allocated(path: Path) -> list[tuple[int, int]]:
+    """Where a file has data."""
+    found, at = [], 0
+    with path.open("rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        while at < size:
+            try:
+                start = os.lseek(file.fileno(), at, os.SEEK_DATA)
+            except OSError:
+                break
+            at = os.lseek(file.fileno(), start, os.SEEK_HOLE)
+            found.append((start, at))
+    return found
+
+
+def test_zeroes_and_discards_give_up_space_as_with_qemu(tmp_path: Path) -> None:
+    """Every combination of the options, on the upper and on the lower node."""
+    found: dict[str, Any] = {}
+    ways = [
+        (detect, discard, below)
+        for discard in ("ignore", "unmap")
+        for detect in ("off", "on", "unmap")
+        for below in (None, "ignore", "unmap")
+        if (detect, discard) != ("unmap", "ignore")
+    ]
+    commands = ["write -P 0 0 64k", "discard 128k 64k", "write -z 256k 64k", "write -zu 384k 64k",
+                "write -P 3 512k 64k"]  # fmt: skip
+    for side, argv in ("ours", OURS), ("theirs", THEIRS):
+        folder = tmp_path / side
+        folder.mkdir()
+        found[side] = {}
+        with daemon(argv, folder) as (_, (client,)):
+            client.do("nbd-server-start", **NBD)
+            for number, way in enumerate(ways):
+                detect, discard, below = way
+                path = folder / f"{number}.raw"
+                path.write_bytes(b"\1" * (1 << 20))
+                file = {"driver": "file", "filename": path.name}
+                if below is not None:
+                    file["discard"] = below
+                options = {"discard": discard, "detect-zeroes": detect, "file": file}
+                node = {"driver": "raw", "node-name": f"n{number}", **options}
+                assert client.send("blockdev-add", node) == {"return": {}}
+                export = {"type": "nbd", "id": "e", "node-name": f"n{number}", "writable": True}
+                assert client.send("block-export-add", export) == {"return": {}}
+                assert load(folder, f"n{number}", commands) == 0
+                client.do("block-export-del", id="e")
+                client.do("blockdev-del", node_name=f"n{number}")
+                found[side][way] = (allocated(path), hash(path.read_bytes()))
+    assert found["ours"] == found["theirs"]
+
+
+def test_no_flush_by_what_it_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    images(tmp_path)
+    flushed: list[int] = []
+    monkeypatch.setattr(os, "fdatasync", flushed.append)
+    driver = Driver()
+
+    async def flushes(no_flush: bool) -> int:
+        flushed.clear()
+        daemon = Daemon(driver)
+        file = {"driver": "file", "filename": str(tmp_path / "disk.qcow2")}
+        cache = {"no-flush": no_flush}
+        disk = {"driver": "qcow2", "node-name": "n", "file": file, "cache": cache}
+        node = await nodes.add(daemon, disk)
+        await node.write([0], [b"x"])
+        await node.flush()
+        daemon.stop()
+        await daemon.until_stopped()
+        return len(flushed)
+
+    try:
+        assert driver.run(flushes(True)) == 0
+        assert driver.run(flushes(False)) > 0
+    finally:
+        driver.close()
+
+
+def test_direct_by_what_it_does(tmp_path: Path) -> None:
+    images(tmp_path)
+    node = {"driver": "raw", "file": {"driver": "file", "filename": "disk.raw"}}
+    with daemon(OURS, tmp_path) as (process, (client,)):
+
+        def direct() -> bool:
+            for fd in Path(f"/proc/{process.pid}/fd").iterdir():
+                if fd.exists() and fd.resolve() == (tmp_path / "disk.raw").resolve():
+                    info = Path(f"/proc/{process.pid}/fdinfo/{fd.name}").read_text()
+                    return bool(int(info.split("flags:")[1].split()[0], 8) & os.O_DIRECT)
+            raise AssertionError("it is not open")
+
+        for wanted in False, True:
+            cache = {"direct": wanted}
+            assert client.send("blockdev-add", {**node, "node-name": "n", "cache": cache})
+            assert direct() is wanted
+            client.do("blockdev-del", node_name="n")

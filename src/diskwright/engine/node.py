@@ -68,6 +68,10 @@ class Node:
     """True while it is opened anew: who is above asks it and does not look through it."""
     highest = 0
     """Where writes have ended at most, of those that somebody watches: users' and files'."""
+    mode: Any = None
+    """How it was opened: cache, discard and so on (:class:`diskwright.graph.options.Mode`)."""
+    detect_zeroes = "off"
+    """Whether writes are looked at for zeroes: ``off``, ``on`` or ``unmap``."""
     watch: Any = None
     """Who is told of each write before it is carried out (a threshold), if anybody is."""
     wants_events = False

@@ -5,15 +5,13 @@ from __future__ import annotations
 import errno
 from collections.abc import Awaitable, Callable, Sequence
 
-from ..contract import FUA, MAY_UNMAP
+from ..contract import FUA
 from ..engine.kernel import Future
 from ..hints import Any
 from ..records import NamedTuple
 from .mapped import MappedNode
 from .node import Buffer
 from .probe import PROBE_BYTES, matches
-
-_ZEROES = bytes(1 << 16)
 
 
 class GuardedNode(MappedNode):
@@ -23,11 +21,9 @@ class GuardedNode(MappedNode):
       a format into its first or last sector fails with EPERM: at the next guess the image would be
       of that format, which can name any file of the host as its backing file.
     - ``writethrough``: every write is durable before it is answered.
-    - ``detect_zeroes`` (``on``, ``unmap``): buffers of zeroes are written as zero requests.
     """
 
     writethrough = False
-    detect_zeroes = "off"
 
     def __init__(self, *arguments: Any, **named: Any) -> None:
         super().__init__(*arguments, **named)
@@ -36,11 +32,6 @@ class GuardedNode(MappedNode):
     async def write(
         self, offsets: Sequence[int], buffers: Sequence[Buffer], flags: int = 0
     ) -> None:
-        # Of overlapping requests the later wins, so a batch becomes zeroes as a whole or not.
-        if self.detect_zeroes != "off" and buffers and all(map(is_zero, buffers)):
-            unmap = MAY_UNMAP if self.detect_zeroes == "unmap" else 0
-            await self.zero(offsets, [len(buffer) for buffer in buffers], flags | unmap)
-            return
         if self.writethrough:
             flags |= FUA
 
@@ -143,13 +134,3 @@ class Blank(NamedTuple):
 
 def _part(buffer: memoryview | Blank, start: int, stop: int) -> Buffer:
     return bytes(stop - start) if isinstance(buffer, Blank) else buffer.cast("B")[start:stop]
-
-
-def is_zero(buffer: Buffer) -> bool:
-    """True when every byte is zero."""
-    view = memoryview(buffer).cast("B")
-    for start in range(0, len(view), len(_ZEROES)):
-        part = view[start : start + len(_ZEROES)]
-        if part != _ZEROES[: len(part)]:
-            return False
-    return True

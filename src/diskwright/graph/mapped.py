@@ -39,6 +39,8 @@ class MappedNode(Node):
         self._slots: dict[str, Node] = {}
         self.engine = Engine(driver, format, self._slots, tables or Tables(), opener)
         self.closed = False
+        self.keeps_discarded = False
+        """Discards do nothing."""
         self._cleaning: Timer | None = None
         self.creations: Any = None
         """Makes files beside the image (:class:`.creating.Creations`); None where nothing may."""
@@ -127,6 +129,8 @@ class MappedNode(Node):
 
     async def discard(self, offsets: Sequence[int], lengths: Sequence[int]) -> None:
         self._writable()
+        if self.keeps_discarded:
+            return
         try:
             await self.engine.zeroer.discard(offsets, lengths)
         except CorruptImage as error:

@@ -15,7 +15,7 @@ from .guard import GuardedNode
 from .mapped import MappedNode
 from .names import Options
 from .node import Node
-from .options import FILES, Mode, checked, child_option, take_children, take_common
+from .options import FILES, Mode, checked, child_option, lacks_file, take_children, take_common
 from .perms import ALL
 from .probe import ends_of, guess
 
@@ -106,7 +106,8 @@ class Opening:
         options = dict(reference)
         if "driver" not in options and isinstance(options.get("filename"), str):
             options = {**options, **names.from_filename(options["filename"])}
-        mode = mode._replace(detect_zeroes="off", writethrough=False)
+        discard = "unmap" if mode.exact else mode.discard  # formats ask for it where they may
+        mode = mode._replace(detect_zeroes="off", writethrough=False, discard=discard)
         return await self.node(options, mode, chain)
 
     async def _probed(self, options: Options, mode: Mode, name: str, chain: _Chain) -> Node:
@@ -135,6 +136,7 @@ class Opening:
             "cache.direct": mode.direct,
             "cache.no-flush": mode.no_flush,
             "discard": mode.discard,
+            "auto-read-only": mode.auto_read_only,
             "within": mode.within,
             "secrets": self.graph.secrets,
             # Locks are taken once it is known what its users need.
@@ -166,7 +168,7 @@ class Opening:
             node.read_only = True
         elif self.stage is not None and found.kind == "protocol":
             node = self.stage.over(node)
-        self.graph.add(node, name)
+        self._take(node, mode, name)
         return node
 
     # -- formats
@@ -184,6 +186,9 @@ class Opening:
         backing: Any = options.pop("backing", _UNSAID)
         try:
             if mode.writable and below.read_only:
+                fell_back = mode.auto_read_only and below.mode.writable
+                if mode.exact and not fell_back and driver_name != "raw":
+                    raise UsageError("Block node is read-only")
                 mode = mode._replace(writable=False)
             found = registry.driver(driver_name)
             assert found.open is not None
@@ -195,8 +200,7 @@ class Opening:
                 told["backing"] = "given" if isinstance(backing, dict | str) else None
             told.update((slot, "given") for slot in FILES if slot in offered)
             format, procedure = found.open({**given, **told})
-            guarded = probed or mode.writethrough or mode.detect_zeroes != "off"
-            kind = GuardedNode if guarded else MappedNode
+            kind = GuardedNode if probed or mode.writethrough else MappedNode
 
             asked: list[str] = []
             files: dict[str, Node] = {}
@@ -231,8 +235,8 @@ class Opening:
             node.probed = probed
             if isinstance(node, GuardedNode):
                 node.writethrough = mode.writethrough
-                node.detect_zeroes = mode.detect_zeroes
-            self.graph.add(node, name)
+            node.keeps_discarded = mode.exact and mode.discard == "ignore"
+            self._take(node, mode, name)
             # The locks are held before the first byte is looked at.
             self.graph.refresh(node)
             node.engine.procedures.opening = True
@@ -264,6 +268,13 @@ class Opening:
             await self._give_up(below)
             raise
         return node
+
+    def _take(self, node: Node, mode: Mode, name: str) -> None:
+        node.mode = mode
+        if mode.detect_zeroes != "off":
+            from .detect import detect_zeroes
+            detect_zeroes(node, mode.detect_zeroes)
+        self.graph.add(node, name)
 
     def _told(self, mode: Mode, below: Node) -> Options:
         """What a format is told beside its own options."""
@@ -352,7 +363,7 @@ class Opening:
         if isinstance(given, dict):
             if "driver" not in given and wanted.format:
                 given = {"driver": wanted.format, **given}
-            if not wanted.reference or not _lacks_file(given):
+            if not wanted.reference or not lacks_file(given):
                 return await self.node(given, mode, wanted.chain)
         from .named import BACKING, backing_names, located
 
@@ -387,11 +398,3 @@ class Opening:
         """Close a child whose parent could not be opened, unless others use it."""
         if not node.parents and node not in self.graph.roots and node.graph is not None:
             await discard_disk(node)
-
-
-def _lacks_file(options: Options) -> bool:
-    """True when a backing file's options say how to open it, but not which file it is."""
-    if "file" in options or "filename" in options:
-        return False
-    driver = options.get("driver")
-    return driver is None or registry.kind(str(driver)) == "format"

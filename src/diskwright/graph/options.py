@@ -9,6 +9,7 @@ from ..errors import UsageError
 from ..hints import Any
 from ..records import NamedTuple
 from .names import Options, flatten
+from .registry import kind
 
 CACHE_MODES = {
     # mode: (direct, no-flush, writethrough)
@@ -42,6 +43,11 @@ class Mode(NamedTuple):
     writethrough: bool = False
     within: tuple[str, ...] = ()
     """Folders that the files must be below, as an image named them; empty: anywhere."""
+    auto_read_only: bool = False
+    """Open a file for reading where writing is not allowed."""
+    exact: bool = False
+    """For a program that goes on with single nodes: each does what its own options say, and is
+    refused where it cannot."""
 
 
 def mode_of(cache: str, **named: Any) -> Mode:
@@ -67,10 +73,12 @@ def take_common(options: Options, mode: Mode) -> tuple[Mode, str]:
         mode = mode._replace(no_flush=boolean("cache.no-flush", cache["no-flush"]))
     if "writeback" in cache:
         mode = mode._replace(writethrough=not boolean("cache.writeback", cache["writeback"]))
-    # Whether a read-only image may become writable later is decided by `reopen`.
-    boolean("auto-read-only", options.pop("auto-read-only", False))
-    if boolean("read-only", options.pop("read-only", False)):
-        mode = mode._replace(writable=False)
+    if "auto-read-only" in options:
+        auto = boolean("auto-read-only", options.pop("auto-read-only"))
+        mode = mode._replace(auto_read_only=auto)
+    if "read-only" in options:
+        wanted = not boolean("read-only", options.pop("read-only"))
+        mode = mode._replace(writable=wanted if mode.exact else wanted and mode.writable)
     if "force-share" in options:
         mode = mode._replace(force_share=boolean("force-share", options.pop("force-share")))
     if "discard" in options:
@@ -119,6 +127,14 @@ def child_option(slot: str) -> str:
         if slot.startswith(prefix):
             return f"{option}.{slot[len(prefix) :]}"
     return slot
+
+
+def lacks_file(options: Options) -> bool:
+    """True when a backing file's options say how to open it, but not which file it is."""
+    if "file" in options or "filename" in options:
+        return False
+    driver = options.get("driver")
+    return driver is None or kind(str(driver)) == "format"
 
 
 def discard_mode(value: Any) -> str:

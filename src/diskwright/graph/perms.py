@@ -16,7 +16,8 @@ CONSISTENT_READ = "consistent-read"
 WRITE = "write"
 WRITE_UNCHANGED = "write-unchanged"
 RESIZE = "resize"
-ALL = frozenset({CONSISTENT_READ, WRITE, WRITE_UNCHANGED, RESIZE})
+_IN_ORDER = (CONSISTENT_READ, WRITE, WRITE_UNCHANGED, RESIZE)
+ALL = frozenset(_IN_ORDER)
 
 # A format's metadata make sense only while nobody else changes its file.
 _FORMAT_SHARES = frozenset({CONSISTENT_READ, WRITE_UNCHANGED})
@@ -45,18 +46,16 @@ def combined(node: Node, users: Iterable[Use]) -> Use:
     Raises UsageError when one needs what another does not share.  What one parent does through
     several slots is its own affair (two extents in one file).
     """
-    uses = list(_of_parents(node))
-    uses.extend((use, "the program") for use in users)
+    root = f"an unnamed block device (uses node '{node.name}' as 'root' child)"
+    uses = [(use, root) for use in users]
+    uses.extend(_of_parents(node))
     perms: frozenset[str] = frozenset()
     shared = ALL
     for i, (use, who) in enumerate(uses):
         for other, whose in uses[:i] + uses[i + 1 :]:
             missing = use.perms - other.shared
             if missing:
-                raise UsageError(
-                    f"Conflicts with use by {whose}, which does not allow '{min(missing)}' on "
-                    f"node '{node.name}' (needed by {who})"
-                )
+                raise UsageError(conflict(node, missing, who, whose))
         perms |= use.perms
         shared &= use.shared
     return Use(perms, shared)
@@ -70,7 +69,20 @@ def _of_parents(node: Node) -> Iterator[tuple[Use, str]]:
     for (parent, _), edges in by.items():
         perms = frozenset().union(*(edge.perms for edge in edges))
         shared = ALL.intersection(*(edge.shared for edge in edges))
-        yield Use(perms, shared), f"'{parent.name}' as '{edges[0].slot}'"
+        slot = edges[0].slot
+        yield (
+            Use(perms, shared),
+            f"node '{parent.name}' (uses node '{node.name}' as '{slot}' child)",
+        )
+
+
+def conflict(node: Node, missing: frozenset[str], who: str, whose: str) -> str:
+    """That ``who`` needs of ``node`` what ``whose`` does not share, in QEMU's words."""
+    words = ", ".join(name for name in _IN_ORDER if name in missing)
+    return (
+        f"Permission conflict on node '{node.name}': permissions '{words}' are both required by "
+        f"{who} and unshared by {whose}."
+    )
 
 
 def child_use(node: Node, kind: str, slot: str, use: Use, force_share: bool) -> Use:

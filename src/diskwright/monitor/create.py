@@ -186,7 +186,7 @@ class Create(Work):
                 raise UsageError(f"Block node '{node.name}' is read-only")
         else:
             opening = Opening(daemon.graph, daemon.gate, backing=False, check=False)
-            node = await opening.child(reference, Mode(writable=True), ())
+            node = await opening.child(reference, Mode(writable=True, exact=True), ())
             await opening.finish()
         if node in self.nodes:
             raise UsageError(f"Node '{node.name}' cannot be two files of an image")

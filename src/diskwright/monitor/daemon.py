@@ -18,7 +18,7 @@ from ..graph.backend import Backend, Drain
 from ..graph.gate import Gate
 from ..graph.graph import Graph, walk
 from ..graph.node import Node
-from ..graph.perms import ALL, Use
+from ..graph.perms import ALL, Use, conflict
 from ..graph.stats import Stats
 from ..jobs.job import Jobs
 from ..secrets import Secrets
@@ -170,11 +170,7 @@ class Daemon:
             missing = (use.perms - other.shared) or (other.perms - use.shared)
             if missing:
                 device = f"an unnamed block device (uses node '{node.name}' as 'root' child)"
-                raise UsageError(
-                    f"Permission conflict on node '{node.name}': permissions "
-                    f"'{', '.join(sorted(missing))}' are both required by {device} and unshared "
-                    f"by {device}."
-                )
+                raise UsageError(conflict(node, missing, device, device))
         self._set(users, who, use)
         try:
             self.refresh(node)
@@ -206,9 +202,10 @@ class Daemon:
 
     def refresh(self, node: Node) -> None:
         """Have the graph hold what the users of ``node`` need together."""
-        perms = frozenset[str]().union(*(use.perms for use in self._users.get(node, {}).values()))
+        users = self._users.get(node, {}).values()
+        perms = frozenset[str]().union(*(use.perms for use in users))
         if node in self.owned or self.used(node):
-            self.graph.use(node, Use(perms, ALL))
+            self.graph.use(node, Use(perms, ALL.intersection(*(use.shared for use in users))))
         else:
             self.graph.roots.pop(node, None)
             self._users.pop(node, None)

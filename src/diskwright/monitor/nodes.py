@@ -11,7 +11,7 @@ from ..graph.closing import close_disk, discard_disk
 from ..graph.node import Node
 from ..graph.opening import Opening
 from ..graph.options import Mode
-from ..graph.perms import WRITE, root_use
+from ..graph.perms import RESIZE, WRITE, Use
 from .blockdev import OPTIONS
 from .commands import command
 from .daemon import Daemon
@@ -31,7 +31,8 @@ async def add(daemon: Daemon, options: Mapping[str, Any]) -> Node:
         raise UsageError("'node-name' must be specified for the root node")
     graph = daemon.graph
     opening = Opening(graph, daemon.gate, backing=True, check=False)
-    node = await opening.disk(names.parse(options)[0], False, None, Mode(writable=True), ())
+    mode = Mode(writable=True, exact=True)
+    node = await opening.disk(names.parse(options)[0], False, None, mode, ())
     try:
         await opening.finish()
         daemon.owned.add(node)
@@ -54,14 +55,19 @@ async def blockdev_del(monitor: Monitor, node_name: str) -> None:
         raise UsageError(f"Node {node_name} is in use")
     if node not in daemon.owned:
         raise UsageError(f"Node {node_name} is not owned by the monitor")
-    for edge in node.parents:
-        if edge.slot == "backing":
-            raise UsageError(
-                f"Node '{node_name}' is busy: node is used as backing hd of '{edge.parent.name}'"
-            )
+    _check_backing(node)
+    if node.parents:
         raise UsageError(f"Block device {node_name} is in use")
     daemon.owned.discard(node)
     await close_disk(node)
+
+
+def _check_backing(node: Node) -> None:
+    for edge in node.parents:
+        if edge.slot == "backing":
+            raise UsageError(
+                f"Node '{node.name}' is busy: node is used as backing hd of '{edge.parent.name}'"
+            )
 
 
 async def release(daemon: Daemon, node: Node) -> None:
@@ -83,9 +89,10 @@ async def block_resize(
         raise UsageError("Image is read-only")
     if size % 512:
         raise UsageError("The new size must be a multiple of 512")
+    _check_backing(node)
     if getattr(node, "truncate", None) is None:
         raise NotSupported("Image format driver does not support resize")
-    daemon.use(node, "block_resize", root_use(True, resize=True))
+    daemon.use(node, "block_resize", Use(frozenset({RESIZE})))
     try:
         await node.truncate(size)
     finally:

@@ -11,7 +11,7 @@ from ..graph import registry
 from ..graph.closing import discard_disk
 from ..graph.create import prepare, write_image
 from ..graph.display import display_name
-from ..graph.graph import leaf_of, walk
+from ..graph.graph import walk
 from ..graph.named import identity_of, sector_size_of
 from ..graph.names import resolve
 from ..graph.opening import Opening
@@ -125,9 +125,8 @@ async def _only_read(daemon: Daemon, node: Node) -> None:
 
 def _mode_of(node: Node) -> Mode:
     """How an image over ``node`` is opened: its caches as that one's."""
-    cache = getattr(leaf_of(node), "cache", "writeback")
-    direct, no_flush = cache in ("none", "directsync"), cache == "unsafe"
-    return Mode(writable=True, direct=direct, no_flush=no_flush)
+    mode = node.mode or Mode()
+    return Mode(writable=True, direct=mode.direct, no_flush=mode.no_flush, exact=True)
 
 
 async def _create(daemon: Daemon, below: Node, filename: str, format: str) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from ..engine.node import Node
 from ..graph.display import display_name
 from ..graph.graph import chain
-from ..graph.guard import GuardedNode
+from ..graph.options import Mode
 from ..ops.info import NodeInfo, describe
 from ..records import NamedTuple
 from .bitmaps import BlockDirtyInfo, listed
@@ -108,8 +108,7 @@ async def query_named_block_nodes(monitor: Monitor, flat: bool = False) -> list[
 
 async def _device(node: Node, flat: bool) -> BlockDeviceInfo:
     found = describe(node)
-    mode = _mode(node)
-    guarded = isinstance(node, GuardedNode)
+    mode = node.mode or Mode()
     return BlockDeviceInfo(
         file=found.filename,
         ro=node.read_only,
@@ -117,7 +116,7 @@ async def _device(node: Node, flat: bool) -> BlockDeviceInfo:
         backing_file_depth=0 if flat else sum(1 for _ in chain(node)) - 1,
         active=True,
         encrypted=found.encrypted,
-        detect_zeroes=node.detect_zeroes if guarded else "off",  # type: ignore[attr-defined]
+        detect_zeroes=node.detect_zeroes,  # type: ignore[arg-type]
         bps=0,
         bps_rd=0,
         bps_wr=0,
@@ -125,7 +124,7 @@ async def _device(node: Node, flat: bool) -> BlockDeviceInfo:
         iops_rd=0,
         iops_wr=0,
         image=_image(node, found, flat),
-        cache=CacheInfo(True, mode in ("none", "off", "directsync"), mode == "unsafe"),
+        cache=CacheInfo(True, mode.direct, mode.no_flush),
         write__threshold=node.watch.threshold if node.watch is not None else 0,
         node_name=node.name,
         backing__file=_backing_name(node) or found.full_backing_name or found.backing_name,
@@ -136,13 +135,6 @@ async def _device(node: Node, flat: bool) -> BlockDeviceInfo:
 def _backing_name(node: Node) -> str | None:
     below = node.child("backing")
     return None if below is None else display_name(below)
-
-
-def _mode(node: Node) -> str:
-    """The cache mode of the file that the node's bytes are in."""
-    from ..graph.graph import leaf_of
-
-    return str(getattr(leaf_of(node), "cache", "writeback"))
 
 
 def _image(node: Node, found: NodeInfo, flat: bool) -> ImageInfo:

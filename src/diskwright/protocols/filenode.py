@@ -172,7 +172,7 @@ class FileNode(FileIO):
         for start, stop in left + edges:
             block = bytes(min(stop - start, _ZERO_STEP))
             for at in range(start, stop, _ZERO_STEP):
-                await self.write([at], [block[: stop - at]])
+                await super().write([at], [block[: stop - at]])
         if flags & FUA or self._write_through:
             await self.flush()
 

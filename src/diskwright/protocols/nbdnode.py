@@ -234,7 +234,7 @@ class NbdNode(Leaf):
             edges = [*spans, *edges]
         for start, end in edges:
             for at in range(start, end, len(_ZEROES)):
-                await self.write([at], [_ZEROES[: end - at]])
+                await NbdNode.write(self, [at], [_ZEROES[: end - at]])
         if flags & FUA and (edges or not self._can(c.SEND_FUA)):
             await self.flush()
 
