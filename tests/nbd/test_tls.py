@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import struct
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import diskwright
+from diskwright.errors import PeerError
 from diskwright.wire import nbd_const as c
 from nbd import peer
 from nbd.pki import make_certificates
@@ -62,7 +64,7 @@ def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_certificates(tmp_path: Path, certificates: Path) -> None:
     """Large transfers in both directions; strangers, plain clients and wrong names stay out."""
-    need("qemu-io", "nbdinfo")
+    need("qemu-io", "nbdinfo", "nbdcopy")
     image = tmp_path / "disk"
     image.write_bytes(bytes(8 << 20))
     objects = [f"--object=tls-creds-x509,id=t,dir={certificates},endpoint=server"]
@@ -79,6 +81,12 @@ def test_certificates(tmp_path: Path, certificates: Path) -> None:
         uri = f"nbds+unix:///?socket={server.socket}"
         with diskwright.open(f"{uri}&tls-certificates={certificates}") as disk:
             assert disk.read_at(1 << 20, 6 << 20) == b"\7" * (3 << 20) + b"\10" * (3 << 20)
+        mine = f"{uri}&tls-certificates={certificates}"
+        run("nbdcopy", "--connections=4", "--request-size=65536", mine, tmp_path / "copy")
+        assert (tmp_path / "copy").read_bytes() == image.read_bytes()
+        (tmp_path / "new").write_bytes(random.Random(2).randbytes(8 << 20))
+        run("nbdcopy", "--connections=4", "--flush", tmp_path / "new", mine)
+        assert (tmp_path / "new").read_bytes() == image.read_bytes()
         for name in (f"nbd+unix:///?socket={server.socket}", f"{uri}&tls-verify-peer=false"):
             done = subprocess.run(["nbdinfo", name], capture_output=True, timeout=30)
             assert done.returncode, name
@@ -87,7 +95,7 @@ def test_certificates(tmp_path: Path, certificates: Path) -> None:
     rules = "rules.0.match=*CN=you,rules.0.policy=allow,rules.0.format=glob"
     server = Serve(image, "-t", objects[0], f"--object=authz-list,id=a,{rules}", *words)
     try:
-        with pytest.raises(OSError):
+        with pytest.raises(PeerError, match=r"closed the connection|TLS handshake failed"):
             diskwright.open(f"{uri}&tls-certificates={certificates}")
     finally:
         assert server.end() == (0, "")

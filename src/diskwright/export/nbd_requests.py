@@ -17,7 +17,7 @@ _CACHE_PIECE = 1 << 20
 
 async def perform(node: Node, other: Other, stopped: Callable[[], bool]) -> None:
     """Carry it out; raises what the node raises.  ``stopped`` ends what is only advice early."""
-    command, flags, _, offset, length = other
+    command, flags, _, offset, length, _ = other
     fua = bool(flags & c.CMD_FLAG_FUA)
     if command == c.CMD_FLUSH:
         await node.flush()
@@ -45,6 +45,7 @@ async def status(
     found = {
         number: await status_of(node, context, bitmaps, other.offset, other.length, only_one)
         for number, context in contexts.items()
+        if not other.chosen or number in other.chosen
     }
     return block_status(mode, other.cookie, other.offset, found)
 

@@ -39,13 +39,15 @@ class ReceiveBuffer:
 
 
 class Other(NamedTuple):
-    """A request that is neither read nor write (``length`` bytes at ``offset``)."""
+    """A request that is neither read nor write (``length`` bytes at ``offset``).  ``chosen`` are
+    the numbers of the contexts that it is about; empty: all."""
 
     command: int
     flags: int
     cookie: bytes
     offset: int
     length: int
+    chosen: tuple[int, ...] = ()
 
 
 class Refusal(NamedTuple):

@@ -59,6 +59,7 @@ SEND_DF = 1 << 7
 CAN_MULTI_CONN = 1 << 8
 SEND_CACHE = 1 << 10
 SEND_FAST_ZERO = 1 << 11
+BLOCK_STATUS_PAYLOAD = 1 << 12
 
 # -- transmission
 REQUEST_MAGIC = 0x25609513
@@ -139,8 +140,8 @@ _HOST = {
 
 
 def host_errno(number: int) -> int:
-    """The host's number for an error of the protocol; ``EIO`` for one that it does not have."""
-    return _HOST.get(number, errno.EIO)
+    """The host's number for an error of the protocol; ``EINVAL`` for one that it does not have."""
+    return _HOST.get(number, errno.EINVAL)
 
 
 def wire_errno(error: BaseException) -> int:

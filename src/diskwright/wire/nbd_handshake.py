@@ -43,8 +43,9 @@ class Export(NamedTuple):
     contexts: tuple[bytes, ...] = (c.BASE_ALLOCATION,)
     """Metadata contexts that can be asked for.  Their numbers are their places, from 1 on."""
 
-    def flags(self, mode: int) -> int:
-        """Transmission flags; DF exists only beside structured or extended replies."""
+    def flags(self, mode: int, chosen: bool = False) -> int:
+        """Transmission flags; DF exists only beside structured or extended replies, and with the
+        latter a choice among the contexts, where some were selected (``chosen``)."""
         flags = c.HAS_FLAGS | c.SEND_FLUSH | c.SEND_FUA | c.SEND_CACHE
         if self.read_only:
             flags |= c.READ_ONLY
@@ -58,6 +59,8 @@ class Export(NamedTuple):
             flags |= c.CAN_MULTI_CONN
         if mode:
             flags |= c.SEND_DF
+        if mode == c.EXTENDED and chosen:
+            flags |= c.BLOCK_STATUS_PAYLOAD
         return flags
 
 
@@ -231,6 +234,8 @@ class Handshake:
         if export is None:
             self._reply(option, c.REP_ERR_UNKNOWN)
             return
+        # Before GO it is told what there will be once contexts are selected.
+        chosen = option == c.OPT_INFO or (bool(self.contexts) and self._context_export == name)
         if c.INFO_NAME in wanted:
             self._reply(option, c.REP_INFO, _U16.pack(c.INFO_NAME) + export.name)
         if c.INFO_DESCRIPTION in wanted and export.description:
@@ -242,7 +247,7 @@ class Handshake:
         self._reply(
             option,
             c.REP_INFO,
-            struct.pack(">HQH", c.INFO_EXPORT, export.size, export.flags(self.mode)),
+            struct.pack(">HQH", c.INFO_EXPORT, export.size, export.flags(self.mode, chosen)),
         )
         self._reply(option, c.REP_ACK)
         if option == c.OPT_GO:

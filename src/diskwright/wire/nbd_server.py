@@ -287,7 +287,11 @@ class NbdServer:
                 return size
             if not marked:
                 self._frames = UNMARKED  # what is plain for this client
-        error = self._judge(command, flags, offset, length)
+        choosing = marked and command == c.CMD_BLOCK_STATUS
+        if choosing:
+            error = None if 12 <= length <= 8 + 4 * len(self.contexts) else c.EINVAL
+        else:
+            error = self._judge(command, flags, offset, length)
         if loaded:
             stride = size + length
             if error is not None and not length:
@@ -301,6 +305,9 @@ class NbdServer:
                 self._message = stride
                 return -1
             payload = self.buffer.view[start + size : start + stride]
+            if choosing:
+                self._choose(batch, flags, cookie, offset, bytes(payload))
+                return stride
             batch.add_writes(self.buffer, (cookie,), (offset,), (payload,))
             batch.fua = batch.fua or bool(flags & c.CMD_FLAG_FUA)
             return stride
@@ -311,6 +318,24 @@ class NbdServer:
         else:
             batch.add_other(Other(command, flags, cookie, offset, length))
         return size
+
+    def _choose(
+        self, batch: Batch, flags: int, cookie: bytes, offset: int, payload: bytes
+    ) -> None:
+        """A request for the block status of some of the contexts."""
+        length, numbers = int.from_bytes(payload[:8], "big"), payload[8:]
+        chosen = tuple(
+            int.from_bytes(numbers[at : at + 4], "big") for at in range(0, len(numbers), 4)
+        )
+        flags &= ~c.CMD_FLAG_PAYLOAD_LEN
+        error = self._judge(c.CMD_BLOCK_STATUS, flags, offset, length)
+        known = {*chosen} <= self.contexts.keys() and len({*chosen}) == len(chosen)
+        if len(numbers) % 4 or not known:
+            error = c.EINVAL
+        if error is not None:
+            batch.refuse(Refusal(c.CMD_BLOCK_STATUS, cookie, error, offset))
+        else:
+            batch.add_other(Other(c.CMD_BLOCK_STATUS, flags, cookie, offset, length, chosen))
 
     def _judge(self, command: int, flags: int, offset: int, length: int) -> int | None:
         """None: carry it out.  Otherwise the answer (0: nothing to do)."""
