@@ -31,6 +31,8 @@ def option_row(option: Opt) -> str:
     value = f"[{'|'.join(option.words)}]" if option.words else option.value
     names = [f"-{option.short}"] if option.short else []
     names += [f"--{option.long}"] if option.long else []
+    if option.optional:
+        names[-1], value = f"{names[-1]}[={option.value}]", ""
     shown = f"{', '.join(names)} {value}".strip().replace("|", "\\|")
     return f"| `{shown}` | {cell(option.help or 'taken for command lines of QEMU')} |"
 

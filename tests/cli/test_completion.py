@@ -63,7 +63,7 @@ EXPECTED = {
     "dw convert --digest=t": ["tree"],
     "dw convert --digest t": [],
     "dw completion f": ["fish"],
-    "dw serve --disc": ["--discard"],
+    "dw serve --disca": ["--discard"],
     "dw io --cache=w": ["writeback", "writethrough"],
 }
 

@@ -62,14 +62,19 @@ class Client:
     """Blocking, one thread; replies may be read in any order."""
 
     def __init__(
-        self, path: str, structured: bool = True, allocation: bool = False, timeout: float = 20
+        self,
+        path: str,
+        structured: bool = True,
+        allocation: bool = False,
+        timeout: float = 20,
+        name: bytes = b"",
     ) -> None:
         self.sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         self.sock.settimeout(timeout)
         self.sock.connect(path)
         self.structured = structured
         assert self.exactly(18) == GREETING
-        self.sock.sendall(opening(structured, allocation))
+        self.sock.sendall(opening(structured, allocation, name))
         self.size = self.flags = 0
         while True:
             magic, number, kind, length = struct.unpack(">QIII", self.exactly(20))

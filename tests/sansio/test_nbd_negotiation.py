@@ -13,6 +13,7 @@ from diskwright.errors import PeerError
 from diskwright.wire import nbd_const as const
 from diskwright.wire import nbd_negotiation
 from diskwright.wire.nbd_handshake import Export
+from diskwright.wire.nbd_listing import Listing
 from diskwright.wire.nbd_negotiation import Negotiation
 from diskwright.wire.nbd_server import NbdServer
 
@@ -161,23 +162,32 @@ def test_what_breaks_the_protocol(answers: bytes, words: str) -> None:
 
 
 def test_listing() -> None:
-    negotiation = Negotiation(listing=True)
-    rows = [(b"a", b""), (b"b", b"the second")]
-    listed = b"".join(
-        s.rep(s.LIST, s.SERVER, struct.pack(">I", len(name)) + name + text) for name, text in rows
-    )
-    said, _ = s.talk(negotiation, s.greeting() + listed + s.rep(s.LIST, s.ACK))
-    assert negotiation.exports == rows
-    assert s.options(said) == [s.LIST, 2]
+    """Against our own server, and against ones that break their word."""
+    exports = {name: Export(name, 12288, description=b"d") for name in (b"a", b"b")}
+    listing = Listing()
+    served(NbdServer(exports), listing)
+    assert [row.name for row in listing.exports] == [b"a", b"b"]
+    row = listing.exports[1]
+    assert (row.size, row.description, row.extended, row.problem) == (12288, b"d", True, "")
+    assert row.contexts == (BASE,) and len(row.blocks) == 3 and row.flags & s.HAS_FLAGS
+    begun = s.greeting() + s.rep(s.EXTENDED, s.ACK)
     wrong = s.rep(s.LIST, s.SERVER, b"\0\0\1\0x") + s.rep(s.LIST, s.ACK)
     with pytest.raises(PeerError, match="longer than its reply"):
-        s.talk(Negotiation(listing=True), s.greeting() + wrong)
+        s.talk(Listing(), begun + wrong)
+    one = s.rep(s.LIST, s.SERVER, b"\0\0\0\1x") + s.rep(s.LIST, s.ACK)
+    with pytest.raises(PeerError, match="size of an export"):
+        s.talk(Listing(), begun + one + s.rep(const.OPT_INFO, s.ACK))
+    lost = Listing()
+    s.talk(lost, begun + one + s.rep(const.OPT_INFO, s.UNKNOWN))
+    assert [(row.name, row.problem) for row in lost.exports] == [
+        (b"x", "Requested export not available")
+    ]
+    with pytest.raises(PeerError, match="cannot list"):
+        s.talk(Listing(), s.greeting(0))
 
 
-def test_our_own_server() -> None:
+def served(server: NbdServer, client: Negotiation) -> None:
     """Both machines, byte by byte."""
-    server = NbdServer({b"disk": Export(b"disk", 12288, description=b"d", min_block=1)})
-    client = Negotiation(b"disk", contexts=[BASE, b"qemu:allocation-depth"])
     while client.agreed is None:
         for byte in client.take():
             space = server.space()
@@ -189,7 +199,13 @@ def test_our_own_server() -> None:
             wanted = client.wanted
             client.received(answer[:wanted])
             answer = answer[wanted:]
-    assert client.agreed.size == 12288
+
+
+def test_our_own_server() -> None:
+    server = NbdServer({b"disk": Export(b"disk", 12288, description=b"d", min_block=1)})
+    client = Negotiation(b"disk", contexts=[BASE, b"qemu:allocation-depth"])
+    served(server, client)
+    assert client.agreed is not None and client.agreed.size == 12288
     assert client.agreed.contexts == {1: BASE}
     assert server.export is not None and server.mode == const.EXTENDED
     assert server.contexts == {1: BASE} and client.agreed.extended

@@ -24,10 +24,7 @@ def in_background(call: Call, serve: Callable[[Callable[[], None]], None]) -> in
     os.setsid()
 
     def listening() -> None:
-        null = os.open(os.devnull, os.O_RDWR)
-        for descriptor in (0, 1, 2):
-            os.dup2(null, descriptor)
-        os.close(null)
+        detach()
         os.write(writer, b"\1")
         os.close(writer)
 
@@ -39,10 +36,21 @@ def in_background(call: Call, serve: Callable[[Callable[[], None]], None]) -> in
     os._exit(0)
 
 
+def detach() -> None:
+    """Let go of the terminal, or whatever standard input, output and error were."""
+    null = os.open(os.devnull, os.O_RDWR)
+    for descriptor in (0, 1, 2):
+        os.dup2(null, descriptor)
+    os.close(null)
+
+
 def write_pid(path: str) -> None:
-    """Write this process's id to a file."""
-    with open(path, "w") as file:
-        file.write(f"{os.getpid()}\n")
+    """Write this process's id to a file.  Raises UsageError."""
+    try:
+        with open(path, "w") as file:
+            file.write(f"{os.getpid()}\n")
+    except OSError as error:
+        raise UsageError(f"Could not create '{path}': {error.strerror}") from error
 
 
 def unlink(path: str) -> None:

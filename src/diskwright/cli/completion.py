@@ -148,7 +148,7 @@ def _verb(module: str, name: str, text: str) -> Verb:
 
 
 def _flag(option: Opt, verb: str, declared: tuple[Opt, ...]) -> Flag:
-    plain = Flag(option.short, option.long, option.help)
+    plain = Flag(option.short, option.long, option.help, optional=option.optional)
     if option.words:
         return plain._replace(kind=WORDS, words=option.words, optional=True)
     if option.value in _WORDS:

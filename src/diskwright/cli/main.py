@@ -123,7 +123,10 @@ def _guarded(call: Call, argv: list[str]) -> int:
 
 def _usage(call: Call, text: str, getopt: bool) -> int:
     prefix = call.title if getopt else call.name
-    to_stderr(f"{prefix}: {text}\nTry '{call.title} --help' for more info\n")
+    hint = f"Try '{call.title} --help' for more info"
+    if tool_of(call.name) == "qemu-nbd":
+        hint = f"{f'{prefix}: ' if getopt else ''}Try `{call.name} --help' for more information."
+    to_stderr(f"{prefix}: {text}\n{hint}\n")
     return call.failure
 
 
@@ -175,7 +178,8 @@ def version(name: str) -> str:
     tool = tool_of(name)
     if tool == "diskwright":
         return f"diskwright {__version__}"
-    return f"{tool} version {COMPATIBLE} (diskwright {__version__})"
+    word = "" if tool == "qemu-nbd" else "version "
+    return f"{tool} {word}{COMPATIBLE} (diskwright {__version__})"
 
 
 def _overview(call: Call, verbs: dict[str, str]) -> str:

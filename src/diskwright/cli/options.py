@@ -14,13 +14,15 @@ from ..records import NamedTuple
 class Opt(NamedTuple):
     """One option.  ``short`` is a letter or empty, ``long`` a name or empty; ``value`` names the
     argument, empty when there is none; ``help`` is shown by ``--help`` (empty: not shown).
-    With ``words`` only the long form takes the argument, which must be one of them or missing."""
+    With ``words`` only the long form takes the argument, which must be one of them or missing;
+    with ``optional`` it may be missing, and stands behind ``=`` otherwise."""
 
     short: str
     long: str
     value: str = ""
     help: str = ""
     words: tuple[str, ...] = ()
+    optional: bool = False
 
     @property
     def key(self) -> str:
@@ -137,7 +139,7 @@ def _long(word: str, declared: dict[str, Opt], rest: list[str]) -> tuple[str, st
             value = rest.pop()
         elif equals and value not in option.words:
             raise OptionError(f"option '--{option.long}' doesn't allow the argument '{value}'")
-    elif not equals:
+    elif not equals and not option.optional:
         if not rest:
             raise OptionError(f"option '--{option.long}' requires an argument")
         value = rest.pop()
@@ -174,6 +176,7 @@ def help_text(usage: str, summary: str, declared: Sequence[Opt]) -> str:
         value = option.value
         if value:
             value = f" [{'|'.join(option.words)}]" if option.words else f" {value}"
+            value = f"[={option.value}]" if option.optional else value
         left = f"  {short}{joint}{long}{value}"
         if len(left) > 30:
             lines.append(left)

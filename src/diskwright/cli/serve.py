@@ -1,113 +1,145 @@
-"""``serve`` (qemu-nbd): one disk over NBD."""
+"""``serve`` (qemu-nbd): disks over NBD."""
 
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from ..errors import DiskError, UsageError
+from ..errors import NotSupported, UsageError
 from ..records import NamedTuple
-from .images import arguments, gate, new_driver, secrets, served, warn_if_guessed
+from .images import arguments, gate, secrets, served, take_trace
 from .options import FORCE_SHARE, FORMAT, GATE, IMAGE_OPTS, METRICS, OBJECT, TRACE, Args, Opt
-from .output import Call, UsageProblem, reason
+from .output import Call, UsageProblem
 
 if TYPE_CHECKING:
-    import socket
-
-    from ..engine.kernel import Driver
-    from ..export.nbd_tls import ServerTls
+    from ..export.listening import Inherited
     from ..graph.gate import Gate
     from ..graph.names import Reference
-    from ..graph.node import Node
     from ..ops.snapshots import Selector
     from ..secrets import Secrets
 
 DEFAULT_PORT = 10809
-# How long to poll for the next request of a client that waits for each reply, before sleeping.
-LINGER_SECONDS = 50e-6
+NAME_LIMIT = 4096
 
 OPTIONS = (
     FORMAT,
     IMAGE_OPTS,
     Opt("k", "socket", "PATH", "listen on a unix socket"),
     Opt("p", "port", "PORT", "listen on a TCP port (default 10809)"),
-    Opt("b", "bind", "ADDRESS", "address to listen on"),
+    Opt("b", "bind", "ADDRESS", "address to listen on (default localhost; qemu-nbd: all of IPv4): "
+        "a name or number, of both families; vsock or vsock:CID for a vsock address"),
     Opt("r", "read-only", "", "let nobody write"),
+    Opt("s", "snapshot", "", "write to a throw-away overlay: the same as --overlay"),
+    Opt("", "overlay", "FILE", "do not write to the image but to an overlay: one that is gone at "
+        "the end, or FILE, which is made if it is not there", optional=True),
     Opt("l", "load-snapshot", "SNAPSHOT", "serve an internal snapshot, read-only: an id or name, "
         "or snapshot.id=ID,snapshot.name=NAME"),
+    Opt("o", "offset", "OFFSET", "serve what is behind so many bytes"),
     Opt("t", "persistent", "", "go on when the last client has left"),
-    Opt("e", "shared", "NUM", "clients at a time (default 1, 0 for any number)"),
-    Opt("x", "export-name", "NAME", "name of the export (default: empty)"),
+    Opt("e", "shared", "NUM", "clients at a time (default 1, of several images any number; 0 for "
+        "any number)"),
+    Opt("x", "export-name", "NAME", "name of the export (default: empty, of several images their "
+        "file names; once for each image)"),
     Opt("D", "description", "TEXT", "description of the export"),
     Opt("A", "allocation-depth", "", "tell clients that ask which layer holds a range"),
     Opt("B", "bitmap", "NAME", "tell clients that ask what a dirty bitmap of the image or of a "
         "backing file calls dirty (several times)"),
-    Opt("", "handshake-limit", "SECONDS", "time for a client's handshake (default 10)"),
+    Opt("", "handshake-limit", "SECONDS", "time for a client's handshake (default 10; 0: any)"),
+    Opt("", "workers", "NUM", "serve several images in so many processes"),
     Opt("", "cache", "CACHE", "cache mode of the image (default writeback)"),
     Opt("n", "nocache", "", "the same as --cache=none"),
-    Opt("", "aio", "AIO"),
+    Opt("", "aio", "AIO", "taken, and checked: how files are read and written is our own affair"),
     Opt("", "discard", "DISCARD", "ignore or unmap (default; qemu-nbd: ignore)"),
     Opt("", "detect-zeroes", "DETECT", "off (default), on or unmap"),
     Opt("", "tls-creds", "ID", "require TLS, with the credentials of an --object tls-creds-x509 or "
         "tls-creds-psk (endpoint=server)"),
     Opt("", "tls-authz", "ID", "admit only clients whose certificate an --object authz-simple, "
         "authz-list or authz-listfile names"),
+    Opt("", "tls-hostname", "NAME", "with --list: the name in the server's certificate"),
+    Opt("L", "list", "", "list the exports of another server"),
     Opt("", "fork", "", "return when clients can connect, and serve in the background"),
     Opt("", "pid-file", "PATH", "write the server's process id there"),
     METRICS,
-    TRACE,
-    Opt("v", "verbose", "", "report why clients were dropped"),
+    TRACE._replace(short="T"),
+    Opt("v", "verbose", "", "say where clients find it, and why they were dropped"),
+    Opt("", "selinux-label", "LABEL", "refused: sockets get no label"),
+    Opt("c", "connect", "DEV", "refused: nbd-client attaches an export to a device"),
+    Opt("d", "disconnect", "", "refused: nbd-client detaches a device"),
     FORCE_SHARE,
     *GATE,
     OBJECT,
-)
+)  # fmt: skip
+
+_ONCE = {"aio": "--aio", "discard": "--discard", "cache": "-n and --cache"}
+_NOT_LISTED = (
+    "allocation-depth", "offset", "bitmap", "export-name", "description", "cache", "nocache",
+    "aio", "discard", "load-snapshot", "format", "overlay", "workers",
+)  # fmt: skip
+
+
+class Image(NamedTuple):
+    """One disk: what was typed, what it means, and the name of its export."""
+
+    typed: str
+    reference: Reference
+    export: bytes
 
 
 class Settings(NamedTuple):
-    """What was asked for."""
+    """What was asked for.  ``overlay``: the file of a kept one, empty for a throw-away one, None
+    for none."""
 
-    image: str
-    reference: Reference
+    images: tuple[Image, ...]
     gate: Gate
-    format: str | None = None
-    socket: str = ""
-    address: str = "localhost"
-    port: str = str(DEFAULT_PORT)
-    read_only: bool = False
-    persistent: bool = False
-    clients: int = 1
-    name: str = ""
-    description: str = ""
-    cache: str = "writeback"
-    discard: str = "unmap"
-    detect_zeroes: str = "off"
-    force_share: bool = False
-    handshake_seconds: float = 10.0
-    pid_file: str = ""
-    verbose: bool = False
-    secrets: Secrets | None = None
-    snapshot: Selector | None = None
-    depth: bool = False
-    bitmaps: tuple[str, ...] = ()
-    tls_creds: str = ""
-    tls_authz: str = ""
-    metrics: str = ""
+    theirs: bool
+    format: str | None
+    socket: str
+    address: str
+    port: str
+    inherited: tuple[Inherited, ...]
+    read_only: bool
+    persistent: bool
+    clients: int
+    workers: int
+    description: bytes
+    cache: str
+    discard: str
+    detect_zeroes: str
+    force_share: bool
+    offset: int
+    overlay: str | None
+    snapshot: Selector | None
+    depth: bool
+    bitmaps: tuple[str, ...]
+    handshake_seconds: float
+    background: bool
+    pid_file: str
+    verbose: bool
+    secrets: Secrets | None
+    tls_creds: str
+    tls_authz: str
+    metrics: str
 
 
 def main(call: Call, argv: list[str]) -> int:
-    """Serve a disk until its last client has left or a signal comes."""
+    """Serve disks until their last client has left or a signal comes."""
     if argv in (["-V"], ["--version"]):
         from .main import version
 
         call.out(version(call.name))
         return 0
-    args = arguments(call, argv, OPTIONS, "FILENAME", "Serve a disk over NBD.")
+    args = arguments(call, argv, OPTIONS, "FILENAME...", "Serve disks over NBD.")
     if args is None:
         return 0
+    _check(call, args)
+    if "list" in args:
+        from .serve_list import list_exports
+
+        return list_exports(call, args, _listed(args))
     settings = _settings(call, args)
-    if "fork" in args:
+    from .serve_run import serve
+
+    if settings.background:
         from .background import in_background
 
         return in_background(call, lambda listening: serve(call, settings, listening))
@@ -115,48 +147,159 @@ def main(call: Call, argv: list[str]) -> int:
     return 0
 
 
+def _check(call: Call, args: Args) -> None:
+    """Raise UsageError for options that cannot be, in the words of qemu-nbd."""
+    given = ["cache" if key == "nocache" else key for key, _ in args.options]
+    for key, words in _ONCE.items():
+        if given.count(key) > 1:
+            raise UsageError(f"{words} can only be specified once")
+    aio = args.get("aio") or "threads"
+    if aio not in ("threads", "native", "io_uring"):
+        raise UsageError(f"Invalid aio mode '{aio}'")
+    theirs = call.name.startswith("qemu-nbd")
+    if not theirs:
+        take_trace(args)
+    for pattern in args.all("trace") if theirs else ():
+        name = pattern.split(",")[0].removeprefix("enable=")
+        if "*" not in name:
+            call.warning(f"warning: trace event '{name}' does not exist")
+    for key in ("selinux-label", "connect", "disconnect"):
+        if key in args and "list" not in args:
+            raise NotSupported(f"--{key} is not supported")
+    tls = "tls-creds" in args
+    for key in ("tls-authz", "tls-hostname"):
+        if key in args and not tls:
+            raise UsageError(f"--{key} is not permitted without --tls-creds")
+    if "tls-hostname" in args and "list" not in args:
+        raise UsageError("TLS hostname is only supported with export list")
+    path = args.get("socket")
+    if path and theirs and not os.path.isabs(path):
+        raise UsageError("socket path must be absolute")
+
+
+def _listed(args: Args) -> tuple[str, str, str]:
+    """Socket, address and port of the server whose exports are listed."""
+    if args.operands:
+        raise UsageError("List mode is incompatible with a file name")
+    if any(key in args for key in _NOT_LISTED) or "connect" in args:
+        raise UsageError("List mode is incompatible with per-device settings")
+    if "fork" in args:
+        raise UsageError("List mode is incompatible with forking")
+    if "tls-authz" in args:
+        raise UsageError("TLS authorization is incompatible with export list")
+    port = args.get("port") or str(DEFAULT_PORT)
+    return args.get("socket") or "", args.get("bind") or "localhost", port
+
+
 def _settings(call: Call, args: Args) -> Settings:
-    if len(args.operands) != 1:
+    theirs = call.name.startswith("qemu-nbd")
+    several = len(args.operands) > 1
+    if not args.operands or (several and theirs):
         raise UsageProblem("Invalid number of arguments")
-    keys = secrets(args)
-    image = args.operands[0]
-    reference, cache = served(args, image, "none" if "nocache" in args else "writeback")
-    ours = not call.name.startswith("qemu-nbd")
-    discard = args.get("discard") or ("unmap" if ours else "ignore")
+    discard = args.get("discard") or ("ignore" if theirs else "unmap")
     if discard not in ("ignore", "off", "unmap", "on"):
         raise UsageError(f"Invalid discard mode `{discard}'")
     zeroes = args.get("detect-zeroes") or "off"
     if zeroes not in ("off", "on", "unmap"):
         raise UsageError(f"Failed to parse detect_zeroes mode: invalid parameter value: {zeroes}")
+    images, cache = _images(args)
+    if args.get("aio") == "native" and cache not in ("none", "off", "directsync"):
+        raise UsageError(
+            "aio=native was specified, but it requires cache.direct=on, which was not specified."
+        )
+    inherited = _inherited(args)
+    overlay = _overlay(args, several)
+    workers = _count(args, "workers", 1, "Invalid number of workers")
+    for key in ("tls-creds", "metrics"):
+        if workers > 1 and key in args:
+            raise NotSupported(f"--workers is not supported with --{key}")
+    description = os.fsencode(args.get("description") or "")
+    if len(description) > NAME_LIMIT:
+        raise UsageError(f"export description '{args.get('description')}' too long")
     return Settings(
-        image=image,
-        reference=reference,
+        images=images,
         gate=gate(args),
+        theirs=theirs,
         format=args.get("format"),
         socket=args.get("socket") or "",
         # qemu-nbd listens everywhere; a disk that nobody asked to publish stays at home
-        address=args.get("bind") or ("localhost" if ours else "0.0.0.0"),
+        address=args.get("bind") or ("0.0.0.0" if theirs else "localhost"),
         port=args.get("port") or str(DEFAULT_PORT),
-        read_only="read-only" in args or "load-snapshot" in args,
+        inherited=inherited,
+        read_only="read-only" in args or ("load-snapshot" in args and overlay is None),
         persistent="persistent" in args,
-        clients=_count(args, "shared", 1, "Invalid shared device number"),
-        name=args.get("export-name") or "",
-        description=args.get("description") or "",
+        clients=_count(args, "shared", 0 if several else 1, "Invalid shared device number"),
+        workers=max(1, min(workers, len(images))),
+        description=description,
         cache=cache,
         discard=discard,
         detect_zeroes=zeroes,
         force_share="force-share" in args,
-        handshake_seconds=_count(args, "handshake-limit", 10, "Invalid handshake limit"),
-        pid_file=args.get("pid-file") or "",
-        verbose="verbose" in args,
-        secrets=keys,
+        offset=_offset(args),
+        overlay=overlay,
         snapshot=_snapshot(call, args),
         depth="allocation-depth" in args,
         bitmaps=tuple(args.all("bitmap")),
+        handshake_seconds=_count(args, "handshake-limit", 10, "Invalid handshake limit") or 1e9,
+        background="fork" in args,
+        pid_file=args.get("pid-file") or "",
+        verbose="verbose" in args,
+        secrets=secrets(args),
         tls_creds=args.get("tls-creds") or "",
         tls_authz=args.get("tls-authz") or "",
         metrics=args.get("metrics") or "",
     )
+
+
+def _images(args: Args) -> tuple[tuple[Image, ...], str]:
+    """What is served, and the cache mode."""
+    typed = args.operands
+    names = args.all("export-name")
+    if len(typed) == 1:
+        names = names[-1:] or [""]
+    elif not names:
+        names = [os.path.basename(name) for name in typed]
+    elif len(names) != len(typed):
+        raise UsageError(f"{len(typed)} images need as many --export-name, not {len(names)}")
+    exports = [os.fsencode(name) for name in names]
+    for name, export in zip(names, exports, strict=True):
+        if len(export) > NAME_LIMIT:
+            raise UsageError(f"export name '{name}' too long")
+        if exports.count(export) > 1:
+            raise UsageError(f"Two exports cannot both be called '{name}': see --export-name")
+    cache = "none" if "nocache" in args else "writeback"
+    images = []
+    for name, export in zip(typed, exports, strict=True):
+        reference, cache = served(args, name, cache)
+        images.append(Image(name, reference, export))
+    return tuple(images), cache
+
+
+def _overlay(args: Args, several: bool) -> str | None:
+    if "overlay" not in args:
+        return "" if "snapshot" in args else None
+    path = args.get("overlay") or ""
+    if path and several:
+        raise UsageError("--overlay=FILE is for one image")
+    if path and ("load-snapshot" in args or "image-opts" in args):
+        raise UsageError("--overlay=FILE is for an image that its name says all about")
+    return path
+
+
+def _inherited(args: Args) -> tuple[Inherited, ...]:
+    """The sockets of whoever activated us; only this process is told of them."""
+    if "LISTEN_PID" not in os.environ:
+        return ()
+    from ..export.listening import inherited
+
+    found = tuple(inherited(os.environ, os.getpid()))
+    for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
+        os.environ.pop(name, None)
+    words = {"socket": "Unix socket", "port": "TCP port number", "bind": "The interface"}
+    for key, what in words.items():
+        if found and key in args:
+            raise UsageError(f"{what} can't be set when using socket activation")
+    return found
 
 
 def _snapshot(call: Call, args: Args) -> Selector | None:
@@ -167,156 +310,31 @@ def _snapshot(call: Call, args: Args) -> Selector | None:
     return snapshot_of(call, args, "load-snapshot")
 
 
-async def _show(node: Node, snapshot: Selector) -> None:
-    from ..ops.snapshots import show
+def _offset(args: Args) -> int:
+    text = args.get("offset")
+    if text is None:
+        return 0
+    from .sizes import BadNumber, number
 
     try:
-        await show(node, snapshot)
-    except (OSError, DiskError) as error:
-        raise UsageError(f"Failed to load snapshot: {reason(error)}") from error
+        value = number(text)
+    except BadNumber:
+        raise UsageError(f"Invalid offset '{text}'") from None
+    if not 0 <= value < 1 << 63:
+        raise UsageError(f"Value '{text}' is out of range for parameter 'offset'")
+    return value
 
 
 def _count(args: Args, key: str, default: int, message: str) -> int:
     text = args.get(key)
     if text is None:
         return default
-    if not text.isdecimal() or len(text) > 9:
+    from .sizes import BadNumber, number
+
+    try:
+        value = number(text, suffixes=False)
+    except BadNumber:
+        value = -1
+    if not 0 <= value < 1 << 31:
         raise UsageError(f"{message} '{text}'")
-    return int(text)
-
-
-def serve(call: Call, settings: Settings, listening: Callable[[], None]) -> None:
-    """Serve; ``listening`` is called when clients can connect.  Raises what opening raises."""
-    driver = new_driver()
-    driver.linger = LINGER_SECONDS
-    try:
-        driver.run(driver.in_time(_serve(driver, call, settings, listening)))
-    finally:
-        driver.close()
-
-
-async def _serve(
-    driver: Driver, call: Call, settings: Settings, listening: Callable[[], None]
-) -> None:
-    from ..export.nbd_server import Server
-    from ..export.nbd_service import tune_collector, until_signalled
-    from ..export.nbd_status import find_bitmaps
-    from ..graph.opener import close_disk, open_disk
-    from .background import unlink, write_pid
-
-    tls = _tls(settings)
-    node = await open_disk(
-        driver,
-        settings.reference,
-        format=settings.format,
-        writable=not settings.read_only,
-        cache=settings.cache,
-        force_share=settings.force_share,
-        gate=settings.gate,
-        discard=settings.discard,
-        detect_zeroes=settings.detect_zeroes,
-        secrets=settings.secrets,
-    )
-    try:
-        if settings.snapshot is not None:
-            await _show(node, settings.snapshot)
-        if not settings.read_only:
-            warn_if_guessed(call, settings.image, node)
-        export = Server(
-            driver,
-            clients=settings.clients,
-            persistent=settings.persistent,
-            handshake_seconds=settings.handshake_seconds or 1e9,
-            tls=tls,
-        )
-        name, disk, metrics = os.fsencode(settings.name), node, None
-        if settings.metrics:
-            from ..export.metrics_server import of_disk
-
-            disk, metrics = of_disk(export, name, node)
-        export.offer(
-            name,
-            disk,
-            os.fsencode(settings.description),
-            settings.read_only or node.read_only,
-            depth=settings.depth,
-            bitmaps=await find_bitmaps(node, settings.bitmaps),
-        )
-        export.on_error = lambda error: call.error(f"a request failed: {reason(error)}")
-        if settings.verbose:
-            export.on_left = lambda why: call.error(f"a client left: {why}")
-        listeners = _listen(settings)
-
-        async def work() -> None:
-            if settings.pid_file:
-                write_pid(settings.pid_file)
-            if sys.stdout.isatty():
-                print(f"serving {uri(settings, listeners[0])}", flush=True)
-            listening()
-            undo = tune_collector()
-            try:
-                await export.serve(*listeners)
-            finally:
-                undo()
-
-        try:
-            if metrics is not None:
-                metrics.listen(settings.metrics)
-            await until_signalled(driver, work(), export.stop)
-        finally:
-            if metrics is not None:
-                await metrics.close()
-            for path in filter(None, (settings.socket, settings.pid_file)):
-                unlink(path)
-    finally:
-        await close_disk(node)
-
-
-def _tls(settings: Settings) -> ServerTls | None:
-    if not settings.tls_creds:
-        if settings.tls_authz:
-            raise UsageError("--tls-authz is not permitted without --tls-creds")
-        return None
-    from ..export.nbd_tls import ServerTls
-    from ..protocols.nbd_tls import server_context
-
-    known = settings.secrets
-    if known is None or settings.tls_creds not in known.credentials:
-        raise UsageError(f"No TLS credentials with id '{settings.tls_creds}'")
-    identity = None
-    if settings.tls_authz:
-        identity = known.authz.get(settings.tls_authz)
-        if identity is None:
-            raise UsageError(f"No authorization with id '{settings.tls_authz}'")
-    return ServerTls(server_context(known.credentials[settings.tls_creds]), identity)
-
-
-def _listen(settings: Settings) -> list[socket.socket]:
-    from ..export.listening import listen_tcp, listen_unix
-
-    if settings.socket:
-        try:
-            return [listen_unix(settings.socket)]
-        except OSError as error:
-            raise UsageError(
-                f"Failed to bind socket to {settings.socket}: {error.strerror or error}"
-            ) from error
-    try:
-        return listen_tcp(settings.address, settings.port)
-    except OSError as error:
-        where = f"{settings.address}:{settings.port}"
-        raise UsageError(f"Failed to listen on {where}: {error.strerror or error}") from error
-
-
-def uri(settings: Settings, listener: socket.socket) -> str:
-    """Where clients find it."""
-    from urllib.parse import quote
-
-    scheme = "nbds" if settings.tls_creds else "nbd"
-    name = quote(os.fsencode(settings.name), safe="")
-    if settings.socket:
-        return f"{scheme}+unix:///{name}?socket={quote(os.path.abspath(settings.socket))}"
-    host, number = listener.getsockname()[:2]
-    host = f"[{host}]" if ":" in host else host
-    port = "" if number == DEFAULT_PORT else f":{number}"
-    return f"{scheme}://{host}{port}/{name}"
+    return value

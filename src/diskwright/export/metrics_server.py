@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 
 from ..engine.kernel import BaseDriver
-from ..engine.node import Node
 from ..errors import UsageError
 from ..graph.backend import Backend
 from ..wire.http import HttpServer, Request, response
@@ -126,18 +125,23 @@ class MetricsServer(Door):
         return response(request._replace(status=404), b"")
 
 
-def of_disk(server: Server, name: bytes, node: Node) -> tuple[Node, MetricsServer]:
-    """What is to be offered as ``name`` in place of ``node``, so that requests are counted; and
-    what tells of them."""
-    disk = Backend(node)
-    shown = name.decode("utf-8", "replace")
+def of_server(server: Server) -> MetricsServer:
+    """What tells of the exports of ``server``, whose requests are counted where a disk was offered
+    as a :class:`.Backend`."""
+    names = {name: name.decode("utf-8", "replace") for name in server.exports}
+    disks = {name: node for name, node in server.nodes.items() if isinstance(node, Backend)}
 
     def gather() -> Iterator[Family]:
-        yield from requests("export", [({"export": shown, "node": node.name}, disk.stats)])
-        labels = {"node": node.name, "driver": node.driver_name}
-        yield Family("diskwright_node_size_bytes", "gauge", SIZE, [(labels, node.size)])
-        yield from nbd(server, {name: shown})
-        yield from metadata(node.graph.tables)
+        nodes = [disk.node for disk in disks.values()]
+        yield from requests(
+            "export",
+            [({"export": names[n], "node": d.node.name}, d.stats) for n, d in disks.items()],
+        )
+        labels = [({"node": node.name, "driver": node.driver_name}, node.size) for node in nodes]
+        yield Family("diskwright_node_size_bytes", "gauge", SIZE, list(labels))
+        yield from nbd(server, names)
+        if nodes:
+            yield from metadata(nodes[0].graph.tables)
         yield from process()
 
-    return disk, MetricsServer(server.driver, gather)
+    return MetricsServer(server.driver, gather)

@@ -113,7 +113,9 @@ class Server(Door):
                 await node.flush()
 
     async def _admit(self, sock: socket.socket) -> None:
-        connection = Connection(self, sock)
+        await self._connected(Connection(self, sock))
+
+    async def _connected(self, connection: Connection) -> None:
         if not connection.budget.take(BUFFER_SIZE):
             await connection.budget.acquire(BUFFER_SIZE)
         self.connections.add(connection)

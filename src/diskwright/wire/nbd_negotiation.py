@@ -28,8 +28,6 @@ REPLY_LIMIT = 16 << 10
 """Longest reply to an option in bytes: two strings and a few numbers."""
 REPLIES_LIMIT = 256
 """Most replies to one option."""
-LIST_LIMIT = 10_000
-"""Most exports that a server may list."""
 LARGEST = 1 << 63
 """An export is smaller, in bytes: offsets of the system are signed."""
 MOST_MIN_BLOCK = 64 << 10
@@ -73,7 +71,7 @@ class Agreement(NamedTuple):
     style: str = "newstyle-fixed"
 
 
-class _Declined(Exception):
+class Declined(Exception):
     """The server answered an option with an error."""
 
     def __init__(self, kind: int, said: bytes) -> None:
@@ -89,8 +87,8 @@ class _Declined(Exception):
 
 
 T = TypeVar("T")
-_Script = Generator[int, bytes, T]
-_Replies = list[tuple[int, bytes]]
+Script = Generator[int, bytes, T]
+Replies = list[tuple[int, bytes]]
 
 
 class Negotiation:
@@ -102,8 +100,7 @@ class Negotiation:
     server refuses (then :meth:`take` has a farewell) and for what breaks the protocol.
 
     ``secure``: over TLS or not at all.  ``contexts``: metadata contexts that are asked for.
-    ``extended``, ``structured``: ask for these replies.  With ``listing`` no export is chosen:
-    ``exports`` gets those that the server lists, and ``agreed`` says nothing else.
+    ``extended``, ``structured``: ask for these replies.
     """
 
     def __init__(
@@ -114,17 +111,13 @@ class Negotiation:
         contexts: Sequence[bytes] = (),
         structured: bool = True,
         extended: bool = True,
-        listing: bool = False,
     ) -> None:
         self.export = export
         self.secure = secure
         self.contexts = contexts
         self.upgrade = False
         self.agreed: Agreement | None = None
-        self.exports: list[tuple[bytes, bytes]] = []
-        """(name, description) of each export."""
         self._ask_structured, self._ask_extended = structured, extended
-        self._listing = listing
         self._out: list[bytes] = []
         self._structured = self._extended = False
         self._script = self._run()
@@ -149,7 +142,7 @@ class Negotiation:
         self.received(b"")
 
     # -- what is said, in order
-    def _run(self) -> _Script[Agreement]:
+    def _run(self) -> Script[Agreement]:
         first, second = _GREETING.unpack((yield _GREETING.size))
         if first != c.INIT_MAGIC:
             raise PeerError("this is no NBD server: it begins with other bytes")
@@ -167,32 +160,31 @@ class Negotiation:
         try:
             if self.secure:
                 yield from self._start_tls()
-            if self._listing:
-                return (yield from self._list())
             if self._ask_extended:
                 self._extended = yield from self._offered(c.OPT_EXTENDED_HEADERS)
             self._structured = self._extended
             if self._ask_structured and not self._structured:
                 self._structured = yield from self._offered(c.OPT_STRUCTURED_REPLY)
-            selected = yield from self._select_contexts()
-            try:
-                return (yield from self._go(selected))
-            except _Declined as declined:
-                if declined.kind != c.REP_ERR_UNSUP:
-                    raise
-            return (yield from self._by_name(not no_zeroes, "newstyle-fixed", selected))
-        except _Declined as declined:
+            return (yield from self._choose(not no_zeroes))
+        except Declined as declined:
             self._send(c.OPT_ABORT)
             raise declined.error() from None
+
+    def _choose(self, padded: bool) -> Script[Agreement]:
+        selected = yield from self._select_contexts()
+        try:
+            return (yield from self._go(selected))
+        except Declined as declined:
+            if declined.kind != c.REP_ERR_UNSUP:
+                raise
+        return (yield from self._by_name(padded, "newstyle-fixed", selected))
 
     def _refuse_plain(self, style: str) -> None:
         """What a server without options cannot do."""
         if self.secure:
             raise PeerError(f"TLS was asked for, and the server speaks {style} NBD without it")
-        if self._listing:
-            raise PeerError(f"the server speaks {style} NBD and cannot list its exports")
 
-    def _oldstyle(self) -> _Script[Agreement]:
+    def _oldstyle(self) -> Script[Agreement]:
         self._refuse_plain("oldstyle")
         if self.export:
             raise PeerError(
@@ -206,7 +198,7 @@ class Negotiation:
 
     def _by_name(
         self, padded: bool, style: str, contexts: Mapping[int, bytes] | None = None
-    ) -> _Script[Agreement]:
+    ) -> Script[Agreement]:
         """OPT_EXPORT_NAME, which has no way to refuse but to close the connection."""
         self._send(c.OPT_EXPORT_NAME, self.export)
         size, flags = _EXPORT.unpack((yield _EXPORT.size))
@@ -214,78 +206,67 @@ class Negotiation:
             yield _PADDING
         return self._agreement(size, flags, style=style, contexts=contexts or {})
 
-    def _start_tls(self) -> _Script[None]:
+    def _start_tls(self) -> Script[None]:
         try:
             replies = yield from self._ask(c.OPT_STARTTLS)
-        except _Declined as declined:
+        except Declined as declined:
             detail = "TLS was asked for, and the server does not offer it"
             if declined.said:
                 detail += f"\nserver reported: {declined.said}"
             raise PeerError(detail, errno.EACCES) from None
         if replies:
-            raise _broken("it answers STARTTLS with data")
+            raise broken("it answers STARTTLS with data")
         self.upgrade = True
         yield 0
 
-    def _list(self) -> _Script[Agreement]:
-        for kind, data in (yield from self._ask(c.OPT_LIST, limit=LIST_LIMIT)):
-            if kind != c.REP_SERVER or len(data) < 4:
-                raise _broken("it lists something that is no export")
-            length = int.from_bytes(data[:4], "big")
-            if length > len(data) - 4:
-                raise _broken("it lists an export whose name is longer than its reply")
-            self.exports.append((data[4 : 4 + length], data[4 + length :]))
-        self._send(c.OPT_ABORT)
-        return Agreement(0, 0, tls=self.secure)
-
-    def _offered(self, option: int) -> _Script[bool]:
+    def _offered(self, option: int) -> Script[bool]:
         """Whether the server grants an option that has neither data nor replies."""
         try:
             replies = yield from self._ask(option)
-        except _Declined as declined:
+        except Declined as declined:
             if declined.kind in (c.REP_ERR_TLS_REQD, c.REP_ERR_SHUTDOWN):
                 raise
             return False
         if replies:
-            raise _broken(f"it answers option {option} with data")
+            raise broken(f"it answers option {option} with data")
         return True
 
-    def _select_contexts(self) -> _Script[dict[int, bytes]]:
+    def _select_contexts(self) -> Script[dict[int, bytes]]:
         found: dict[int, bytes] = {}
         if not (self._structured and self.contexts):
             return found
-        data = _text(self.export) + struct.pack(">I", len(self.contexts))
-        data += b"".join(map(_text, self.contexts))
+        data = text_of(self.export) + struct.pack(">I", len(self.contexts))
+        data += b"".join(map(text_of, self.contexts))
         try:
             replies = yield from self._ask(c.OPT_SET_META_CONTEXT, data)
-        except _Declined as declined:
+        except Declined as declined:
             if declined.kind in (c.REP_ERR_TLS_REQD, c.REP_ERR_UNKNOWN, c.REP_ERR_SHUTDOWN):
                 raise
             return found
         for kind, body in replies:
             if kind != c.REP_META_CONTEXT or len(body) < 4:
-                raise _broken("it selects something that is no metadata context")
+                raise broken("it selects something that is no metadata context")
             number, name = int.from_bytes(body[:4], "big"), body[4:]
             if name not in self.contexts or number in found or name in found.values():
-                raise _broken(f"it selects the metadata context '{readable(name)}' unasked")
+                raise broken(f"it selects the metadata context '{readable(name)}' unasked")
             found[number] = name
         return found
 
-    def _go(self, contexts: Mapping[int, bytes]) -> _Script[Agreement]:
+    def _go(self, contexts: Mapping[int, bytes]) -> Script[Agreement]:
         wanted = (c.INFO_NAME, c.INFO_DESCRIPTION, c.INFO_BLOCK_SIZE)
-        data = _text(self.export) + struct.pack(">H3H", len(wanted), *wanted)
+        data = text_of(self.export) + struct.pack(">H3H", len(wanted), *wanted)
         info: dict[int, bytes] = {}
         for kind, body in (yield from self._ask(c.OPT_GO, data)):
             if kind != c.REP_INFO or len(body) < 2:
-                raise _broken("it describes the export with something that is no information")
+                raise broken("it describes the export with something that is no information")
             info[int.from_bytes(body[:2], "big")] = body[2:]
         export = info.get(c.INFO_EXPORT)
         if export is None or len(export) != _EXPORT.size:
-            raise _broken("it does not tell the size of the export")
+            raise broken("it does not tell the size of the export")
         size, flags = _EXPORT.unpack(export)
         sizes = info.get(c.INFO_BLOCK_SIZE)
         if sizes is not None and len(sizes) != _SIZES.size:
-            raise _broken("its block sizes are not three numbers")
+            raise broken("its block sizes are not three numbers")
         return self._agreement(
             size,
             flags,
@@ -307,7 +288,7 @@ class Negotiation:
         description: bytes = b"",
     ) -> Agreement:
         if size >= LARGEST:
-            raise _broken(f"its export has {size} bytes, more than anything can have")
+            raise broken(f"its export has {size} bytes, more than anything can have")
         if not flags & c.HAS_FLAGS:
             flags = 0
         found = Agreement(
@@ -329,51 +310,51 @@ class Negotiation:
 
     def _ask(
         self, option: int, data: bytes = b"", limit: int = REPLIES_LIMIT
-    ) -> _Script[_Replies]:
-        """Send an option; its replies before the one that ends it.  Raises _Declined."""
+    ) -> Script[Replies]:
+        """Send an option; its replies before the one that ends it.  Raises Declined."""
         self._send(option, data)
-        replies: _Replies = []
+        replies: Replies = []
         while True:
             magic, about, kind, length = _REPLY.unpack((yield _REPLY.size))
             if magic != c.OPTION_REPLY_MAGIC:
-                raise _broken(f"a reply to an option begins with {magic:#x}")
+                raise broken(f"a reply to an option begins with {magic:#x}")
             if about != option:
-                raise _broken(f"it answers option {about} where {option} was asked")
+                raise broken(f"it answers option {about} where {option} was asked")
             if length > REPLY_LIMIT:
-                raise _broken(f"a reply to option {option} is {length} bytes long")
+                raise broken(f"a reply to option {option} is {length} bytes long")
             body = (yield length) if length else b""
             if kind == c.REP_ACK:
                 if length:
-                    raise _broken("an acknowledgement has data")
+                    raise broken("an acknowledgement has data")
                 return replies
             if kind >> 31:
-                raise _Declined(kind, body)
+                raise Declined(kind, body)
             replies.append((kind, body))
             if len(replies) > limit:
-                raise _broken(f"it answers option {option} more than {limit} times")
+                raise broken(f"it answers option {option} more than {limit} times")
 
 
 def _with_sizes(found: Agreement, least: int, preferred: int, most: int) -> Agreement:
     """``found`` with these block sizes, as far as they can be used."""
     if not 1 <= least <= MOST_MIN_BLOCK or least & (least - 1):
-        raise _broken(f"its minimum block size is {least}")
+        raise broken(f"its minimum block size is {least}")
     if preferred < least or preferred & (preferred - 1):
-        raise _broken(f"its preferred block size is {preferred}")
+        raise broken(f"its preferred block size is {preferred}")
     if most < least:
-        raise _broken(f"its maximum block size is {most}")
+        raise broken(f"its maximum block size is {most}")
     if found.size % least:
-        raise _broken(f"its export of {found.size} bytes is no multiple of its block size {least}")
+        raise broken(f"its export of {found.size} bytes is no multiple of its block size {least}")
     most = min(most, c.MAX_PAYLOAD)
     return found._replace(
         min_block=least, preferred_block=preferred, max_payload=most - most % least
     )
 
 
-def _broken(what: str) -> PeerError:
+def broken(what: str) -> PeerError:
     return PeerError(f"the server breaks the protocol: {what}")
 
 
-def _text(text: bytes) -> bytes:
+def text_of(text: bytes) -> bytes:
     return struct.pack(">I", len(text)) + text
 
 

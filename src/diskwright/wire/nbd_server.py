@@ -138,15 +138,21 @@ class NbdServer:
         if handshake.closed:
             self.closed = handshake.closed
             self.clean = handshake.closed.startswith("aborted")
-        export = handshake.export
-        if export is None:
+        if handshake.export is None:
             return False
-        self.export = export
-        self.mode, self.contexts = handshake.mode, handshake.contexts
+        self._begin(handshake.export, handshake.mode, handshake.contexts)
+        return True
+
+    def begin(self, export: Export, mode: int, contexts: Mapping[int, bytes]) -> None:
+        """The handshake was carried out elsewhere, and this was agreed on."""
+        self.handshake = None
+        self._begin(export, mode, contexts)
+
+    def _begin(self, export: Export, mode: int, contexts: Mapping[int, bytes]) -> None:
+        self.export, self.mode, self.contexts = export, mode, contexts
         if self.mode == c.EXTENDED:
             self._frames = EXTENDED
         self._size, self._read_only = export.size, export.read_only
-        return True
 
     # -- transmission
     def _parse(self) -> Batch | None:

@@ -63,7 +63,7 @@ async def overlay(
     await close_disk(node)
     if os.path.exists(target) and os.path.samefile(source, target):
         raise UsageError(f"'{target}' is the base itself")
-    given = {**(options or {}), "backing_file": _named(source, target), "backing_fmt": driver_name}
+    given = {**(options or {}), "backing_file": named(source, target), "backing_fmt": driver_name}
     return await create_image(
         driver,
         target,
@@ -76,7 +76,7 @@ async def overlay(
     )
 
 
-def _named(base: str, path: str) -> str:
+def named(base: str, path: str) -> str:
     """What the image at ``path`` calls its base."""
     whole = os.path.realpath(base)
     inside = os.path.relpath(whole, os.path.dirname(os.path.realpath(path)))
