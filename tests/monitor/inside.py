@@ -54,7 +54,7 @@ class Peer:
                 return found
             self.events.append(found)
 
-    async def do(self, name: str, **arguments: Any) -> Any:
+    async def do(self, name: str, /, **arguments: Any) -> Any:
         """The result of a command whose members have hyphens."""
         found = await self.ask(name, {k.replace("_", "-"): part for k, part in arguments.items()})
         assert "return" in found, found

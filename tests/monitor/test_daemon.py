@@ -29,6 +29,36 @@ NEW = {"driver": "file", "filename": "new", "size": 65536}
 IMAGE = {"driver": "qcow2", "file": "new", "size": 1 << 20}
 RAW = {"driver": "file", "node-name": "raw", "filename": "disk.raw"}
 
+ABORT = {"type": "abort", "data": {}}
+
+
+def bitmap(what: str, name: str, *sources: str, **more: Any) -> dict[str, Any]:
+    """An action about a bitmap of the node ``made``."""
+    named = {"target": name, "bitmaps": list(sources)} if sources else {"name": name}
+    return {"type": f"block-dirty-bitmap-{what}", "data": {"node": "made", **named, **more}}
+
+
+def snapshot(name: str) -> dict[str, Any]:
+    return {"type": "blockdev-snapshot-internal-sync", "data": {"device": "made", "name": name}}
+
+
+TRANSACTIONS: list[list[dict[str, Any]]] = [
+    [bitmap("add", "t", granularity=65536), bitmap("merge", "t", "b"), bitmap("disable", "t")],
+    [bitmap("add", "u"), bitmap("add", "u")],
+    [bitmap("add", "u", persistent=True), bitmap("merge", "u", "missing")],
+    [bitmap("add", "u", persistent=True), bitmap("disable", "u"), bitmap("enable", "u")],
+    [bitmap("add", "v"), bitmap("remove", "v")],
+    [bitmap("remove", "u"), bitmap("add", "u", persistent=True)],
+    [bitmap("remove", "u"), bitmap("clear", "u")],
+    [bitmap("remove", "u"), bitmap("merge", "u", "b")],
+    [bitmap("remove", "u"), bitmap("remove", "u")],
+    [bitmap("enable", "t"), bitmap("clear", "b"), bitmap("disable", "b"), bitmap("remove", "u")],
+    [snapshot("x"), snapshot("x")],
+    [snapshot("x"), bitmap("add", "b")],
+    [snapshot("x"), bitmap("clear", "t")],
+    [bitmap("disable", "missing")],
+]
+
 SCRIPT: list[tuple[str, dict[str, Any] | None]] = [
     ("query-version", {"x": 3}),
     ("no-such-command", None),
@@ -158,6 +188,26 @@ SCRIPT: list[tuple[str, dict[str, Any] | None]] = [
     ("blockdev-snapshot-delete-internal-sync", {"device": "made", "name": "missing"}),
     ("blockdev-snapshot-delete-internal-sync", {"device": "made", "id": "7"}),
     ("blockdev-snapshot-delete-internal-sync", {"device": "made", "id": "1", "name": "s"}),
+    ("transaction", {"actions": []}),
+    ("transaction", {"actions": [{"type": "nothing", "data": {}}]}),
+    ("transaction", {"actions": [{"type": "abort"}]}),
+    ("transaction", {"actions": [{"type": "block-dirty-bitmap-add", "data": {"node": "made"}}]}),
+    *(("transaction", {"actions": actions}) for actions in TRANSACTIONS),
+    ("transaction", {"actions": TRANSACTIONS[0], "properties": {"completion-mode": "grouped"}}),
+    ("transaction", {"actions": [], "properties": {"completion-mode": "x"}}),
+    ("query-named-block-nodes", {"flat": True}),
+    *(("transaction", {"actions": [*actions, ABORT]}) for actions in TRANSACTIONS),
+    ("query-named-block-nodes", {"flat": True}),
+    ("block-job-cancel", {"device": "j"}),
+    ("query-block-jobs", None),
+    ("x-blockdev-amend", {"job-id": "q", "node-name": "missing", "options":
+                          {"driver": "luks", "state": "active"}}),
+    ("x-blockdev-amend", {"job-id": "q", "node-name": "made", "options":
+                          {"driver": "luks", "state": "active"}}),
+    ("x-blockdev-amend", {"job-id": "q", "node-name": "made", "options": {"driver": "qcow2"}}),
+    ("query-jobs", None),
+    *(("job-" + verb, {"id": "q"}) for verb in ("pause", "resume", "complete", "finalize",
+                                                "cancel", "dismiss", "dismiss")),
     ("quit", None),
 ]  # fmt: skip
 
@@ -185,6 +235,8 @@ def normal(reply: Any) -> Any:
         }
         if "actual-size" in shown:  # how much of a new file is allocated is not the same
             shown["actual-size"] = shown["actual-size"] > 0
+        if shown.get("format") == "file":  # where in it new clusters are is not the same
+            shown["virtual-size"] = shown["virtual-size"] > 0
         return shown
     if isinstance(reply, list):
         parts = (normal(value) for value in reply)
@@ -202,8 +254,9 @@ def played(argv: list[str], folder: Path) -> list[tuple[str, Any]]:
     with daemon(argv, folder) as (process, (client,)):
         for name, arguments in SCRIPT:
             reply = client.send(name, arguments)
-            before = 0 if name == "blockdev-create" else len(client.events)
-            if name == "blockdev-create" and "return" in reply:
+            job = name in ("blockdev-create", "x-blockdev-amend")
+            before = 0 if job else len(client.events)
+            if job and "return" in reply:
                 while not client.events or client.events[-1]["data"].get("status") != "concluded":
                     client.events.append(client.read())
             events = [(event["event"], normal(event["data"])) for event in client.events]

@@ -357,7 +357,7 @@ SHAPE = st.tuples(
 )  # fmt: skip
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(st.lists(SHAPE, min_size=2, max_size=3), st.booleans(), STEPS)
 def test_any_verbs_in_any_order(
     shapes: list[tuple[Any, ...]], together: bool, steps: list[tuple[str, int]]
