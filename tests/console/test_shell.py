@@ -123,7 +123,7 @@ def test_completion(schema: Schema) -> None:
     assert ends("block-export-add type=") == ["type=fuse", "type=nbd"]
     assert "mountpoint=" not in ends("block-export-add ")
     assert "mountpoint=" in ends("block-export-add type=fuse ")
-    assert ends("block-export-add wri") == ["writable="]
+    assert ends("block-export-add writab") == ["writable="]
     assert ends("block-export-add writable=") == ["writable=off", "writable=on"]
     assert ends("block-export-add node-name=d") == ["node-name=disk"]
     assert ends("blockdev-add driver=qcow2 fi") == ["file.", "file="]
@@ -149,7 +149,7 @@ def test_schemas_that_make_no_sense() -> None:
             {"name": "a", "meta-type": "alternate", "members": [{"type": "a"}, {"type": "o"}]},
         ]
     )  # fmt: skip
-    assert endless.help("c", {"o": {"o": {"o": {}}}})
+    assert endless.help("c", {"o": {"o": {"o": {"t": {}}}}})
     assert parse("c o.o.o.t=x a=y", endless)
     with pytest.raises(UsageError):
         parse("c l=x", endless)

@@ -34,10 +34,11 @@ def test_a_daemon_on_a_server_that_hangs(tmp_path: Path) -> None:
     mine, end = socket.socketpair()
     with nbdkit(tmp_path, *words) as server:
         node = f"driver=nbd,node-name=far,server.type=unix,server.path={server.path}"
+        # Once the monitor answers, all before it is there.
         command = [sys.executable, "-m", "diskwright", "daemon", "--trace", "slow=0.2,file=trace",
-                   "--chardev", f"socket,id=m,fd={end.fileno()}", "--monitor", "m",
                    "--blockdev", node, "--nbd-server", "addr.type=unix,addr.path=near.sock",
-                   "--export", "nbd,id=e,node-name=far,name=far"]  # fmt: skip
+                   "--export", "nbd,id=e,node-name=far,name=far",
+                   "--chardev", f"socket,id=m,fd={end.fileno()}", "--monitor", "m"]  # fmt: skip
         process = subprocess.Popen(
             command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(SOURCE)},
             pass_fds=[end.fileno()], stderr=subprocess.PIPE, text=True,

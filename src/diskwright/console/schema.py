@@ -4,12 +4,15 @@ of values.  It is not trusted: what makes no sense is left out, and types may co
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from itertools import islice
 from typing import Any
 
 from ..records import NamedTuple
 
 _DEEPEST = 3
-"""Levels of members that help shows."""
+"""Levels of members that help shows,"""
+_MOST_ROWS = 2000
+"""and how many members."""
 
 
 class Member(NamedTuple):
@@ -70,10 +73,13 @@ class Schema:
             name, of = part.get("name"), part.get("type")
             if isinstance(name, str) and isinstance(of, str):
                 found[name] = Member(name, of, "default" in part)
-        chosen = (given or {}).get(self.tag(type))
-        if isinstance(chosen, str) and chosen in (cases := self.cases(type)):
-            found |= self.members(cases[chosen])
-        return found
+        return found | self.members(chosen) if (chosen := self._chosen(type, given)) else found
+
+    def _chosen(self, type: str, given: Mapping[str, Any] | None) -> str:
+        """The object that has the further members for what is ``given``; empty when nothing
+        chooses one."""
+        value = (given or {}).get(self.tag(type))
+        return self.cases(type).get(value, "") if isinstance(value, str) else ""
 
     def tag(self, type: str) -> str:
         """The member on which others depend; empty when there is none."""
@@ -115,11 +121,11 @@ class Schema:
         """Rows about a command: a heading with nothing behind it; or an argument, or a member of
         what is returned, and what it is.  ``given`` chooses among arguments."""
         type = self.arguments(command)
-        rows = list(self._rows(type, "", given, {type}))
+        rows = list(islice(self._rows(type, "", given, {type}), _MOST_ROWS))
         rows = [("Arguments:", ""), *rows] if rows else [("No arguments.", "")]
         returned = self._text(command, "command", "ret-type")
         inner = self._inner(returned)
-        results = list(self._rows(inner, "", {}, {inner}))
+        results = list(islice(self._rows(inner, "", {}, {inner}), _MOST_ROWS))
         if results:
             listed = " (a list)" if self.kind(returned) == "array" else ""
             rows += [(f"Returns{listed}:", ""), *results]
@@ -140,12 +146,12 @@ class Schema:
             yield name, f"{self.word(member.type)}{', optional' if member.optional else ''}"
             below = self.object_in(self._inner(member.type))
             inner = given.get(member.name)
-            chosen = inner if isinstance(inner, dict) else {}
+            asked = inner if isinstance(inner, dict) else {}
             deeper = name.count(".") + 1 < _DEEPEST and below not in seen
-            if below and (chosen or (deeper and len(self.cases(below)) < 4)):
-                yield from self._rows(below, f"{name}.", chosen, seen | {below})
+            if below and (asked or (deeper and len(self.cases(below)) < 4)):
+                yield from self._rows(below, f"{name}.", asked, seen | {below})
         tag = self.tag(type)
-        if tag and given.get(tag) not in self.cases(type):
+        if tag and not self._chosen(type, given):
             yield f"{path}...", f"others, with {path}{tag}=..."
 
     def _text(self, name: str, meta: str, key: str) -> str:
