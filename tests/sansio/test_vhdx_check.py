@@ -173,6 +173,13 @@ def test_a_file_that_was_cut_off_gets_its_zeroes_back() -> None:
     assert content(out)[: 2 * MIB] == b"a" * MIB + b"b" * (MIB // 2) + bytes(MIB // 2)
 
 
+def test_a_block_that_is_cut_off_and_has_no_valid_state() -> None:
+    tiny = TinyVhdx(block=4 * MIB, blocks={0: (PARTIAL, b"a" * 4 * MIB)})
+    out, _ = mended(tiny.data[: tiny.places[0] + 3 * MIB])
+    assert len(out) == tiny.places[0] + 4 * MIB
+    assert content(out) == b"a" * 3 * MIB + bytes(MIB)
+
+
 def test_a_bitmap_in_an_image_without_parent() -> None:
     tiny = TinyVhdx(size=8 << 30, blocks={0: (FULL, b"a"), 5000: (FULL, b"b")})
     data = with_entry(tiny, tiny.ratio, DATA + MIB | FULL)

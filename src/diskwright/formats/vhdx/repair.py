@@ -117,8 +117,11 @@ class Repairer(Checker):
 
     def _place(self, name: str, host: int, size: int, needed: int) -> Procedure:
         """Where the contents at ``host`` are to be from now on; None when they are lost."""
-        problem = self._place_problem(host, size, needed)
-        if not problem:
+        cut_off = self.cut_off
+        if not self._place_problem(host, size, needed):
+            return host
+        if self.cut_off > cut_off:  # what else is wrong with the entry has hidden it
+            yield from self._grow(max(self.end, host + size))
             return host
         if host >= self.length or host + size > LIMIT * MIB:
             return None
