@@ -74,6 +74,7 @@ fuzz: .fuzz/venv/.ready
 
 bench: $(BIN)/.ready peers
 	$(BIN)/python bench/nbd.py
+	$(BIN)/python bench/serve.py $(SERVE_ARGS)
 	$(BIN)/python bench/convert.py --pairs $(CONVERSIONS) $(CONVERT_ARGS)
 	$(BIN)/python -m pip install -q numpy
 	$(BIN)/python bench/qcow2.py $(QCOW2_ARGS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -74,6 +75,7 @@ def hold(args: Args, ready: Callable[[], None]) -> None:
 
 
 async def _hold(driver: Driver, args: Args, ready: Callable[[], None]) -> None:
+    from ..export.listening import notify
     from ..export.nbd_service import tune_collector, until_signalled
     from ..monitor.daemon import Daemon
     from .background import unlink, write_pid
@@ -88,6 +90,7 @@ async def _hold(driver: Driver, args: Args, ready: Callable[[], None]) -> None:
                 await setup.option(key, value)
             if pidfile is not None:
                 write_pid(pidfile)
+            notify(os.environ, f"READY=1\nMAINPID={os.getpid()}")
             ready()
         except BaseException:
             daemon.stop()
@@ -99,8 +102,12 @@ async def _hold(driver: Driver, args: Args, ready: Callable[[], None]) -> None:
         finally:
             undo()
 
+    def stop() -> None:
+        notify(os.environ, "STOPPING=1")
+        daemon.stop()
+
     try:
-        await until_signalled(driver, work(), daemon.stop)
+        await until_signalled(driver, work(), stop)
     finally:
         await setup.close()
         if pidfile is not None:
