@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+import diskwright
 from cli.support import ours
 from console.serving import line, says, served
 from diskwright.console.connection import Connection
@@ -173,6 +174,20 @@ def connected(path: Path) -> Any:
 def test_ours(tmp_path: Path) -> None:
     pty = pytest.importorskip("pty")
     with served(OURS, tmp_path) as (path, _):
+        connection = Connection(connected(Path(path)), timeout=20)
+        watcher = Watcher(connection)
+        before = watcher.view()
+        uri = f"nbd+unix:///disk?socket={tmp_path}/nbd.sock"
+        with diskwright.open(uri, format="raw", writable=True) as disk:
+            disk.write_at(0, b"x" * 65536)
+        after = watcher.view()
+        connection.close()
+        for one in (after.disks[0], next(n for n in after.nodes if n.name == "disk")):
+            assert one.rates is not None and one.rates["write"].iops > 0
+            assert one.rates["write"].bytes == one.rates["write"].iops * 65536
+            assert (one.rates["write"].latency or 0) > 0
+        assert (before.disks[0].name, before.disks[0].kind) == ("e", "nbd")
+
         done = ours("top", path, "--once", "-d", "0.01", "--json", name="diskwright")
         found = json.loads(done.out)
         assert not done.status and found["disks"][0]["name"] == "e" and found["interval"] > 0

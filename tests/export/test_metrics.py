@@ -249,7 +249,7 @@ def test_of_serve(tmp_path: Path) -> None:
     with subprocess.Popen(command, cwd=tmp_path, env=environment) as process_:
         try:
             end = time.monotonic() + 30
-            while not (tmp_path / "metrics").exists():
+            while not ((tmp_path / "metrics").exists() and (tmp_path / "nbd").exists()):
                 assert process_.poll() is None and time.monotonic() < end
                 time.sleep(0.02)
             used(f"nbd+unix:///a%20b?socket={tmp_path}/nbd")
