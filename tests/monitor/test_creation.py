@@ -168,12 +168,15 @@ def test_a_node_in_use_is_left_alone(tmp_path: Path) -> None:
         assert second["error"] == (
             "Node 'image' is busy: block device is in use by block job: create"
         )
+        reply = await peer.ask("blockdev-del", {"node-name": "image"})
+        assert reply["error"]["desc"] == "Block device image is in use"
+        again = {"driver": "file", "node-name": "image", "filename": str(tmp_path / "image")}
         for name, arguments in (
-            ("blockdev-del", {"node-name": "image"}),
-            ("blockdev-reopen", {"options": [{"driver": "file", "node-name": "image",
-                                              "filename": str(tmp_path / "image")}]}),
-        ):  # fmt: skip
-            assert "error" in await peer.ask(name, arguments)
+            ("blockdev-reopen", {"options": [again]}),
+            ("block_resize", {"node-name": "image", "size": 512}),
+        ):
+            reply = await peer.ask(name, arguments)
+            assert reply["error"]["desc"].startswith("Node 'image' is busy"), name
         await peer.do("job-resume", id="j")
         await peer.told(id="j", status="concluded")
 

@@ -21,7 +21,7 @@ from diskwright.jobs.states import NEXT, VERBS, Status
 from diskwright.monitor import all_commands
 from diskwright.monitor.daemon import Daemon
 from monitor.inside import Peer, with_peers
-from monitor.running import needs_unix
+from monitor.running import THEIRS, Client, daemon, needs_qsd, needs_unix
 from monitor.testjob import CHUNK, TestWork, declared
 
 pytestmark = needs_unix
@@ -77,6 +77,18 @@ async def state_of(peer: Peer, id: str = "j") -> str:
     return ""
 
 
+def asked(verb: str) -> tuple[str, dict[str, Any]]:
+    """The command and its arguments that a verb of the measured ones stands for."""
+    name = verb.rstrip("!")
+    by_device = name.startswith("block-") and not name.endswith(("finalize", "dismiss"))
+    arguments: dict[str, Any] = {"device" if by_device else "id": "j"}
+    if verb != name:
+        arguments["force"] = True
+    if name == "block-job-set-speed":
+        arguments["speed"] = 5
+    return name, arguments
+
+
 @pytest.mark.parametrize("state", MEASURED)
 def test_every_verb(state: str, works: dict[str, TestWork]) -> None:
     async def talk(daemon: Daemon, peer: Peer) -> None:
@@ -84,14 +96,7 @@ def test_every_verb(state: str, works: dict[str, TestWork]) -> None:
         for verb, (error, events, after) in MEASURED[state].items():
             await brought(peer, state)
             peer.take()
-            name = verb.rstrip("!")
-            by_device = name.startswith("block-") and not name.endswith(("finalize", "dismiss"))
-            arguments: dict[str, Any] = {"device" if by_device else "id": "j"}
-            if verb != name:
-                arguments["force"] = True
-            if name == "block-job-set-speed":
-                arguments["speed"] = 5
-            reply = await peer.ask(name, arguments)
+            reply = await peer.ask(*asked(verb))
             found = reply.get("error")
             assert (f"{found['class']}: {found['desc']}" if found else "") == error, verb
             while len(peer.events) < len(events):
@@ -104,6 +109,64 @@ def test_every_verb(state: str, works: dict[str, TestWork]) -> None:
             peer.events.clear()
 
     with_peers(talk)
+
+
+def qemus_job(client: Client, state: str) -> None:
+    """A job ``j`` of qemu-storage-daemon that is in ``state``."""
+    plain = {"job-id": "j", "device": "a", "target": "c", "sync": "full"}
+    ends = {"auto-finalize": state != "pending", "auto-dismiss": state != "concluded"}
+    other = {**plain, "job-id": "k", "device": "b", "target": "d", "speed": 1}
+    match state:
+        case "none":
+            return
+        case "running" | "paused":
+            client.do("blockdev-backup", **plain, speed=1)
+        case "ready" | "standby":
+            client.do("blockdev-mirror", **plain)
+        case "waiting":
+            actions = [{"type": "blockdev-backup", "data": one} for one in (plain, other)]
+            grouped = {"completion-mode": "grouped"}
+            client.do("transaction", actions=actions, properties=grouped)
+        case _:
+            client.do("blockdev-backup", **plain, **ends)
+    before = {"paused": "running", "standby": "ready"}.get(state, state)
+    for wanted in (before, state):
+        if wanted != before:
+            client.do("job-pause", id="j")
+        while (found := qemus_state(client, "j")) != wanted:
+            assert found, (state, client.events)
+    while any(one["busy"] for one in client.do("query-block-jobs")):
+        pass
+    client.events.clear()
+
+
+def qemus_state(client: Client, id: str) -> str:
+    for one in client.do("query-jobs"):
+        if one["id"] == id:
+            return str(one["status"])
+    return ""
+
+
+@pytest.mark.long
+@needs_qsd
+@pytest.mark.parametrize("state", MEASURED)
+def test_qemu_does_what_was_measured(state: str, tmp_path: Path) -> None:
+    for name in "abcd":
+        (tmp_path / name).write_bytes(b"x" * (8 << 20))
+    for verb, (error, events, after) in MEASURED[state].items():
+        with daemon(THEIRS, tmp_path) as (_, (client,)):
+            for name in "abcd":
+                file = {"driver": "file", "filename": name}
+                client.do("blockdev-add", driver="raw", node_name=name, file=file)
+            qemus_job(client, state)
+            reply = client.send(*asked(verb))
+            found = reply.get("error")
+            assert (f"{found['class']}: {found['desc']}" if found else "") == error, verb
+            while len(client.events) < len(events):
+                client.events.append(client.read())
+            seen = [one["data"].get("status", one["event"]) for one in client.events]
+            assert seen == events, verb
+            assert qemus_state(client, "j") == after, verb
 
 
 def test_measured_is_what_the_tables_say() -> None:

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from diskwright.errors import UsageError
-from diskwright.jobs.job import Job, OnError, Work
+from diskwright.jobs.job import Job, OnError
+from diskwright.jobs.work import Work
 from diskwright.monitor.commands import COMMANDS
 from diskwright.monitor.transactions import ACTION, ACTIONS, Transaction, action
 

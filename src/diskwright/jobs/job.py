@@ -8,67 +8,23 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, Literal
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Literal
 
 from ..engine.futures import Condition
 from ..engine.kernel import BaseDriver, Cancelled, Task
 from ..errors import DiskError, UsageError
 from ..graph.closing import explain
-from ..graph.node import Node
 from .groups import Group
 from .speed import Pace
 from .states import NEXT, VERBS, Status
+from .work import CANCELED, Stopped, Work
 
-CANCELED = "Operation canceled"
 OnError = Literal["report", "ignore", "enospc", "stop", "auto"]
 Action = Literal["report", "ignore", "stop"]
 Operation = Literal["read", "write"]
 IoStatus = Literal["ok", "failed", "nospace"]
 _ID = re.compile(r"[A-Za-z][A-Za-z0-9._-]*")
-
-
-def reason(error: BaseException) -> str:
-    """Why something failed, in a line."""
-    return explain(error).partition("\n")[0]
-
-
-class Stopped(DiskError):
-    """The job was cancelled: its work ends here."""
-
-    def __init__(self) -> None:
-        super().__init__(CANCELED)
-
-
-class Work:
-    """What a job does.  A type of job is a class of this.
-
-    :meth:`run` does it; then, when all jobs of the group have come so far, :meth:`prepare` may
-    still fail, and one of :meth:`commit` and :meth:`abort`, which cannot, is the end.
-    """
-
-    kind: ClassVar[str]
-    """``create``, ``mirror``, ...: the type of job."""
-    block: ClassVar[bool] = False
-    """It moves the data of a block device: it has a speed, and events of its own."""
-    leaves: ClassVar[bool] = False
-    """Once it is ready it may be left without being completed, and has not failed then."""
-
-    nodes: Sequence[Node] = ()
-    """What nobody else may change while it runs."""
-
-    async def run(self, job: Job) -> None:
-        """Do the work.  Raises Stopped where ``job`` is cancelled, OSError and DiskError."""
-        raise NotImplementedError
-
-    async def prepare(self, job: Job) -> None:
-        """What is left that may fail."""
-
-    async def commit(self, job: Job) -> None:
-        """All went well."""
-
-    async def abort(self, job: Job) -> None:
-        """This job failed or was cancelled, or another one of its group."""
 
 
 class Job:
@@ -288,7 +244,7 @@ class Job:
 
     def fail(self, error: BaseException) -> None:
         """Remember why it failed."""
-        self.error = reason(error)
+        self.error = explain(error).partition("\n")[0]
 
     def aborting(self) -> None:
         """It has failed, or is not to succeed."""

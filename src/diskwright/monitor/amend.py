@@ -9,8 +9,9 @@ from ..errors import UsageError
 from ..graph import names
 from ..graph.node import Node
 from ..graph.perms import root_use
-from ..jobs.job import Job, Work
+from ..jobs.job import Job
 from ..jobs.steps import run_steps
+from ..jobs.work import Work
 from ..ops.amend import typed
 from .commands import command
 from .daemon import Daemon

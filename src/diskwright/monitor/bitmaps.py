@@ -47,9 +47,9 @@ async def block_dirty_bitmap_add(
 ) -> None:
     """Add a bitmap to a node; it follows writes unless ``disabled``.  ``granularity`` in bytes, by
     default a cluster between 4 KiB and 64 KiB.  A ``persistent`` one is stored in the image."""
-    found = transaction.daemon.find(node, node)
     if granularity is not None and not 0 <= granularity < _LARGEST:
         raise UsageError("Parameter 'granularity' expects uint32_t")
+    found = transaction.daemon.find(node, node)
     await ops.add(found, name, granularity, persistent=persistent, enabled=not disabled)
     engine = ops.engine_of(found)
     transaction.undo(lambda: at.forget(engine, engine.bitmaps.get(name)))

@@ -19,8 +19,9 @@ from ..graph.opener import open_disk
 from ..graph.opening import Opening
 from ..graph.options import Mode
 from ..graph.perms import root_use
-from ..jobs.job import Job, Work
+from ..jobs.job import Job
 from ..jobs.steps import grow, run_steps
+from ..jobs.work import Work
 from ..units import SECTOR
 from .commands import command
 from .createoptions import CREATE_OPTIONS, given

@@ -20,7 +20,7 @@ from ..graph.graph import Graph, walk
 from ..graph.node import Node
 from ..graph.perms import ALL, Use, conflict
 from ..graph.stats import Stats
-from ..jobs.job import Jobs
+from ..jobs.job import Job, Jobs
 from ..secrets import Secrets
 from . import types
 from .commands import EVENTS
@@ -122,14 +122,17 @@ class Daemon:
         """Somebody beside other nodes uses it: an export, a job."""
         return bool(self._users.get(node))
 
+    def job_on(self, node: Node) -> Job | None:
+        """The job that needs ``node`` as it is."""
+        return next((job for job in self.jobs if node in job.work.nodes and not job.ended), None)
+
     def check_free(self, node: Node) -> None:
         """Raise UsageError while a job needs ``node`` as it is."""
-        for job in self.jobs:
-            if node in job.work.nodes and not job.ended:
-                raise UsageError(
-                    f"Node '{node.name}' is busy: block device is in use by block job: "
-                    f"{job.work.kind}"
-                )
+        job = self.job_on(node)
+        if job is not None:
+            raise UsageError(
+                f"Node '{node.name}' is busy: block device is in use by block job: {job.work.kind}"
+            )
 
     def backends(self) -> list[Backend]:
         """What those outside hold in place of nodes."""

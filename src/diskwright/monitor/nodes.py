@@ -51,6 +51,8 @@ async def blockdev_del(monitor: Monitor, node_name: str) -> None:
     node = daemon.graph.nodes.get(node_name)
     if node is None:
         raise UsageError(f"Failed to find node with node-name='{node_name}'")
+    if daemon.job_on(node) is not None:
+        raise UsageError(f"Block device {node_name} is in use")
     if daemon.used(node):
         raise UsageError(f"Node {node_name} is in use")
     if node not in daemon.owned:
@@ -90,6 +92,7 @@ async def block_resize(
     if size % 512:
         raise UsageError("The new size must be a multiple of 512")
     _check_backing(node)
+    daemon.check_free(node)
     if getattr(node, "truncate", None) is None:
         raise NotSupported("Image format driver does not support resize")
     daemon.use(node, "block_resize", Use(frozenset({RESIZE})))

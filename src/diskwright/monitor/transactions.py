@@ -16,7 +16,8 @@ from typing import Annotated, Any, Literal, TypeVar
 from ..errors import DiskError, UsageError
 from ..graph.closing import explain
 from ..jobs.groups import Group
-from ..jobs.job import Job, Work
+from ..jobs.job import Job
+from ..jobs.work import Work
 from ..records import NamedTuple
 from . import types
 from .commands import command
