@@ -56,7 +56,7 @@ class TestWork(Work):
             await job.spend(CHUNK)
             chunk += 1
         if self.becomes_ready:
-            await job.become_ready()
+            job.become_ready()
             while not (job.completing or job.leaving):
                 await job.rest(None)
             await job.rest()

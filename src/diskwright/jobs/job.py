@@ -125,8 +125,6 @@ class Job:
     def cancel(self, force: bool = True) -> None:
         """End it.  What is ready and can be left (``Work.leaves``) ends well without ``force``."""
         self.check("cancel")
-        if self.group.closing:
-            return  # too late
         if not force and self.work.leaves and self.ready:
             self.leaving = True
             self._changed.notify()
@@ -134,7 +132,9 @@ class Job:
             self.stop()
 
     def stop(self) -> None:
-        """End it, in whatever state it is."""
+        """End it, in whatever state it is, unless its end is settled."""
+        if self.group.closing:
+            return
         self.cancelled = True
         self._changed.notify()
         if self.status == "created":
@@ -189,7 +189,7 @@ class Job:
         while (left := self.pace.left(self.jobs.driver.now())) > 0:
             await self.rest(left)
 
-    async def become_ready(self) -> None:
+    def become_ready(self) -> None:
         """From now on it ends when that is asked for: see ``completing`` and ``leaving``."""
         self._to("ready")
         self.jobs.on_event(self, "ready", {})
@@ -230,7 +230,7 @@ class Job:
             await self.rest()
             await self.work.run(self)
         except (Stopped, Cancelled):
-            pass
+            self.cancelled = True
         except (DiskError, OSError) as error:
             self.fail(error)
         self.ended = True
