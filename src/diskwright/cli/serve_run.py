@@ -289,7 +289,9 @@ async def listen_and_serve(
     finally:
         for listener in listeners:
             listener.close()
-        for path in filter(None, (settings.socket, settings.pid_file)):
+        # qemu-nbd leaves its pid file behind, and scripts that remove it themselves rely on that.
+        left_behind = settings.socket, "" if settings.theirs else settings.pid_file
+        for path in filter(None, left_behind):
             unlink(path)
 
 
