@@ -15,7 +15,7 @@ import pytest
 
 from cli.support import ours
 from console.serving import GREETING, both, line, says, served
-from diskwright.console.connection import Connection, TimedOut
+from diskwright.console.connection import Connection, TimedOut, connect
 from diskwright.console.language import complete, parse, words
 from diskwright.console.schema import Schema
 from diskwright.console.shell import Shell, history_path, secret
@@ -201,9 +201,11 @@ def test_no_server_and_servers_that_are_busy(tmp_path: Path) -> None:
             done = ours("qmp", path, "-c", "x", name="diskwright")
     assert done.status == 1 and b"another client" in done.err
     with socket.create_server(("127.0.0.1", 0)) as tcp:
-        tcp.close()
-        done = ours("qmp", f"127.0.0.1:{tcp}", name="diskwright")
-    assert done.status == 1
+        port = tcp.getsockname()[1]
+        connect(f"localhost:{port}").close()
+    for address in (f"127.0.0.1:{port}", f"[::1]:{port}", "x:99999", f"unix:{path}2"):
+        with pytest.raises(PeerError):
+            connect(address)
     for words_ in (["qmp"], ["qmp", "a", "b"], ["qmp", "--timeout", "x", "a"]):
         assert ours(*words_, name="diskwright").status == 1
 

@@ -89,7 +89,7 @@ def _names(title: str, names: Sequence[str], rank: int = 0) -> Column:
 
 def _table(columns: list[Column], width: int) -> list[str]:
     while sum(one.width + _GAP for one in columns) - _GAP > width:
-        dearest = max(columns, key=lambda one: one.rank)
+        dearest = max(reversed(columns), key=lambda one: one.rank)
         if not dearest.rank:
             break
         columns.remove(dearest)
