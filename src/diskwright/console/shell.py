@@ -210,7 +210,8 @@ class Shell:
             if not state:
                 line = editor.get_line_buffer()[: editor.get_endidx()]
                 try:
-                    found[:] = language.complete(line, self.schema, OWN, self.known)
+                    fitting = language.complete(line, self.schema, OWN, self.known)
+                    found[:] = filter(str.isprintable, fitting)  # a terminal shows them
                 except (DiskError, OSError):
                     found.clear()
             if state >= len(found):
@@ -238,7 +239,7 @@ class Shell:
         listed = self.connection.execute(query[0], *query[2:])
         for one in listed if isinstance(listed, list) else ():
             name = one.get(query[1]) if isinstance(one, dict) else None
-            if isinstance(name, str) and name.isprintable():
+            if isinstance(name, str):
                 yield name
 
 
