@@ -82,7 +82,7 @@ class Disk:
         backing = ("-u", "-b", f"{self.name}.qcow2", "-F", "qcow2")
         above = self.add(f"over{self.count}", *backing, str(self.size))
         self.done("blockdev-snapshot", {"node": self.name, "overlay": above["node-name"]})
-        self.top = above
+        self.top = {**above, "backing": self.name}
 
     def reopen(self) -> None:
         """In another cache mode; not read-only, for there is who writes."""

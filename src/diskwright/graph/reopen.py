@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from ..engine.engine import Engine
 from ..errors import DiskError, NotSupported, Refused
 from . import registry
@@ -14,18 +16,27 @@ from .options import CACHE_MODES
 from .perms import root_use
 
 
-async def reopen(node: Node, *, writable: bool | None = None, cache: str | None = None) -> None:
-    """Open ``node`` and what its own bytes are in (not its backing file) again.
+async def reopen(
+    node: Node,
+    *,
+    writable: bool | None = None,
+    cache: str | None = None,
+    children: Mapping[str, Node | None] | None = None,
+) -> None:
+    """Open ``node`` and what its own bytes are in (not its backing file, and no node that others
+    use for itself) again.
 
-    ``writable`` and ``cache`` (a mode's name) default to what they are.  All data are flushed
-    before; a flush that failed earlier is forgotten with what it covered, so reopening is how a
-    disk goes on after that.  Nobody else may use the disk meanwhile.
+    ``writable`` and ``cache`` (a mode's name) default to what they are.  ``children`` are put into
+    their slots between (None: nothing), so what is in ``file`` must be an image of the format.
+    All data are flushed before; a flush that failed earlier is forgotten with what it covered, so
+    reopening is how a disk goes on after that.  Nobody else may use the disk meanwhile.
 
     Raises OSError and DiskError; the disk then is what it was before where it still can be.
     """
     before = not node.read_only
     wanted = before if writable is None else writable
     layers = _layers(node)
+    old = {slot: node.child(slot) for slot in children or {}}
     node.changing = True
     try:
         node.changed()
@@ -34,14 +45,27 @@ async def reopen(node: Node, *, writable: bool | None = None, cache: str | None 
         for layer in layers:
             await _settle(layer)
         try:
+            if children:
+                _fill(node, children)
+                layers = _layers(node)
             await _switch(node, layers, wanted, cache)
         except (OSError, DiskError):
-            if wanted != before:
-                await _switch(node, layers, before, None)
+            if old:
+                _fill(node, old)
+            if old or wanted != before:
+                await _switch(node, _layers(node), before, None)
             raise
     finally:
         node.changing = False
         node.changed()
+
+
+def _fill(node: Node, children: Mapping[str, Node | None]) -> None:
+    for slot, child in children.items():
+        if child is None:
+            node.detach(slot)
+        elif child is not node.child(slot):
+            node.attach(slot, child)
 
 
 def _above(node: Node) -> list[MappedNode]:
@@ -57,8 +81,10 @@ def _layers(node: Node) -> list[Node]:
     found = [node]
     for layer in found:
         for slot, edge in layer.children.items():
-            if slot != "backing" and edge.child not in found:
-                found.append(edge.child)
+            child, graph = edge.child, node.graph
+            shared = graph is not None and child in graph.roots
+            if slot != "backing" and not shared and child not in found:
+                found.append(child)
     return found
 
 
@@ -127,6 +153,8 @@ async def _format_again(node: MappedNode, writable: bool) -> None:
     }
     if node.child("backing") is not None:
         options["backing"] = "given"
+    elif "backing" in node.options:  # it is to have none, whatever it names
+        options["backing"] = None
     format, procedure = driver.open(options)
 
     async def opener(slot: str, reference: str, inner: str | None, writable: bool = True) -> None:

@@ -18,6 +18,7 @@ def all_commands() -> None:
         objects,
         overlays,
         query,
+        reopening,
         snapshots,
         thresholds,
         transactions,

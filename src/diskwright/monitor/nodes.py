@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Any
 
 from ..errors import DiskError, NotSupported, UsageError
 from ..graph import names
@@ -11,12 +11,11 @@ from ..graph.closing import close_disk, discard_disk
 from ..graph.node import Node
 from ..graph.opening import Opening
 from ..graph.options import Mode
-from ..graph.perms import RESIZE, WRITE, Use
+from ..graph.perms import RESIZE, Use
 from .blockdev import OPTIONS
 from .commands import command
 from .daemon import Daemon
 from .session import Monitor
-from .types import Array
 
 
 @command("blockdev-add", boxed=OPTIONS)
@@ -100,58 +99,6 @@ async def block_resize(
         await node.truncate(size)
     finally:
         daemon.use(node, "block_resize", None)
-
-
-@command("blockdev-reopen")
-async def blockdev_reopen(
-    monitor: Monitor, options: Annotated[list[dict[str, Any]], Array(OPTIONS)]
-) -> None:
-    """Open nodes anew where they are in use: ``read-only`` and ``cache`` may change.
-
-    What is not given gets its default; what cannot be changed must be given as it is.  Nodes are
-    opened anew one after the other: those before one that fails stay as they are then.
-    """
-    for wanted in options:
-        await _reopen(monitor.daemon, wanted)
-
-
-async def _reopen(daemon: Daemon, wanted: dict[str, Any]) -> None:
-    from ..graph.reopen import reopen
-
-    name = wanted.get("node-name")
-    if not name:
-        raise UsageError("node-name not specified")
-    node = daemon.graph.nodes.get(name)
-    if node is None:
-        raise UsageError(f"Failed to find node with node-name='{name}'")
-    daemon.check_free(node)
-    given = names.flatten(wanted)
-    now = names.flatten(node.options)
-    for key, value in given.items():
-        if key in _CHANGEABLE or key == "node-name":
-            continue
-        slot = key.partition(".")[0]
-        child = node.child(slot)
-        if child is not None:
-            if value != child.name:
-                raise NotSupported(f"Changing '{slot}' of a node is not supported")
-        elif now.get(key) != value:
-            raise UsageError(f"Cannot change the option '{key}'")
-    read_only = wanted.get("read-only", False)
-    if read_only and WRITE in daemon.needs(node):
-        raise UsageError(f"Read-only block node '{name}' cannot support read-write users")
-    cache = wanted.get("cache", {})
-    mode = "unsafe" if cache.get("no-flush") else "none" if cache.get("direct") else "writeback"
-    drain = daemon.draining(node)
-    await drain.begin()
-    try:
-        await reopen(node, writable=not read_only, cache=mode)
-    finally:
-        drain.end()
-    daemon.refresh(node)
-
-
-_CHANGEABLE = frozenset({"read-only", "auto-read-only", "cache.direct", "cache.no-flush"})
 
 
 async def remove_all(daemon: Daemon) -> None:
