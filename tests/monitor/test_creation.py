@@ -119,6 +119,8 @@ def test_paused_often_it_still_is_made(kind: str, tmp_path: Path) -> None:
         (found,) = await peer.do("query-jobs")
         assert "error" not in found
         assert found["current-progress"] == found["total-progress"]
+        told = kind == "file" or "preallocation" in FULL[kind]
+        assert (found["total-progress"] > SIZE) == told
 
     with_peers(talk)
     if kind == "file":

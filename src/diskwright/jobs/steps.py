@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterator
 from typing import Any
 
 from ..contract import Create, Length, Procedure, Progress, Punch, Truncate, Write
@@ -28,8 +28,8 @@ async def run_steps(
 
 
 async def grow(job: Job, node: Node, size: int, preallocation: str) -> None:
-    """Let ``node`` become longer."""
-    for end in _ends(node.size, size, preallocation):
+    """Let ``node`` become longer; what is reserved or written counts as progress, in bytes."""
+    for end in _ends(job, node.size, size, preallocation):
         await node.truncate(end, preallocation)
         await job.rest()
 
@@ -59,22 +59,26 @@ class _Steps:
                 yield Progress(0, 0)
                 self._changed |= isinstance(request, _CHANGES)
                 if isinstance(request, Truncate):
-                    yield from _in_pieces(request)
+                    yield from self._in_pieces(request)
                 else:
                     answer = yield request
             except Exception as caught:
                 error = caught
 
+    def _in_pieces(self, request: Truncate) -> Procedure:
+        slot, size, preallocation = request
+        for end in _ends(self.job, (yield Length(slot)), size, preallocation):
+            yield Truncate(slot, end, preallocation)
+            yield Progress(0, 0)
 
-def _in_pieces(request: Truncate) -> Procedure:
-    slot, size, preallocation = request
-    for end in _ends((yield Length(slot)), size, preallocation):
-        yield Truncate(slot, end, preallocation)
-        yield Progress(0, 0)
 
-
-def _ends(now: int, size: int, preallocation: str) -> list[int]:
-    """The lengths in between, and ``size``."""
+def _ends(job: Job, now: int, size: int, preallocation: str) -> Iterator[int]:
+    """The lengths in between, and ``size``; each is reached when the next is asked for."""
     if preallocation not in ("falloc", "full"):
-        return [size]
-    return [*range(now + PIECE, size, PIECE), size]
+        yield size
+        return
+    job.total += max(size - now, 0)
+    for end in (*range(now + PIECE, size, PIECE), size):
+        yield end
+        job.done += max(end - now, 0)
+        now = end
