@@ -180,7 +180,7 @@ class Channel:
                 self.stop(machine.closed)
             elif self._held > BUFFER_SIZE and self.export.budget.contended:
                 self._shrink()
-            if self._loaded() and self._feeder is None:
+            if (self._running or self._owed) and self._loaded() and self._feeder is None:
                 self._feed(self._ease())
             self._look_on()
         except (BlockingIOError, InterruptedError):

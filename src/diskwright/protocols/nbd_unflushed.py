@@ -46,17 +46,8 @@ class Unflushed:
         payloads = [bytes(buffer) for buffer in written or ()]
         size = sum(map(len, payloads)) + _OVERHEAD * len(flight.offsets)
         flags = flight.flags & ~c.CMD_FLAG_FAST_ZERO  # slowly is better than not at all
-        self._changes.append(
-            _Change(
-                self._number,
-                flight.command,
-                flags,
-                flight.offsets,
-                flight.lengths,
-                payloads,
-                size,
-            )
-        )
+        where = flight.offsets, flight.lengths
+        self._changes.append(_Change(self._number, flight.command, flags, *where, payloads, size))
         self.size += size
 
     def mark(self) -> int:
