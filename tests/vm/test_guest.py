@@ -176,22 +176,24 @@ def test_a_guest_boots_from_an_overlay(tmp_path: Path, peer: Any) -> None:
         qmp = library.QMPClient("test")
         await qmp.connect(str(tmp_path / "q.sock"))
         disk = f"nbd,node-name=disk,server.type=unix,server.path={tmp_path}/nbd.sock,export=disk"
-        async with machine(
-            tmp_path,
+        devices = (
             *("-blockdev", f"{disk},discard=unmap", "-device", "virtio-blk-pci,drive=disk"),
             *("-netdev", "user,id=net", "-device", "virtio-net-pci,netdev=net"),
-        ) as guest:
-            await guest.until("WRITING")
-            await change(qmp)
-            await guest.say("")
-            sums = dict(line.split()[::-1] for line in await guest.until("WROTE"))
-            (count,) = await guest.until("REBOOTS")
-            assert int(count) >= FILES == len(sums)
-            await guest.until("FOUND")
-            await guest.say(str(port))
-            await guest.until("ATTACHED")
-        await qmp.disconnect()
-        return sums
+        )
+        try:
+            async with machine(tmp_path, *devices) as guest:
+                await guest.until("WRITING")
+                await change(qmp)
+                await guest.say("")
+                sums = dict(line.split()[::-1] for line in await guest.until("WROTE"))
+                (count,) = await guest.until("REBOOTS")
+                assert int(count) >= FILES == len(sums)
+                await guest.until("FOUND")
+                await guest.say(str(port))
+                await guest.until("ATTACHED")
+                return sums
+        finally:
+            await qmp.disconnect()
 
     with daemon(argv, tmp_path), daemon(second, tmp_path):
         sums = asyncio.run(run())

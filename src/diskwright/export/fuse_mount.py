@@ -16,6 +16,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Callable, Coroutine
+from contextlib import suppress
 from functools import cache
 from importlib import import_module
 from typing import Any, Literal, TypeVar
@@ -198,6 +199,9 @@ def _binding() -> Callable[..., object]:
     except OSError as error:
         raise NotSupported("FUSE needs the system's libfuse (Debian: libfuse3-3, fuse3)") from error
 
+    with suppress(AttributeError):  # libfuse 3.7 has it, and that binding its name
+        mfusepy._libfuse.fuse_set_log_func(_log)
+
     class Loop(mfusepy.FUSE):  # type: ignore[misc, name-defined]
         """With libfuse's own buffers, so that nothing is copied, and with lseek."""
 
@@ -222,6 +226,20 @@ def _binding() -> Callable[..., object]:
             return found
 
     return Loop
+
+
+_ORDINARY = (b"fuse: reading device", b"fuse: fuse_remove_signal_handlers")
+"""What libfuse says when a file is unmounted, and when one of several mounts ends."""
+_LINE = 1024
+
+
+@ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
+def _log(level: int, form: bytes, arguments: int) -> None:
+    """What libfuse has to say; it is called with a ``va_list``."""
+    if not form.startswith(_ORDINARY):
+        line = ctypes.create_string_buffer(_LINE)
+        ctypes.CDLL(None).vsnprintf(line, _LINE, form, ctypes.c_void_p(arguments))
+        os.write(2, line.value)
 
 
 def _own_folder() -> None:
