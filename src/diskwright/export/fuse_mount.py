@@ -200,7 +200,7 @@ def _binding() -> Callable[..., object]:
         raise NotSupported("FUSE needs the system's libfuse (Debian: libfuse3-3, fuse3)") from error
 
     with suppress(AttributeError):  # libfuse 3.7 has it, and that binding its name
-        mfusepy._libfuse.fuse_set_log_func(_log)
+        mfusepy._libfuse.fuse_set_log_func(_LOG)
 
     class Loop(mfusepy.FUSE):  # type: ignore[misc, name-defined]
         """With libfuse's own buffers, so that nothing is copied, and with lseek."""
@@ -233,13 +233,15 @@ _ORDINARY = (b"fuse: reading device", b"fuse: fuse_remove_signal_handlers")
 _LINE = 1024
 
 
-@ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)
 def _log(level: int, form: bytes, arguments: int) -> None:
     """What libfuse has to say; it is called with a ``va_list``."""
     if not form.startswith(_ORDINARY):
         line = ctypes.create_string_buffer(_LINE)
         ctypes.CDLL(None).vsnprintf(line, _LINE, form, ctypes.c_void_p(arguments))
         os.write(2, line.value)
+
+
+_LOG = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, ctypes.c_void_p)(_log)
 
 
 def _own_folder() -> None:
