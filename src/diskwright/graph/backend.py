@@ -109,7 +109,10 @@ class Backend(Node):
         return await self.node.extents(offset, length)
 
     def _reach(self, offsets: Sequence[int], lengths: Sequence[int]) -> None:
-        end = max(map(add, offsets, lengths), default=0)
+        if len(offsets) == 1:  # most batches
+            end = offsets[0] + lengths[0]
+        else:
+            end = max(map(add, offsets, lengths), default=0)
         if end > self.node.highest:
             self.node.highest = end
 
