@@ -40,10 +40,11 @@ def attack(
     files: Mapping[str, Pages | bytes],
     mode: str,
     machine: Hostile | None = None,
-    first: Sequence[int] = (),
+    only: Sequence[int] = (),
 ) -> int:
-    """Open ``files`` as ``sample`` is opened, and do all that ``mode`` is about, or only those of
-    its parts that ``first`` names, in that order; how many steps ended well."""
+    """Open ``files`` as ``sample`` is opened, and do all that ``mode`` is about, or ``only`` the
+    parts of it with these numbers (of those that the format has), in this order; how many steps
+    ended well."""
     machine = machine or Hostile(sample, files, mode in ("look", "salvage"))
     done = 0
 
@@ -63,8 +64,8 @@ def attack(
         part for part, ability in PARTS[mode].items()
         if getattr(machine.format, ability or "map", None) is not None
     ]  # fmt: skip
-    if first:
-        parts = [parts[number % len(parts)] for number in first]
+    if only:
+        parts = [parts[number % len(parts)] for number in only]
     for part in parts:
         for step in part(machine):
             done += tried(step)

@@ -96,7 +96,7 @@ def run(format: str, data: bytes) -> int:
     """What `attack` says of it."""
     sample, mode, parts, changes = decode(format, data)
     files: Mapping[str, bytes | Pages] = changed(sample, changes) if changes else sample.files
-    return attack(sample, files, mode, first=parts)
+    return attack(sample, files, mode, only=parts)
 
 
 def seeds(format: str) -> list[bytes]:
