@@ -90,11 +90,12 @@ class Driver(BaseDriver):
         if self._asleep:  # set before the sleeper looks at the queue a last time
             assert self._alarm is not None
             self._alarm.set()
-            if self._wake is not None:
+            wake = self._wake
+            if wake is not None:
                 try:
-                    self._wake[1].send(b"\0")
-                except BlockingIOError:
-                    pass  # it will hear of those that it has not read yet
+                    wake[1].send(b"\0")
+                except OSError:
+                    pass  # it will hear of those that it has not read yet, or it has ended since
 
     # -- descriptors: registered once and kept, so that waiting again costs no system call
     def _hear(self, fd: int, bit: int) -> None:
