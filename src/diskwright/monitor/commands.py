@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,28 +19,46 @@ Handler = TypeVar("Handler", bound=Callable[..., Any])
 
 class Command(NamedTuple):
     """One command.  ``run(monitor, **arguments)`` carries it out; with ``boxed`` the arguments are
-    one value, ``run(monitor, arguments)``.  ``oob``: it may be run before earlier ones."""
+    one value of that type, ``run(monitor, arguments)``.  ``oob``: it may be run before earlier
+    ones.  Annotations are read when they are first asked for: most commands are never given."""
 
     name: str
     run: Callable[..., Any]
-    arguments: Struct | types.Union
-    result: Type
+    boxed: types.Union | None = None
     oob: bool = False
     features: tuple[str, ...] = ()
-    boxed: bool = False
+
+    @property
+    def arguments(self) -> Struct | types.Union:
+        """What it takes."""
+        return self.boxed or types.arguments(self.run)
+
+    @property
+    def result(self) -> Type:
+        """What it returns."""
+        return types.result(self.run)
 
     @property
     def help(self) -> str:
         """What it does, in a sentence or more."""
-        return inspect.cleandoc(self.run.__doc__ or "")
+        from inspect import cleandoc
+
+        return cleandoc(self.run.__doc__ or "")
 
 
 class Event(NamedTuple):
-    """One event, with what it tells."""
+    """One event; ``tells`` is a NamedTuple of what it tells."""
 
     name: str
     help: str
-    data: Struct
+    tells: type
+
+    @property
+    def data(self) -> Struct:
+        """The type of what it tells."""
+        found = types.of(self.tells)
+        assert isinstance(found, Struct)
+        return found
 
 
 class QmpError(DiskError):
@@ -67,9 +84,7 @@ def command(
     docstring is the documentation."""
 
     def declare(run: Handler) -> Handler:
-        taken = types.arguments(run) if boxed is None else boxed
-        found = types.result(run)
-        COMMANDS[name] = Command(name, run, taken, found, oob, features, boxed is not None)
+        COMMANDS[name] = Command(name, run, boxed, oob, features)
         return run
 
     return declare
@@ -77,9 +92,7 @@ def command(
 
 def event(name: str, data: type, help: str) -> None:
     """Declare an event; ``data`` is a NamedTuple of what it tells."""
-    struct = types.of(data)
-    assert isinstance(struct, Struct)
-    EVENTS[name] = Event(name, help, struct)
+    EVENTS[name] = Event(name, help, data)
 
 
 def check(request: Request) -> Command | Fault:

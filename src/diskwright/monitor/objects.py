@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
@@ -80,7 +79,7 @@ def define(daemon: Daemon, options: Mapping[str, Any]) -> None:
     if not _ID.fullmatch(id):
         raise UsageError("Parameter 'id' expects an identifier")
     if kind != "iothread":
-        daemon.secrets.define(options, lambda path: Path(path).read_bytes())
+        daemon.secrets.define(options, _read)
         if kind.startswith("tls-creds-"):
             try:
                 _look_at(daemon, id)
@@ -88,6 +87,11 @@ def define(daemon: Daemon, options: Mapping[str, Any]) -> None:
                 daemon.secrets.forget(id)
                 raise
     daemon.objects[id] = kind
+
+
+def _read(path: str) -> bytes:
+    with open(path, "rb") as file:
+        return file.read()
 
 
 def _look_at(daemon: Daemon, id: str) -> None:

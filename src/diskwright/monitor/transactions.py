@@ -8,7 +8,6 @@ does takes effect at once, so that later actions build on it; it says how that i
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Awaitable, Callable, Mapping
 from functools import wraps
 from typing import Annotated, Any, Literal, TypeVar
@@ -85,7 +84,7 @@ class Transaction:
 
 async def _done(step: Step) -> None:
     answer = step()
-    if inspect.isawaitable(answer):
+    if isinstance(answer, Awaitable):
         await answer
 
 
@@ -93,8 +92,12 @@ class Action(NamedTuple):
     """An action.  ``grouped``: it begins a job, so that it can be done with the others'."""
 
     run: Callable[..., Awaitable[None]]
-    members: Struct
     grouped: bool
+
+    @property
+    def members(self) -> Struct:
+        """What it takes."""
+        return types.arguments(self.run)
 
 
 ACTIONS: dict[str, Action] = {}
@@ -107,7 +110,7 @@ def action(
     ``plain``, as a command."""
 
     def declare(run: Act) -> Act:
-        ACTIONS[name] = Action(run, types.arguments(run), grouped)
+        ACTIONS[name] = Action(run, grouped)
 
         @wraps(run)
         async def alone(monitor: Monitor, **members: Any) -> None:

@@ -7,7 +7,6 @@ the classes here, in an ``Annotated``.  Errors are worded as QEMU's are.
 
 from __future__ import annotations
 
-import inspect
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping
@@ -257,14 +256,22 @@ def _of(annotation: Any) -> Type:
     raise TypeError(f"no QAPI type for {annotation!r}")
 
 
+@cache
 def arguments(function: Callable[..., Any]) -> Struct:
     """The arguments of a command: those of ``function`` behind its first."""
     hints = get_type_hints(function, include_extras=True)
-    taken = list(inspect.signature(function).parameters.values())[1:]
-    defaults = {one.name: one.default for one in taken if one.default is not one.empty}
-    return Struct(tuple(_member(one.name, hints[one.name], defaults) for one in taken))
+    function = cast(Any, function)
+    while hasattr(function, "__wrapped__"):
+        function = function.__wrapped__
+    code, given = function.__code__, function.__defaults__ or ()
+    names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
+    most = code.co_argcount
+    defaults = dict(zip(names[most - len(given) : most], given, strict=True))
+    defaults |= function.__kwdefaults__ or {}
+    return Struct(tuple(_member(name, hints[name], defaults) for name in names[1:]))
 
 
+@cache
 def result(function: Callable[..., Any]) -> Type:
     """What a command returns; nothing is an object without members."""
     found = get_type_hints(function, include_extras=True)["return"]
