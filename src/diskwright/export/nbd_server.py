@@ -15,7 +15,7 @@ from .arena import Arena
 from .budget import TOTAL_LIMIT, Budget
 from .nbd_connection import Connection
 from .nbd_door import Door
-from .nbd_status import contexts_of
+from .nbd_status import block_of, contexts_of
 
 if TYPE_CHECKING:
     from .nbd_tls import ServerTls
@@ -80,6 +80,7 @@ class Server(Door):
             node.size,
             read_only,
             description,
+            min_block=block_of(node),
             multi_conn=self.clients != 1,
             contexts=contexts_of(depth, bitmaps or {}),
         )

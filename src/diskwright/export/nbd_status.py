@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from operator import and_
 
 from ..bitmaps import DirtyBitmap
 from ..engine import bitmaps as at
 from ..engine.node import Node
 from ..errors import UsageError
 from ..graph.status import Status, block_status
+from ..units import align_down, align_up
 from ..wire.nbd_const import (
     ALLOCATION_DEPTH,
     BASE_ALLOCATION,
@@ -51,6 +53,12 @@ def contexts_of(depth: bool, bitmaps: Mapping[bytes, DirtyBitmap]) -> tuple[byte
     return (BASE_ALLOCATION, *((ALLOCATION_DEPTH,) if depth else ()), *bitmaps)
 
 
+def block_of(node: Node) -> int:
+    """The smallest block of an export in bytes, in which it is also told what is where.  Writes to
+    a disk that was only guessed to be raw are looked at by sectors."""
+    return 512 if node.probed else 1
+
+
 async def status_of(
     node: Node,
     context: bytes,
@@ -61,9 +69,9 @@ async def status_of(
 ) -> list[Row]:
     """Rows from ``offset`` on, at least one, none empty, together at most ``length``."""
     if context == BASE_ALLOCATION:
-        return await _graph(node, _allocation, offset, length, only_one)
+        return await _in_blocks(node, _allocation, and_, offset, length, only_one)
     if context == ALLOCATION_DEPTH:
-        return await _graph(node, _depth, offset, length, only_one)
+        return await _in_blocks(node, _depth, max, offset, length, only_one)
     return _dirty(bitmaps[context], offset, length, only_one)
 
 
@@ -98,6 +106,45 @@ async def _graph(
             break
         window = min(window * 2, _LAST_WINDOW)
     return rows
+
+
+async def _in_blocks(
+    node: Node,
+    state_of: Callable[[Status], int],
+    common: Callable[[int, int], int],
+    offset: int,
+    length: int,
+    only_one: bool,
+) -> list[Row]:
+    """By blocks of the export: one that several rows meet in has what is ``common`` to them."""
+    block = block_of(node)
+    if block == 1:
+        return await _graph(node, state_of, offset, length, only_one)
+    first = align_down(offset, block)
+    last = min(align_up(offset + length, block), node.size)
+    rows: list[Row] = []
+    part = mixed = 0  # of a block that is not whole yet: bytes, and their state
+    for count, state in await _graph(node, state_of, first, last - first, False):
+        if part:
+            mixed = common(mixed, state)
+            taken = min(block - part, count)
+            part, count = part + taken, count - taken
+            if part == block:
+                rows.append((block, mixed))
+                part = 0
+        if count >= block:
+            rows.append((align_down(count, block), state))
+        if count % block:
+            part, mixed = count % block, state
+    found: list[Row] = []
+    at, end = first, offset + length
+    for count, state in rows:
+        start, at = max(at, offset), at + count
+        row = (min(at, end) - start, state)
+        if found and found[-1][1] == state:
+            row = (found.pop()[0] + row[0], state)
+        found.append(row)
+    return found[:1] if only_one else found
 
 
 def _dirty(bitmap: DirtyBitmap, offset: int, length: int, only_one: bool) -> list[Row]:

@@ -25,6 +25,7 @@ class Backend(Node):
     def __init__(self, node: Node, writethrough: bool = False) -> None:
         """``writethrough``: each write is durable when it is done."""
         self.node = node
+        self.probed = node.probed
         self._always = FUA if writethrough else 0
         self.stats = Stats()
         counters = self.stats.counters
