@@ -13,7 +13,7 @@ import pytest
 from . import pool
 from .cases import CASES
 
-SEEDS = int(os.environ.get("DISKWRIGHT_SEEDS", "50"))
+SEEDS = int(os.environ.get("DISKWRIGHT_SEEDS", "40"))
 FORMATS = ("qcow2", "vhdx", "vmdk")
 LONG = int(os.environ.get("DISKWRIGHT_SEEDS", "2000"))
 
