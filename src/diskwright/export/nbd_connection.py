@@ -27,8 +27,9 @@ if TYPE_CHECKING:
 
     from .nbd_server import Server
 
-READ_GROUP = 4 << 20
-"""Reads of one batch are carried out in groups of about so many bytes."""
+READ_GROUP = 1 << 20
+"""Reads of one batch are carried out in groups of about so many bytes: their buffers are kept, and
+soon used again."""
 FEW = 4
 """Requests without payload of one batch that begin before other clients have their turn."""
 
