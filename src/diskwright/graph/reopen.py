@@ -164,9 +164,9 @@ async def _format_again(node: MappedNode, writable: bool) -> None:
             raise Refused(reference, rule, "opening the image anew", file=display_name(node))
 
     node.engine = Engine(node.driver, format, old.slots, old.tables, opener)
-    node.format = format
     old.view.clear()
     await node.run_procedure(procedure, whole_image=False)
+    node.format = format  # not before: who asks for the size is told that of the old one
     node.engine.opener = None
     for bitmap in old.bitmaps:
         if not bitmap.persistent:
