@@ -355,6 +355,32 @@ def test_errors(
     with_peers(talk)
 
 
+@pytest.mark.parametrize("where", ["run", "prepare", "commit"])
+def test_a_defect_ends_the_job(
+    where: str,
+    works: dict[str, TestWork],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    async def broken(work: TestWork, job: Job) -> None:
+        raise KeyError("surprise")
+
+    monkeypatch.setattr(TestWork, where, broken)
+
+    async def talk(daemon: Daemon, peer: Peer) -> None:
+        await peer.meet()
+        await peer.do("x-job", **job(auto_dismiss=False))
+        await peer.told(status="concluded")
+        (found,) = await peer.do("query-jobs")
+        assert found["error"] == "internal error: KeyError: 'surprise'"
+        await peer.do("job-dismiss", id="j")
+        assert (await peer.ask("x-job", job("next")))["return"] == {}
+
+    with_peers(talk)
+    told = capsys.readouterr().err
+    assert "job 'j': internal error" in told and "in broken" in told
+
+
 def test_commands_wait_for_jobs_to_rest(works: dict[str, TestWork]) -> None:
     """A transaction is a moment in which no job is at work; they go on behind it."""
 

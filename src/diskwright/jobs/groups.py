@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..engine.kernel import Task
-from ..errors import DiskError
 
 if TYPE_CHECKING:
     from .job import Job
@@ -66,7 +65,7 @@ class Group:
             for job in self.jobs:
                 try:
                     await job.work.prepare(job)
-                except (DiskError, OSError) as error:
+                except Exception as error:
                     job.fail(error)
                     self._failed = True
                     break

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import re
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -231,7 +232,7 @@ class Job:
             await self.work.run(self)
         except (Stopped, Cancelled):
             self.cancelled = True
-        except (DiskError, OSError) as error:
+        except Exception as error:
             self.fail(error)
         self.ended = True
         self._idle()
@@ -242,9 +243,16 @@ class Job:
             self._to("waiting")
             self.group.came()
 
-    def fail(self, error: BaseException) -> None:
-        """Remember why it failed."""
+    def fail(self, error: Exception) -> None:
+        """Remember why it failed.  What is no answer of a disk or a caller is a defect of ours, of
+        which standard error is told whole; the job ends all the same."""
         self.error = explain(error).partition("\n")[0]
+        if not isinstance(error, (DiskError, OSError)):
+            self.error = f"internal error: {type(error).__name__}: {self.error}"
+            import traceback
+
+            print(f"diskwright: job '{self.id}': {self.error}", file=sys.stderr)
+            traceback.print_exception(error)
 
     def aborting(self) -> None:
         """It has failed, or is not to succeed."""
@@ -263,10 +271,13 @@ class Job:
     async def conclude(self) -> None:
         """The end, as its state says."""
         started = self._task is not None
-        if self.status == "aborting":
-            await self.work.abort(self)
-        else:
-            await self.work.commit(self)
+        try:
+            if self.status == "aborting":
+                await self.work.abort(self)
+            else:
+                await self.work.commit(self)
+        except Exception as error:
+            self.fail(error)
         if started:
             self.jobs.on_event(self, "cancelled" if self.cancelled else "completed", {})
         self._to("concluded")
