@@ -143,6 +143,8 @@ class BaseDriver:
         self.tasks: set[Task[Any]] = set()
         self.trace: Tracer | None = None
         """Follows the nodes that are opened, if requests are traced."""
+        self.visitors = 0
+        """Threads of others that may call :meth:`from_thread`: who waits for them is not stuck."""
         self._pool: Pool | None = None
 
     def in_time(self, work: Coroutine[Any, Any, T]) -> Coroutine[Any, Any, T]:

@@ -251,7 +251,7 @@ class Driver(BaseDriver):
             timeout = None
             if timers:
                 timeout = max(0.0, timers[0][0] - self.now())
-            elif not any(self._masks.values()) and not self._pool_busy() and not threads:
+            elif not (any(self._masks.values()) or self._pool_busy() or threads or self.visitors):
                 raise Deadlock("nothing left to wait for\n" + self.stuck())
             self._poll(timeout)
 

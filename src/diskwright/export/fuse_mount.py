@@ -15,8 +15,8 @@ import stat
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Coroutine
-from contextlib import suppress
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import import_module
 from typing import Any, Literal, TypeVar
@@ -79,6 +79,7 @@ class Mount:
         if self.direct:
             options["attr_timeout"] = 0  # others change the size, too
         thread = threading.Thread(target=self._loop, args=(fuse, options), name="fuse", daemon=True)
+        self.driver.visitors += 1
         thread.start()
         await self._mounted
 
@@ -93,6 +94,7 @@ class Mount:
             self.driver.from_thread(self._has_ended)
 
     def _has_ended(self) -> None:
+        self.driver.visitors -= 1
         self._mounted.set(error=UsageError(f"Failed to mount FUSE export on '{self.mountpoint}'"))
         self.ended.set()
 
@@ -193,7 +195,8 @@ class _Operations:
 def _binding() -> Callable[..., object]:
     """The binding's class, whose constructor mounts and runs the loop.  Raises NotSupported."""
     try:
-        mfusepy = import_module("mfusepy")
+        with _library():
+            mfusepy = import_module("mfusepy")
     except ImportError as error:
         raise NotSupported(f"FUSE needs the library mfusepy (pip install '{EXTRA}')") from error
     except OSError as error:
@@ -226,6 +229,27 @@ def _binding() -> Callable[..., object]:
             return found
 
     return Loop
+
+
+_PATH = "FUSE_LIBRARY_PATH"
+_SONAMES = ("libfuse3.so.4", "libfuse3.so.3")
+
+
+@contextmanager
+def _library() -> Iterator[None]:
+    """Tell the binding, while it is imported, which library it shall load: to find one it runs a
+    compiler and a linker, where these are installed, which takes longer than all the rest."""
+    if sys.platform == "linux" and not os.environ.get(_PATH):
+        for name in _SONAMES:
+            with suppress(OSError):
+                ctypes.CDLL(name)
+                os.environ[_PATH] = name
+                try:
+                    yield
+                finally:
+                    del os.environ[_PATH]
+                return
+    yield
 
 
 _ORDINARY = (b"fuse: reading device", b"fuse: fuse_remove_signal_handlers")
