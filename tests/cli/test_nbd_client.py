@@ -134,22 +134,32 @@ def test_an_image_names_an_export(
 
 def test_contexts_of_qemu(tmp_path: Path) -> None:
     """Which clusters are dirty, and which are in which layer, as qemu-img tells it."""
-    image = tmp_path / "disk"
+    layers = [tmp_path / name for name in "012"]
+    for below, image in zip([None, *layers], layers, strict=False):
+        backing = [] if below is None else ["-F", "qcow2", "-b", below]
+        words = ("create", "-q", "-f", "qcow2", *backing, image, "1M")
+        subprocess.run(("qemu-img", *words), check=True)
+    image = layers[2]
     for words in (
-        ("qemu-img", "create", "-q", "-f", "qcow2", image, "1M"),
         ("qemu-img", "bitmap", "--add", image, "bm"),
-        ("qemu-io", "-c", "write 64k 128k", image),
+        ("qemu-io", "-c", "write -P 1 512k 64k", layers[0]),
+        ("qemu-io", "-c", "write -P 2 640k 64k", layers[1]),
+        ("qemu-io", "-c", "write -P 3 64k 128k", image),
         ("qemu-img", "bitmap", "--disable", image, "bm"),
     ):
         subprocess.run(words, check=True, capture_output=True)
     with qemu_nbd(tmp_path, "-f", "qcow2", "-r", "-A", "-B", "bm", str(image)) as server:
         for context in ("qemu:dirty-bitmap:bm", "qemu:allocation-depth", "base:allocation"):
             given = {**server.options("disk"), "driver": "nbd", "x-dirty-bitmap": context}
+            raw = {"driver": "raw", "file": given}
             for how in ("--output=json", "--output=human"):
                 words = ("map", how, "json:" + json.dumps(given))
                 mine, theirs = ours(*words), real("qemu-img", *words)
                 assert (mine.status, mine.err) == (0, b"")
                 assert mine.out == theirs.out
+                assert ours("map", how, "json:" + json.dumps(raw)).out == theirs.out
+            # Nobody takes it for what the disk holds.
+            assert ours("compare", "json:" + json.dumps(given), image).status == 0
         given["x-dirty-bitmap"] = "qemu:dirty-bitmap:none"
         done = ours("map", "json:" + json.dumps(given))
         assert done.status == 1

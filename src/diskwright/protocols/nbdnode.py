@@ -19,21 +19,17 @@ from .base import Buffer, Leaf, clear
 from .bounce import Bounce
 from .nbd_link import Trip
 from .nbd_links import Links, Settings
-from .nbd_status import by_blocks, extent_of
+from .nbd_status import MOST_BYTES, claim_of, extent_of, rows
 from .nbd_unflushed import LIMIT
 
 _ZEROES = bytes(1 << 20)
-_EFFECT = 1 << 30
-"""Most bytes that one request without data is about, where lengths have 32 bits."""
-_MANY = 1 << 16
-"""Extents that are told at once; what is behind them is called data, as it may be."""
 
 
 class NbdNode(Leaf):
     """Made by :meth:`open`.  ``size`` is the export's and cannot change.
 
-    ``context``: the metadata context that tells what is where, ``base:allocation`` unless the
-    caller asked for another one (``x-dirty-bitmap``), which then tells nothing of zeroes.
+    ``context``: the metadata context that is asked for: ``base:allocation``, which tells what is
+    where, unless the caller chose another one (``x-dirty-bitmap``), see :meth:`claims`.
     """
 
     def __init__(self, driver: BaseDriver, settings: Settings, context: str) -> None:
@@ -129,7 +125,7 @@ class NbdNode(Leaf):
     def _spans(self, spans: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int, Buffer | None]]:
         """The same for requests without data."""
         for start, end in spans:
-            most = end - start if self.agreed.extended else _EFFECT
+            most = end - start if self.agreed.extended else MOST_BYTES
             for at in range(start, end, most or 1):
                 yield at, min(most, end - at), None
 
@@ -309,32 +305,28 @@ class NbdNode(Leaf):
     # -- what is where
     async def extents(self, offset: int, length: int) -> list[Extent]:
         self.check_open()
-        if not self.agreed.contexts:
+        if not self.agreed.contexts or self.context != _ALLOCATION:
             return self.all_data(offset, length)
-        (context,) = self.agreed.contexts
-        own = self.context != _ALLOCATION
         found: list[Extent] = []
         at, end = offset, min(offset + length, self.size)
-        mask = self.agreed.min_block - 1
-        while at < end and len(found) < _MANY:
-            first = at & ~mask
-            stop = (end + mask) & ~mask
-            stop = stop if self.agreed.extended else min(stop, first + _EFFECT)
-            trip = Trip(c.CMD_BLOCK_STATUS, [first], [stop - first])
-            await self._carry(trip)
-            for count, flags in by_blocks(trip.status[context], mask + 1):
-                part = min(first + count, end) - at
-                first += count
-                if part <= 0:
-                    break
-                found.append(extent_of(at, part, flags, own, not self.read_only))
-                at += part
+        for count, flags in await rows(self._carry, self.agreed, at, end):
+            found.append(extent_of(at, count, flags, not self.read_only))
+            at += count
         if at < end:
             found.append(Data("", at, end - at, not self.read_only))
         if max(at, end) < offset + length:
             start = max(offset, self.size)
             found.append(Zero(offset + length - start, explicit=False))
         return merge(found)
+
+    async def claims(self, offset: int, length: int) -> list[tuple[int, bool, bool]] | None:
+        """(length, data, zero) of the beginning of a range, as the context says that the caller
+        chose; None without one.  To be shown: nothing that is read or copied relies on it."""
+        self.check_open()
+        if self.context == _ALLOCATION:
+            return None
+        told = await rows(self._carry, self.agreed, offset, min(offset + length, self.size))
+        return [(count, *claim_of(self.context, value)) for count, value in told]
 
     async def truncate(self, size: int, preallocation: str = "off") -> None:
         self.check_writable()
