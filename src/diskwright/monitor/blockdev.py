@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 
 from ..declare import Option
@@ -31,8 +31,27 @@ _LEFT_OUT = ("inject-error", "set-state", "host", "path", "port")
 
 
 def _options() -> tuple[str, tuple[Member, ...], Mapping[str, Struct]]:
-    variants = {name: Struct(tuple(_members(name))) for name in DRIVERS}
-    return "driver", (Member("driver", Enum(*DRIVERS)), *_COMMON), variants
+    return "driver", (Member("driver", Enum(*DRIVERS)), *_COMMON), _Variants()
+
+
+class _Variants(Mapping[str, Struct]):
+    """The options of each driver, made when they are asked for: its module declares them."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, Struct] = {}
+
+    def __getitem__(self, name: str) -> Struct:
+        if name not in self._made:
+            if name not in DRIVERS:
+                raise KeyError(name)
+            self._made[name] = Struct(tuple(_members(name)))
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(DRIVERS)
+
+    def __len__(self) -> int:
+        return len(DRIVERS)
 
 
 OPTIONS = Union(_options)

@@ -13,7 +13,6 @@ from .. import __version__
 from ..engine.futures import Condition
 from ..engine.kernel import BaseDriver, Future
 from ..errors import UsageError
-from ..export.nbd_server import Server
 from ..graph.backend import Backend, Drain
 from ..graph.gate import Gate
 from ..graph.graph import Graph, walk
@@ -27,6 +26,7 @@ from .commands import EVENTS
 from .jobs import tell
 
 if TYPE_CHECKING:
+    from ..export.nbd_server import Server
     from .exports import BlockExport
     from .session import Monitor
 

@@ -11,13 +11,10 @@ from typing import TYPE_CHECKING, Any, Literal
 from ..bitmaps import DirtyBitmap
 from ..engine.kernel import Future, Task
 from ..errors import DiskError, UsageError
-from ..export.nbd_status import find_bitmap
 from ..graph.backend import Backend
 from ..graph.node import Node
 from ..graph.perms import ALL, RESIZE, root_use
-from ..ops.bitmap import engine_of
 from ..records import NamedTuple
-from .bitmaps import BITMAP
 from .commands import command, event
 from .daemon import Daemon
 from .nbdserver import server_of
@@ -34,6 +31,8 @@ _NAME_LIMIT = 4096
 
 
 def _export_options() -> tuple[str, tuple[Member, ...], Mapping[str, Struct]]:
+    from .bitmaps import BITMAP
+
     nbd = Struct(
         (
             Member("name", STR, True),
@@ -211,6 +210,9 @@ async def _add_nbd(daemon: Daemon, options: Mapping[str, Any]) -> None:
 
 
 async def _add_bitmap(daemon: Daemon, export: BlockExport, which: Any) -> None:
+    from ..export.nbd_status import find_bitmap
+    from ..ops.bitmap import engine_of
+
     node = export.node
     if isinstance(which, dict):
         named = daemon.graph.nodes.get(which["node"])

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from ..errors import UsageError
 from ..export.listening import listen_tcp, listen_unix, listen_vsock, listening
-from ..export.nbd_server import Server
 from ..secrets import Secrets
 from .commands import command
 from .daemon import Daemon
@@ -16,6 +15,7 @@ from .session import Monitor
 from .types import INT, STR, Enum, Member, Struct, Union
 
 if TYPE_CHECKING:
+    from ..export.nbd_server import Server
     from ..export.nbd_tls import ServerTls
 
 _UNIX = Struct((Member("path", STR),))
@@ -86,6 +86,8 @@ def start_server(daemon: Daemon, options: Mapping[str, Any]) -> None:
             raise UsageError(f"Parameter '{name}' expects uint32_t")
     tls = server_tls(daemon.secrets, options.get("tls-creds"), options.get("tls-authz"))
     where = options["addr"]
+    from ..export.nbd_server import Server
+
     listeners = _listen(where)
     daemon.server = Server(
         daemon.driver,
