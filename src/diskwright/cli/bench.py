@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..errors import UsageError
-from .images import READ_CACHES, arguments, one_image, run, spec
+from .images import READ_CACHES, arguments, one_operand, run, spec
 from .options import FORCE_SHARE, FORMAT, GATE, IMAGE_OPTS, OBJECT, QUIET, Args, Opt
 from .output import Call, strerror
 from .sizes import bounded
@@ -66,7 +66,7 @@ def main(call: Call, argv: list[str]) -> int:
     cache = args.get("cache") or "writeback"
     if cache not in READ_CACHES:
         raise UsageError("Invalid cache mode")
-    image = spec(args, one_image(args), cache=cache)
+    image = spec(args, one_operand(args), cache=cache)
 
     async def timed(driver: Any) -> float:
         options = {"file": {"aio": aio}} if aio else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..errors import NotSupported, UsageError
 from ..hints import TYPE_CHECKING, Any
-from .images import arguments, cache_mode, one_image, output_format, run, spec, warn_if_guessed
+from .images import arguments, cache_mode, one_operand, output_format, run, spec, warn_if_guessed
 from .jsontext import dumps
 from .options import (
     FORCE_SHARE,
@@ -51,7 +51,7 @@ def main(call: Call, argv: list[str]) -> int:
     repair = args.get("repair")
     if repair not in (None, "leaks", "all"):
         raise UsageProblem(f"--repair (-r) expects 'leaks' or 'all' not '{repair}'")
-    name = one_image(args)
+    name = one_operand(args)
     cache = cache_mode(args, "cache", "writeback", "Invalid source cache option")
     image = spec(args, name, cache=cache)
     undo_file, dry_run, stats = args.get("undo-file"), "dry-run" in args, "stats" in args

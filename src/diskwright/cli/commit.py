@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .images import arguments, cache_mode, one_image, run, spec, warn_if_guessed
+from .images import arguments, cache_mode, one_operand, run, spec, warn_if_guessed
 from .options import FORMAT, GATE, IMAGE_OPTS, OBJECT, PROGRESS, QUIET, Opt
 from .output import Call
 from .progress import Progress
@@ -29,7 +29,7 @@ def main(call: Call, argv: list[str]) -> int:
     )
     if args is None:
         return 0
-    name = one_image(args)
+    name = one_operand(args)
     cache = cache_mode(args, "cache", "writeback", "Invalid cache option")
     rate = args.get("rate")
     limit = 0 if rate is None else bounded("rate limit", rate)

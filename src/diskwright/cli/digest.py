@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..hints import TYPE_CHECKING
-from .images import arguments, cache_mode, one_image, output_format, run, spec
+from .images import arguments, cache_mode, one_operand, output_format, run, spec
 from .jsontext import dumps
 from .options import FORCE_SHARE, FORMAT, GATE, IMAGE_OPTS, OBJECT, OUTPUT, PROGRESS, QUIET, Opt
 from .output import Call
@@ -34,7 +34,7 @@ def main(call: Call, argv: list[str]) -> int:
     args = arguments(call, argv, OPTIONS, "FILENAME", "Print digests of a disk's content.")
     if args is None:
         return 0
-    name = one_image(args)
+    name = one_operand(args)
     wanted = output_format(args)
     cache = cache_mode(args, "cache", "writeback", "Invalid source cache option")
     image = spec(args, name, cache=cache)

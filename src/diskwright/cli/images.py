@@ -108,10 +108,10 @@ def _budget_of(text: str | None, memory: str | None, metadata: str | None) -> Bu
     )
 
 
-def one_image(args: Args) -> str:
-    """The only operand."""
+def one_operand(args: Args, what: str = "one image file name") -> str:
+    """The only operand; ``what`` it is."""
     if len(args.operands) != 1:
-        raise UsageProblem("Expecting one image file name")
+        raise UsageProblem(f"Expecting {what}")
     return args.operands[0]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..hints import TYPE_CHECKING
 from ..units import human
-from .images import arguments, look, one_image, output_format, spec, wants_picture
+from .images import arguments, look, one_operand, output_format, spec, wants_picture
 from .jsontext import dumps
 from .options import FORCE_SHARE, FORMAT, GATE, IMAGE_OPTS, OBJECT, OUTPUT, PICTURE, Opt
 from .output import Call, UsageProblem
@@ -30,7 +30,7 @@ def main(call: Call, argv: list[str]) -> int:
     if args is None:
         return 0
     wanted = output_format(args)
-    image = spec(args, one_image(args))
+    image = spec(args, one_operand(args))
     from ..ops import info as ops
 
     picture = wants_picture(args)

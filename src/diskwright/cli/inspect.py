@@ -6,7 +6,7 @@ import sys
 
 from ..hints import TYPE_CHECKING
 from ..units import human
-from .images import arguments, look, one_image, output_format
+from .images import arguments, look, one_operand, output_format
 from .jsontext import dumps
 from .options import OUTPUT, QUIET, Opt
 from .output import Call, UsageProblem, printable
@@ -33,7 +33,7 @@ def main(call: Call, argv: list[str]) -> int:
     args = arguments(call, argv, OPTIONS, "FILENAME", summary)
     if args is None:
         return 0
-    name = one_image(args)
+    name = one_operand(args)
     wanted = "json" if "json" in args else output_format(args)
     from ..ops.inspect import VERDICTS, inspect
 

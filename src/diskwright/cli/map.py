@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..hints import TYPE_CHECKING
-from .images import arguments, look, one_image, output_format, spec, wants_picture
+from .images import arguments, look, one_operand, output_format, spec, wants_picture
 from .options import FORCE_SHARE, FORMAT, GATE, IMAGE_OPTS, OBJECT, OUTPUT, PICTURE, Opt
 from .output import Call
 from .sizes import bounded
@@ -35,7 +35,7 @@ def main(call: Call, argv: list[str]) -> int:
     start, most = args.get("start-offset"), args.get("max-length")
     offset = bounded("start offset", start) if start is not None else 0
     length = bounded("max length", most) if most is not None else None
-    image = spec(args, one_image(args))
+    image = spec(args, one_operand(args))
     if wants_picture(args):
         from .picture import show as show_picture
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from .images import arguments, seconds
+from .images import arguments, one_operand, seconds
 from .options import Opt
-from .output import Call, UsageProblem
+from .output import Call
 
 OPTIONS = (
     Opt("c", "command", "COMMAND", "carry out COMMAND, and end (repeatable)"),
@@ -26,8 +26,7 @@ def main(call: Call, argv: list[str]) -> int:
     args = arguments(call, argv, OPTIONS, "SOCKET", summary)
     if args is None:
         return 0
-    if len(args.operands) != 1:
-        raise UsageProblem("Expecting the socket of a monitor")
+    address = one_operand(args, "the socket of a monitor")
     from ..console.connection import connect
     from ..console.shell import Shell, history_path
 
@@ -39,7 +38,7 @@ def main(call: Call, argv: list[str]) -> int:
 
     timeout = args.get("timeout")
     shell = Shell(
-        connect(args.operands[0]),
+        connect(address),
         out,
         pretty=typed or "pretty" in args,
         events=typed or "events" in args,

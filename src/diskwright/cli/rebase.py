@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .images import arguments, cache_mode, one_image, run, spec, warn_if_guessed
+from .images import arguments, cache_mode, one_operand, run, spec, warn_if_guessed
 from .options import FORCE_SHARE, FORMAT, GATE, IMAGE_OPTS, OBJECT, PROGRESS, QUIET, Opt
 from .output import Call, UsageProblem
 from .progress import Progress
@@ -29,7 +29,7 @@ def main(call: Call, argv: list[str]) -> int:
     args = arguments(call, argv, OPTIONS, "FILENAME", "Change an image's backing file.")
     if args is None:
         return 0
-    name = one_image(args)
+    name = one_operand(args)
     unsafe = "backing-unsafe" in args
     backing = args.get("backing")
     if backing is None and not unsafe:

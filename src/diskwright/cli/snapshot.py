@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..errors import DiskError, NoSuchSnapshot
 from ..hints import TYPE_CHECKING
-from .images import arguments, look, one_image, run, spec, warn_if_guessed
+from .images import arguments, look, one_operand, run, spec, warn_if_guessed
 from .options import FORCE_SHARE, FORMAT, GATE, IMAGE_OPTS, OBJECT, QUIET, Opt
 from .output import Call, UsageProblem, reason
 
@@ -37,7 +37,7 @@ def main(call: Call, argv: list[str]) -> int:
     given = [key for key, _ in args.options if key in _ACTIONS]
     if len(given) > 1:
         raise UsageProblem("Cannot mix '-l', '-a', '-c', '-d'")
-    image = spec(args, one_image(args))
+    image = spec(args, one_operand(args))
     action = given[0] if given else "list"
     if action == "list":
         return look(lambda driver: _list(call, driver, image))

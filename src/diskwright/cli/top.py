@@ -8,9 +8,9 @@ import sys
 import time
 
 from ..errors import UsageError
-from .images import arguments, seconds
+from .images import arguments, one_operand, seconds
 from .options import Opt
-from .output import Call, UsageProblem
+from .output import Call
 
 OPTIONS = (
     Opt("d", "delay", "SECONDS", "between two looks (default 2)"),
@@ -30,8 +30,7 @@ def main(call: Call, argv: list[str]) -> int:
     args = arguments(call, argv, OPTIONS, "SOCKET", summary)
     if args is None:
         return 0
-    if len(args.operands) != 1:
-        raise UsageProblem("Expecting the socket of a monitor")
+    address = one_operand(args, "the socket of a monitor")
     delay = seconds("--delay", args.get("delay") or "2")
     count = 1 if "once" in args else _count(args.get("number"))
     from ..console import terminal
@@ -40,7 +39,6 @@ def main(call: Call, argv: list[str]) -> int:
     from ..console.shell import shown
     from ..console.tables import page
 
-    address = args.operands[0]
     live = sys.stdout.isatty() and sys.stdin.isatty() and not ("json" in args or count == 1)
     connection = Connection(connect(address))
     try:

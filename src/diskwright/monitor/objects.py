@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import UsageError
+from ..ops.secrets import read_file
 from ..records import NamedTuple
 from .commands import QmpError, command
 from .daemon import Daemon
@@ -79,7 +80,7 @@ def define(daemon: Daemon, options: Mapping[str, Any]) -> None:
     if not _ID.fullmatch(id):
         raise UsageError("Parameter 'id' expects an identifier")
     if kind != "iothread":
-        daemon.secrets.define(options, _read)
+        daemon.secrets.define(options, read_file)
         if kind.startswith("tls-creds-"):
             try:
                 _look_at(daemon, id)
@@ -87,11 +88,6 @@ def define(daemon: Daemon, options: Mapping[str, Any]) -> None:
                 daemon.secrets.forget(id)
                 raise
     daemon.objects[id] = kind
-
-
-def _read(path: str) -> bytes:
-    with open(path, "rb") as file:
-        return file.read()
 
 
 def _look_at(daemon: Daemon, id: str) -> None:

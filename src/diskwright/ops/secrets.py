@@ -14,11 +14,15 @@ def secrets_of(definitions: Iterable[str | Mapping[str, Any]]) -> Secrets:
 
     Raises UsageError.  See :meth:`diskwright.secrets.Secrets.define`.
     """
-    from pathlib import Path
-
     from ..secrets import Secrets
 
     found = Secrets()
     for definition in definitions:
-        found.define(definition, lambda path: Path(path).read_bytes())
+        found.define(definition, read_file)
     return found
+
+
+def read_file(path: str) -> bytes:
+    """A file that an object names, whole.  Raises OSError."""
+    with open(path, "rb") as file:
+        return file.read()

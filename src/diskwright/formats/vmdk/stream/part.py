@@ -119,7 +119,7 @@ class StreamPart(Plain):
         self.directory: array[int] = zeros(32, 0)
         self.weight = 0
 
-    def open(self) -> Procedure:
+    def opening(self) -> Procedure:
         """Read the grain directory."""
         header = self.header
         count = -(-header.capacity // (header.grain * header.entries))
@@ -288,4 +288,4 @@ def open_stream(image: Image, slot: str, start: int) -> Procedure:
         raise UnsupportedFeature(f"VMDK compression algorithm {header.compression}", offset=77)
     length = header.capacity * SECTOR
     file_length = yield Length(slot)
-    return (yield from StreamPart(image, slot, start, length, header, file_length).open())
+    return (yield from StreamPart(image, slot, start, length, header, file_length).opening())
