@@ -120,6 +120,15 @@ def test_what_has_an_order_keeps_it(driver: Driver) -> None:
     assert target.data == data
 
 
+def test_the_first_batches_are_small(driver: Driver) -> None:
+    data = Random(7).randbytes(8 << 20)
+    source, target = Counting(driver, data), Counting(driver, b"")
+    run(driver, target, [Segment(source, 0, 0, len(data))], CopyOptions(buffer=1 << 20))
+    sizes = [sum(length for _, length in read) for read in source.reads]
+    assert sizes[:3] == [256 * K] * 3 and max(sizes[:6]) == 512 * K and max(sizes) == 1 << 20
+    assert target.data == data
+
+
 @pytest.mark.parametrize("in_order", [True, False])
 def test_buffers_are_used_again(
     driver: Driver, in_order: bool, monkeypatch: pytest.MonkeyPatch

@@ -15,12 +15,12 @@ from .buffers import joined, page_buffer, zero_runs
 from .kernel import BaseDriver, Cancelled, Future, wait_all
 from .node import Node
 
-# Segments of a batch: bounds the requests that one read or write has.
-_MOST_PARTS = 512
-# Writes on their way at a time when they are begun in order: one that runs and one behind it.
-_WRITES = 2
-# Most bytes of the first batch.
+_MOST_PARTS = 512  # of a batch: bounds the requests that one read or write has
+_WRITES = 2  # on their way at a time when begun in order: one that runs and one behind it
+# Most bytes of the first batches, and how many are of one size before they become twice as large:
+# to fill new memory takes longer than to write it, and the writes must not run out meanwhile.
 _FIRST = 256 << 10
+_ALIKE = 3
 
 
 class Segment(NamedTuple):
@@ -146,8 +146,7 @@ class Copier:
         self._started = 0.0
         self._moved = 0
         self._room = options.buffer if options.units else min(options.buffer, _FIRST)
-        """Most bytes of the next batch: the first ones are small, so that the target has work soon,
-        and new buffers are touched for the first time while it has."""
+        """Most bytes of the next batch: small ones first, so that the target has work soon."""
 
     async def run(self, segments: AsyncIterator[Segment]) -> None:
         """Copy all segments; raises the first error after everything issued has ended."""
@@ -171,7 +170,7 @@ class Copier:
     # -- batches
     async def _batches(self, segments: AsyncIterator[Segment]) -> AsyncIterator[Batch]:
         """The segments in order, gathered until a buffer is full."""
-        batch = Batch()
+        batch, begun = Batch(), 0
         async for segment in segments:
             for part in self._parts(segment):
                 if len(batch.parts) >= _MOST_PARTS or (
@@ -179,7 +178,9 @@ class Copier:
                 ):
                     yield batch
                     batch = Batch()
-                    self._room = min(2 * self._room, self.options.buffer)
+                    begun += 1
+                    if not begun % _ALIKE:
+                        self._room = min(2 * self._room, self.options.buffer)
                 batch.add(part)
         if batch.parts:
             yield batch

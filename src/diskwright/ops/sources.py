@@ -14,6 +14,11 @@ SPARSE = 4096
 _LEAST_HOLE = 64 << 10
 """Shorter holes of a file are read like data, where their zeroes are found then as well."""
 
+_BEGIN = 64 << 20
+_STEP = 256 << 20
+"""How much is looked through before anything is copied, and at once where there is data (bytes):
+meanwhile nothing else is read, and what is written must wait for the interpreter."""
+
 
 class Sources:
     """The sources as one range of bytes, cut into what is data and what is zero."""
@@ -48,7 +53,7 @@ class Sources:
         start = 0
         for node in self.nodes:
             offset = max(begin - start, 0)
-            most = node.size
+            most = _BEGIN
             while offset < node.size:
                 inside = self.base is not None and offset < self.covered
                 end = min(self.covered, node.size) if inside else node.size
@@ -66,7 +71,7 @@ class Sources:
                         continue
                     self.on_unknown(start + offset, error)
                     found = [Status(offset, length, 0, True, False, True)]
-                most = node.size
+                most = _STEP if any(part.data for part in found) else 4 * most
                 for part in found:
                     offset += part.length
                     if inside and not (part.present or part.zero or part.data):
