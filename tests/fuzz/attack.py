@@ -27,8 +27,8 @@ _OPENED: dict[str, dict[str, Any]] = {
     "look": {"read-only": True, "writable": False},
     "change": {"read-only": False, "writable": True},
     "repair": {"read-only": False, "writable": True, "check": True},
-    "salvage": {"read-only": True, "writable": False, "check": True, "salvage": True,
-                "assumed": {}},
+    "salvage": {"read-only": True, "writable": False, "check": True, "unlock": True,
+                "salvage": True, "assumed": {}},
 }  # fmt: skip
 _MAPPED = 1 << 20
 _READ = 16 << 10

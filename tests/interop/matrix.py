@@ -1,4 +1,4 @@
-"""One image of a random shape, the operations on it, and what it must hold after each."""
+"""One image of a random shape, what two programs do to it, and what it must hold then."""
 
 from __future__ import annotations
 
@@ -9,83 +9,21 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
+
+from interop.shapes import Shape, base_options
 
 Tool = Callable[[Path, list[str]], tuple[int, str]]
-KIB, MIB = 1 << 10, 1 << 20
-WIDTHS = ("1", "2", "4", "8", "16", "32", "64")
 SECRETS = {"s0": "first one", "s1": "another", "s2": "the base's"}
 OBJECTS = [w for i, v in SECRETS.items() for w in ("--object", f"secret,id={i},data={v}")]
-
-
-class Shape(NamedTuple):
-    """What an image is made of."""
-
-    size: int
-    cluster: int
-    options: dict[str, str]
-    base: str
-    """"" for none, otherwise the format of a backing file."""
-    base_size: int = 0
-
-    @property
-    def encrypted(self) -> str:
-        return self.options.get("encrypt.format", "")
-
-    @property
-    def external(self) -> bool:
-        return "data_file" in self.options
-
-    @classmethod
-    def drawn(cls, rng: random.Random, target: bool = False) -> Shape:
-        """Options that need not fit together: then both must refuse them."""
-        cluster = 1 << rng.choice((9, 10, 12, 14, 15, 16, 16, 16, 17, 21))
-        options = {"cluster_size": str(cluster)}
-        limit = min(cluster << 10, 3 * MIB)
-        size = rng.randrange(limit // 4, limit) // 512 * 512
-        if rng.random() < 0.5:
-            size = max(size // cluster * cluster, cluster)
-        old = rng.random() < 0.15
-        if old:
-            options["compat"] = "0.10"
-        draws: list[tuple[float, str, str]] = [
-            (
-                0.4 if not old else 0.03,
-                "refcount_bits",
-                rng.choice(["1", "2", "4", "8", "16", "32", "64"]),
-            ),
-            (0.2 if not old else 0.03, "lazy_refcounts", "on"),
-            (0.4 if cluster >= 16384 and not old else 0.03, "extended_l2", "on"),
-            (0.25 if not old else 0.03, "compression_type", "zstd"),
-            (0.2 if not old else 0.03, "data_file", "data.raw"),
-            (0.3, "preallocation", rng.choice(["metadata", "falloc", "full"])),
-        ]
-        for chance, name, value in draws:
-            if rng.random() < chance:
-                options[name] = value
-        if "data_file" in options and rng.random() < 0.8:
-            options.pop("extended_l2", None)  # not together here
-        if "data_file" in options and rng.random() < 0.5:
-            options["data_file_raw"] = "on"
-        if rng.random() < 0.3:
-            options["encrypt.format"] = kind = rng.choice(("luks", "luks", "aes"))
-            options["encrypt.key-secret"] = "s0"
-            if kind == "luks":
-                options["encrypt.iter-time"] = "1"
-            options.pop("preallocation", None)  # QEMU's reads as noise
-        base = "" if target or rng.random() < 0.5 else rng.choice(("raw", "qcow2", "luks", "aes"))
-        base_size = 0
-        if base:
-            base_size = max(512, size + rng.choice((0, 0, 512, -512, 65536, -65536, -size // 2)))
-            base_size = base_size // 512 * 512
-        return cls(size, cluster, options, base, base_size)
-
-    def words(self) -> str:
-        return ",".join(f"{name}={value}" for name, value in self.options.items())
-
-
+OURS_IN_CHECK = ("passes", "bytes-read")
+"""What only ours tells."""
 # What QEMU's refuses and ours does (docs/differences.md).
-OURS_ALONE = ("Failed to zero out new clusters", "Cannot use relative backing file names")
+OURS_ALONE = (
+    "Failed to zero out new clusters",
+    "Cannot use relative backing file names",
+    "Error while writing to COW image: Input/output error",  # rebase -c over what is allocated
+)
 
 
 class Refused(Exception):
@@ -111,6 +49,9 @@ class Matrix:
         self.bitmaps: list[str] = []
         self.secret = "s0"
         self.spare = ""
+        self.other = b""
+        """What is in the file `other`, over which the image can be rebased."""
+        self.vm_state = False
         self.number = 0
 
     def told(self) -> str:
@@ -130,9 +71,9 @@ class Matrix:
     def image(self, backing: bool = True) -> list[str]:
         return [*OBJECTS, "--image-opts", self.described(backing)]
 
-    def both(self, words: list[str], judge: Callable[[Path], None] | None = None) -> str:
-        """Carry it out on copies by both tools, which must agree; go on with one of them, ``judge``
-        looks at each first."""
+    def both(self, words: list[str], wanted: int = 0) -> str:
+        """Carry it out on copies by both tools, which must agree, with the exit status ``wanted``
+        or by refusing it; go on with what one of them left, which is told."""
         ends = {}
         for name, tool in self.tools.items():
             shutil.rmtree(self.sides[name], ignore_errors=True)
@@ -145,30 +86,66 @@ class Matrix:
         statuses = ends["ours"][0], ends["theirs"][0]
         if statuses == (0, 1) and any(text in ends["theirs"][1] for text in OURS_ALONE):
             chosen, statuses = "ours", (0, 0)
-            shutil.rmtree(self.sides["theirs"])
-            shutil.copytree(self.sides["ours"], self.sides["theirs"])
+            self.forget_theirs()
         assert statuses[0] == statuses[1], f"ended with {ends['ours']} for {ends['theirs']}"
-        if statuses[0]:
+        if statuses[0] != wanted:
             if (self.now / "disk").exists():  # what we refuse changes nothing
                 # (QEMU's leaves leaks: snapshots without room in the counts, bitmaps in version 2.)
                 self.look("ours", full=False)
             self.log[-1] += f"  (refused: {ends['ours'][1].strip()} | {ends['theirs'][1].strip()})"
             raise Refused
-        if judge is not None:
-            for side in self.sides.values():
-                judge(side)
-        shutil.rmtree(self.now)
-        shutil.copytree(self.sides[chosen], self.now)
+        self.go_on(chosen)
         return chosen
 
+    def forget_theirs(self) -> None:
+        """Both sides have what ours did."""
+        shutil.rmtree(self.sides["theirs"])
+        shutil.copytree(self.sides["ours"], self.sides["theirs"])
+
+    def go_on(self, side: str) -> None:
+        shutil.rmtree(self.now)
+        shutil.copytree(self.sides[side], self.now)
+
+    def alone(self, words: list[str], wanted: int = 0) -> None:
+        """Our tool does it, and both sides go on with that."""
+        self.log.append(f"ours alone: {' '.join(map(repr, words))}")
+        status, text = self.tools["ours"](self.now, words)
+        assert status == wanted, f"ended with {status}: {text}"
+        for side in self.sides.values():
+            shutil.rmtree(side, ignore_errors=True)
+            shutil.copytree(self.now, side)
+
     # -- looking
-    def content(self, tool: str, side: str, *more: str) -> bytes:
+    def content(self, tool: str, side: str, *more: str, verb: str = "convert") -> bytes:
         out = self.folder / "out"
         out.unlink(missing_ok=True)
-        words = ["convert", *more, *self.image(), "-O", "raw", str(out)]
+        words = [verb, *more, *self.image(), "-O", "raw", str(out)]
         status, text = self.tools[tool](self.sides[side], words)
-        assert status == 0, f"{tool} cannot read what {side} left: {text}"
+        # Salvaging tells by 3 that clusters are left that nothing names.
+        good = status == 0 or (verb == "salvage" and status == 3)
+        assert good, f"{tool} cannot read what {side} left: {text}"
         return out.read_bytes()
+
+    def reads_the_model(self, tool: str, side: str) -> None:
+        """By converting; now and then by comparing, or by salvaging."""
+        way = self.rng.choice(("convert",) * 8 + ("compare", "salvage"))
+        if way == "compare":
+            (self.folder / "model").write_bytes(self.model)
+            words = ["compare", "-q", *self.image(), "driver=raw,file.filename=../model"]
+            if self.tools[tool](self.sides[side], words)[0] == 0:
+                return
+        if way == "salvage" and tool == "ours":
+            found = self.content(tool, side, verb="salvage")
+        else:
+            found = self.content(tool, side)
+        if found != self.model:
+            pairs = zip(found, self.model, strict=False)
+            at = next((i for i, (a, b) in enumerate(pairs) if a != b), -1)
+            raise AssertionError(
+                f"{tool} reads of {side} by {way} {len(found)} bytes for {len(self.model)}, first "
+                f"difference at {at:#x}: {found[at : at + 8].hex()} for "
+                f"{bytes(self.model[at : at + 8]).hex()}"
+            )
 
     def look(self, side: str, full: bool = True) -> None:
         """Both tools find ``side`` whole and see the model in it."""
@@ -177,15 +154,7 @@ class Matrix:
                 continue  # what the other one says counts more
             status, text = self.tools[tool](self.sides[side], ["check", *self.image()])
             assert status == 0, f"{tool} says of what {side} left: {text}"
-            found = self.content(tool, side)
-            if found != self.model:
-                pairs = zip(found, self.model, strict=False)
-                at = next((i for i, (a, b) in enumerate(pairs) if a != b), -1)
-                raise AssertionError(
-                    f"{tool} reads of {side} {len(found)} bytes for {len(self.model)}, first "
-                    f"difference at {at:#x}: {found[at : at + 8].hex()} for "
-                    f"{bytes(self.model[at : at + 8]).hex()}"
-                )
+            self.reads_the_model(tool, side)
         if not full:
             return
         for name, content in self.held.items():
@@ -195,10 +164,12 @@ class Matrix:
                 most = min(len(found), len(content))
                 assert found[:most] == content[:most], f"{tool}, {side}: snapshot {name}"
 
-    def look_all(self) -> None:
+    def look_all(self, bitmaps: bool = True) -> None:
         for side in self.sides:
             self.look(side)
-        if self.bitmaps and not self.shape.base:
+        if self.rng.random() < 0.3:
+            self.tell(self.rng.choice(list(self.sides)))
+        if bitmaps and self.bitmaps and self.shape.base not in ("luks", "aes"):
             told = {side: self.dirty(side) for side in self.sides}
             assert told["ours"] == told["theirs"], f"bitmaps {told['ours']} for {told['theirs']}"
             name = self.rng.choice(self.bitmaps)
@@ -207,6 +178,26 @@ class Matrix:
                     theirs = self.served(side, name)
                     mine = [tuple(part) for part in told[side][name][3]]
                     assert mine == theirs, f"{side}, {name}: {mine} for {theirs}"
+
+    def tell(self, side: str) -> None:
+        """Both tools say the same of one image."""
+        json_ = ["--output=json"]
+        words = self.rng.choice((
+            ["map", *json_], ["map"], ["info", *json_], ["check", *json_], ["snapshot", "-l"],
+            ["measure", "-O", "qcow2", *json_], ["measure", "-O", "raw", *json_],
+        ))  # fmt: skip
+        said: dict[str, Any] = {}
+        for name, tool in self.tools.items():
+            status, text = tool(self.sides[side], [*words, *self.image()])
+            assert status == 0, f"{name}, {words}, {side}: {text}"
+            said[name] = json.loads(text) if words[-1] == "--output=json" else text.splitlines()
+        if words == ["map", *json_]:
+            said = {name: joined(parts) for name, parts in said.items()}
+        if words[0] == "check":
+            said["ours"] = {k: v for k, v in said["ours"].items() if k not in OURS_IN_CHECK}
+        assert said["ours"] == said["theirs"], (
+            f"{words} of {side}: {said['ours']} for {said['theirs']}"
+        )
 
     def dirty(self, side: str) -> dict[str, list[object]]:
         described: dict[str, object] = {"driver": "qcow2", "file.filename": "disk"}
@@ -238,18 +229,19 @@ class Matrix:
         assert status == 0, text
         return [(p["offset"], p["length"]) for p in json.loads(text) if p["type"] & 1]
 
-    # -- operations
+    # -- making
     def create(self, shape: Shape) -> bool:
         """Whether both can make it."""
         self.shape = shape
+        size = -(-shape.size // 512) * 512
         if shape.base:
-            self._make_base()
+            self.make_base()
         words = ["create", "-q", *OBJECTS, "-f", "qcow2", "-o", shape.words()]
-        if shape.base == "raw" or shape.base == "qcow2":
+        if shape.base in ("raw", "qcow2"):
             words += ["-b", "base", "-F", shape.base]
         elif shape.base:
             words += ["-u", "-b", "base", "-F", "qcow2"]
-        self.model = bytearray(self.base[: shape.size].ljust(shape.size, b"\0"))
+        self.model = bytearray(self.base[:size].ljust(size, b"\0"))
         try:
             self.both([*words, "disk", str(shape.size)])
         except Refused:
@@ -257,30 +249,51 @@ class Matrix:
         self.look_all()
         return True
 
-    def _make_base(self) -> None:
-        shape, rng = self.shape, self.rng
-        words = ["create", "-q", *OBJECTS, "-f", "raw" if shape.base == "raw" else "qcow2"]
-        described = f"driver={'raw' if shape.base == 'raw' else 'qcow2'},file.filename=base"
-        if shape.base in ("luks", "aes"):
-            more = ",encrypt.iter-time=1" if shape.base == "luks" else ""
-            words += ["-o", f"encrypt.format={shape.base},encrypt.key-secret=s2{more}"]
+    def make_base(self) -> None:
+        """The backing file, perhaps over another one, by a tool drawn at random."""
+        shape = self.shape
+        model = b""
+        below: list[str] = []
+        if shape.deep:
+            size = self.rng.choice((shape.base_size, shape.base_size // 1024 * 512 + 512))
+            model = self.written("deep", "raw", [], size, b"")
+            below = ["-b", "deep", "-F", "raw"]
+        self.base = self.written("base", shape.base, below, shape.base_size, model)
+        if shape.base in ("raw", "qcow2"):
+            size = self.rng.choice((shape.base_size, shape.base_size // 1024 * 512 + 512))
+            self.other = self.written("other", "raw", [], size, b"")
+
+    def written(self, name: str, kind: str, below: list[str], size: int, model: bytes) -> bytes:
+        """A new image with something in it; what it holds."""
+        rng = self.rng
+        tool = self.tools[rng.choice(("ours", "theirs"))]
+        fmt = "raw" if kind == "raw" else "qcow2"
+        described = f"driver={fmt},file.filename={name}"
+        words = ["create", "-q", *OBJECTS, "-f", fmt, *below]
+        if kind in ("luks", "aes"):
+            more = ",encrypt.iter-time=1" if kind == "luks" else ""
+            words += ["-o", f"encrypt.format={kind},encrypt.key-secret=s2{more}"]
             described += ",encrypt.key-secret=s2"
-        tool = self.tools["theirs"]
-        status, text = tool(self.now, [*words, "base", str(shape.base_size)])
+        elif kind == "qcow2":
+            words += ["-o", base_options(rng)]
+        status, text = tool(self.now, [*words, name, str(size)])
         assert not status, text
-        model = bytearray(shape.base_size)
+        content = bytearray(model[:size].ljust(size, b"\0"))
         words = ["io", *OBJECTS, "--image-opts"]
         for _ in range(5):
-            offset, length = self._range(len(model))
+            offset, length = self.range(size)
             pattern = rng.randrange(1, 256)
-            words += ["-c", f"write -q -P {pattern} {offset} {length}"]
-            model[offset : offset + length] = bytes([pattern]) * length
+            command = f"write -q -P {pattern} {offset} {length}"
+            if kind == "qcow2" and rng.random() < 0.2:
+                command, pattern = f"write -q -z {offset} {length}", 0
+            words += ["-c", command]
+            content[offset : offset + length] = bytes([pattern]) * length
         status, text = tool(self.now, [*words, described])
         assert not status, text
-        self.base = bytes(model)
+        return bytes(content)
 
-    def _range(self, size: int, unit: int = 512) -> tuple[int, int]:
-        """Aligned to sectors at least, often to ``unit``."""
+    def range(self, size: int, unit: int = 512) -> tuple[int, int]:
+        """Offset and length within ``size``, aligned to sectors at least, often to ``unit``."""
         rng, cluster = self.rng, self.shape.cluster
         offset = rng.randrange(size)
         length = rng.choice((512, 1024, 4096, cluster, 3 * cluster, cluster // 32 or 512, 100_000))
@@ -290,229 +303,17 @@ class Matrix:
         length = -(-min(length, size - offset) // unit) * unit
         return offset, max(min(length, size - offset), 512)
 
-    def step(self) -> None:
-        """One random operation."""
-        kinds = [
-            *["write"] * 6, *["zero"] * 2, *["discard"] * 2, "packed", *["snapshot"] * 4,
-            *["bitmap"] * 5, *["resize"] * 2, *["amend"] * 3, "rebase", "commit", "convert", "mend",
-        ]  # fmt: skip
-        kind = self.rng.choice(kinds)
-        try:
-            getattr(self, f"_{kind}")()
-        except Refused:
-            return
-        self.look_all()
 
-    def _write(self) -> None:
-        words = ["io", *OBJECTS, "--image-opts"]
-        for _ in range(self.rng.randrange(1, 5)):
-            offset, length = self._range(len(self.model))
-            pattern = self.rng.randrange(1, 256)
-            words += ["-c", f"write -q -P {pattern} {offset} {length}"]
-            self.model[offset : offset + length] = bytes([pattern]) * length
-        self.both([*words, self.described()])
-
-    def _zero(self) -> None:
-        offset, length = self._range(len(self.model))
-        unmap = self.rng.choice(("", "-u "))
-        self.model[offset : offset + length] = bytes(length)
-        command = f"write -q -z {unmap}{offset} {length}"
-        self.both(["io", *OBJECTS, "--image-opts", "-c", command, self.described()])
-
-    def _discard(self) -> None:
-        offset, length = self._range(len(self.model))
-        command = f"discard -q {offset} {length}"
-        more = self.rng.choice(("", "", ",discard-no-unref=on"))
-        described = self.described() + more
-        old = bytes(self.model)
-        words = ["io", *OBJECTS, "--image-opts", "-d", "unmap", "-c", command, described]
-        chosen = self.both(words)
-        for side in ("ours", "theirs"):
-            found = self.content("theirs", side)
-            end = offset + length
-            assert found[:offset] == old[:offset] and found[end:] == old[end:], "discarded more"
-            below = self.base.ljust(len(old), b"\0")
-            for at in range(offset, end, 512):
-                piece = found[at : at + 512]
-                may = [old[at : at + 512], bytes(len(piece)), below[at : at + 512]]
-                assert piece in may, f"{side}: {at:#x} after a discard"
-        for side in ("ours", "theirs"):
-            self.model[:] = self.content("theirs", side)
-            self.look(side, full=False)
-        self.model[:] = self.content("theirs", chosen)
-        other = "theirs" if chosen == "ours" else "ours"
-        shutil.rmtree(self.sides[other])
-        shutil.copytree(self.sides[chosen], self.sides[other])
-
-    def _packed(self) -> None:
-        if self.shape.encrypted:
-            return
-        offset, length = self._range(len(self.model), self.shape.cluster)
-        pattern = self.rng.randrange(1, 256)
-        command = f"write -q -c -P {pattern} {offset} {length}"
-        if length > self.shape.cluster:
-            length = self.shape.cluster
-            command = f"write -q -c -P {pattern} {offset} {length}"
-        model = bytearray(self.model)
-        model[offset : offset + length] = bytes([pattern]) * length
-        self.both(["io", *OBJECTS, "--image-opts", "-c", command, self.described()])
-        self.model = model
-
-    def _snapshot(self) -> None:
-        what = self.rng.choice("ccad") if self.held else "c"
-        image = self.image()
-        if what == "c":
-            self.number += 1
-            name = f"snapshot{self.number}"
-            self.both(["snapshot", "-c", name, *image])
-            self.held[name] = bytes(self.model)
-            return
-        name = self.rng.choice(list(self.held))
-        self.both(["snapshot", f"-{what}", name, *image])
-        if what == "d":
-            del self.held[name]
-            return
-        content = self.held[name]
-        if content is None:
-            content = self.content("theirs", "theirs")
-        self.model = bytearray(content)
-        if self.shape.options.get("compat") == "0.10":
-            self.model = bytearray(self.content("theirs", "theirs"))
-
-    def _bitmap(self) -> None:
-        rng, image = self.rng, self.image(backing=False)
-        what = rng.choice(["add", "add", "add", "remove", "clear", "enable", "disable", "merge"])
-        if what == "add" or not self.bitmaps:
-            self.number += 1
-            name = f"b{self.number}"
-            more = rng.choice(([], ["-g", "512"], ["-g", "4k"], ["-g", "1M"], ["--disable"]))
-            self.both(["bitmap", "--add", *more, *image, name])
-            self.bitmaps.append(name)
-            return
-        name = rng.choice(self.bitmaps)
-        words = [f"--{what}"] if what != "merge" else ["--merge", rng.choice(self.bitmaps)]
-        self.both(["bitmap", *words, *image, name])
-        if what == "remove":
-            self.bitmaps.remove(name)
-
-    def _resize(self) -> None:
-        rng = self.rng
-        limit = min(self.shape.cluster << 10, 3 * MIB)
-        size = rng.randrange(512, limit) // 512 * 512
-        more: list[str] = rng.choice(
-            (
-                [],
-                [],
-                [],
-                ["--preallocation=metadata"],
-                ["--preallocation=falloc"],
-                ["--preallocation=full"],
-            )
-        )
-        if self.shape.encrypted:
-            more = []  # what QEMU's preallocates reads as noise
-        self.both(["resize", "-q", "--shrink", *more, *self.image(), str(size)])
-        self.model = bytearray(self.model[:size].ljust(size, b"\0"))
-
-    def _amend(self) -> None:
-        rng = self.rng
-        draws = [
-            "compat=1.1",
-            "compat=0.10",
-            "refcount_bits=",
-            "lazy_refcounts=on",
-            "lazy_refcounts=off",
-            "data_file_raw=on",
-            "data_file_raw=off",
-        ]
-        if self.shape.encrypted == "luks":
-            draws += ["key"] * 5
-        what = rng.choice(draws)
-        if what == "compat=0.10" and self.bitmaps:
-            return  # theirs leaks them
-        spare, secret = self.spare, self.secret
-        if what == "refcount_bits=":
-            what += rng.choice(["1", "2", "4", "8", "16", "32", "64"])
-        if what == "key":
-            if spare:
-                gone = rng.choice((spare, secret))
-                what = f"encrypt.state=inactive,encrypt.old-secret={gone}"
-                secret = spare if gone == secret else secret
-                spare = ""
-                image = [*OBJECTS, "--image-opts", self.described()]
-            else:
-                spare = "s1" if secret == "s0" else "s0"
-                what = f"encrypt.state=active,encrypt.new-secret={spare},encrypt.iter-time=1"
-        image = self.image()
-        self.both(["amend", *image[:-2], "-o", what, *image[-2:]])
-        self.spare, self.secret = spare, secret
-        if what.startswith("compat="):
-            self.shape.options["compat"] = what[7:]
-            if what == "compat=0.10":
-                self.bitmaps = []
-
-    def _rebase(self) -> None:
-        if self.shape.base not in ("raw", "qcow2", ""):
-            return
-        rng = self.rng
-        target = rng.choice(("", "base")) if self.shape.base else ""
-        words = ["-b", target] + (["-F", self.shape.base] if target else [])
-        if "encrypt.format" not in self.shape.options:  # QEMU's stores plain data there
-            words += rng.choice(([], [], ["-c"]))
-        unsafe = rng.random() < 0.2
-        if unsafe:
-            words.append("-u")
-        self.both(["rebase", "-q", *words, *self.image()])
-        if not target and self.shape.base:
-            self.shape = self.shape._replace(base="")
-            self.held = dict.fromkeys(self.held)
-            self.base = b""
-            if unsafe:
-                self.model = bytearray(self.content("theirs", "theirs"))
-
-    def _commit(self) -> None:
-        keep = self.rng.choice(([], ["-d"]))
-        self.both(["commit", "-q", *keep, *self.image()])
-        if len(self.model) > len(self.base):
-            self.base = bytes(self.model)
+def joined(parts: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """What `map` says, without the places of what is nowhere, which only theirs tells of unused
+    subclusters."""
+    out: list[dict[str, Any]] = []
+    for part in parts:
+        if not part["present"]:
+            part.pop("offset", None)
+        about = {k: v for k, v in part.items() if k not in ("start", "length", "offset")}
+        if out and not part["present"] and about.items() <= out[-1].items():
+            out[-1]["length"] += part["length"]
         else:
-            self.base = bytes(self.model) + self.base[len(self.model) :]
-        self.held = dict.fromkeys(self.held)
-
-    def _convert(self) -> None:
-        rng = self.rng
-        shape = Shape.drawn(rng, target=True)
-        shape = shape._replace(size=len(self.model))
-        if "data_file" in shape.options:
-            shape.options["data_file"] = "new.raw"
-        words = ["convert", "-q", *OBJECTS, "-O", "qcow2", "-o", shape.words()]
-        words += rng.choice(([], ["-W"], ["-m", "16", "-W"], ["-m", "1"]))
-        words += rng.choice(([], ["-S", "0"], ["-S", "64k"], ["-T", "none"], ["-r", "100M"]))
-        if rng.random() < 0.25:
-            words.append("-c")
-        if self.bitmaps and rng.random() < 0.5 and not self.shape.base:
-            words += ["--bitmaps"]
-        name = ""
-        if self.held and rng.random() < 0.3 and "--bitmaps" not in words:
-            name = rng.choice(list(self.held))
-            words += ["-l", name]
-        words += ["--image-opts", self.described(), "new"]
-        self.both(words)
-        model = self.model
-        if name:
-            # In the size of now (theirs) or then (ours).
-            return
-        for side in [*self.sides.values(), self.now]:
-            for old in ("data.raw",):
-                (side / old).unlink(missing_ok=True)
-            (side / "new").replace(side / "disk")
-        self.shape, self.model = shape, model
-        self.secret, self.spare, self.held = "s0", "", {}
-        self.base = b""
-        if "--bitmaps" not in words:
-            self.bitmaps = []
-
-    def _mend(self) -> None:
-        if self.held and self.bitmaps:
-            raise Refused  # QEMU's loses the snapshots
-        self.both(["check", "-q", "-r", self.rng.choice(("leaks", "all")), *self.image()])
+            out.append(part)
+    return out

@@ -20,7 +20,8 @@ from pathlib import Path
 
 import pytest
 
-from interop.matrix import Matrix, Shape
+from interop.shapes import Shape
+from interop.steps import Steps
 from interop.tools import TRUSTED
 
 SEED = int(os.environ.get("MATRIX_SEED", "7000"))
@@ -98,13 +99,15 @@ def test_shapes_and_operations(tmp_path: Path, both: tuple[Ours, Theirs]) -> Non
     problems = []
     for seed in range(SEED, SEED + SEEDS):
         folder = tmp_path / "matrix"
-        matrix = Matrix(folder, *both, random.Random(seed))
+        matrix = Steps(folder, *both, random.Random(seed))
         try:
             if matrix.create(Shape.drawn(matrix.rng)):
                 for _ in range(STEPS):
                     matrix.step()
                     if not LONG and time.monotonic() - begun > SECONDS:
                         return
+            if LONG:
+                print(f"{seed}: {len(matrix.log)} operations, {time.monotonic() - begun:.0f} s")
         except AssertionError as wrong:
             problems.append(f"MATRIX_SEED={seed}: {wrong}\n{matrix.told()}")
             if LONG:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib
 import json
 import os
+import pkgutil
 import sys
 from typing import Any
 
@@ -42,16 +45,12 @@ def work(job: dict[str, Any]) -> int:
 
 def serve() -> None:
     """A JSON object a line in, an exit status a line out."""
-    import diskwright.cli.main
-    import diskwright.codecs.deflate
-    import diskwright.engine.allocate
-    import diskwright.engine.read
-    import diskwright.engine.write
-    import diskwright.engine.writeback
-    import diskwright.engine.zero
-    import diskwright.formats.qcow2.format
-    import diskwright.graph.opening
-    import diskwright.ops.convert  # noqa: F401
+    for room in ("cli", "codecs", "engine", "formats", "graph", "ops", "protocols"):
+        package = importlib.import_module(f"diskwright.{room}")
+        for module in pkgutil.walk_packages(package.__path__, f"{package.__name__}."):
+            # Some are of other systems, or over what is not installed.
+            with contextlib.suppress(ImportError, AssertionError):
+                importlib.import_module(module.name)
 
     for line in iter(sys.stdin.readline, ""):
         child = os.fork()

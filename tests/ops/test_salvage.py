@@ -693,3 +693,29 @@ def test_a_large_image_in_bounded_memory(tmp_path: Path) -> None:
     ran = subprocess.run(command, cwd=tmp_path, env=env, check=True, capture_output=True, text=True)
     lost, kib = ran.stdout.split()
     assert lost == "True" and int(kib) < 256 << 10
+
+
+@pytest.mark.parametrize("fmt", ["luks", "qcow2"])
+def test_what_lies_below_is_read_by_its_key(tmp_path: Path, fmt: str) -> None:
+    pytest.importorskip("cryptography")
+    prefix = "" if fmt == "luks" else "encrypt."
+    secrets = {"s": "abc"}
+    key = {f"{prefix}key-secret": "s"}
+    options = {**key, f"{prefix}iter-time": 10}
+    if fmt == "qcow2":
+        options["encrypt.format"] = "luks"
+    base, path, out = tmp_path / "base", tmp_path / "a.qcow2", tmp_path / "out"
+    diskwright.create(base, format=fmt, size=SIZE, options=options, secrets=secrets)
+    named: dict[str, Any] = {"policy": "trusted", "secrets": secrets}
+    with diskwright.open(base, format=fmt, writable=True, options=key, **named) as image:
+        image.write_at(3 * CLUSTER, b"below" * CLUSTER)
+    diskwright.create(path, format="qcow2", size=SIZE)
+    below = {"driver": fmt, "file": {"driver": "file", "filename": str(base)}, **key}
+    file = {"driver": "file", "filename": str(path)}
+    with diskwright.open({"driver": "qcow2", "file": file}, writable=True) as image:
+        image.write_at(0, b"above" * CLUSTER)
+    for source in (below, {"driver": "qcow2", "file": file, "backing": below}):
+        done = diskwright.salvage(source, out, target_format="raw", force=True, **named)
+        assert not done.map.parts
+        with diskwright.open(source, **named) as image:
+            assert out.read_bytes() == image.read_at(0, SIZE)

@@ -37,14 +37,18 @@ class Graph:
         self.sparse: dict[Node, bool] = {}
         """What :func:`.status.sparse_below` found out, once for each node."""
         self.salvage: Mapping[str, Any] | None = None
-        """The next format that is opened is to make the best of a damaged image, of which this is
+        """The first format that is opened is to make the best of a damaged image, of which this is
         known (creation options)."""
+        self._salvaged = False
         self._serial = 100
 
-    def told_once(self) -> dict[str, Any]:
-        """Options for the next format alone."""
-        known, self.salvage = self.salvage, None
-        return {} if known is None else {"salvage": True, "assumed": known}
+    def told_next(self) -> dict[str, Any]:
+        """Options for the next format: of a disk that is salvaged all layers are read, though they
+        are opened as for a check, so they need their keys."""
+        if self.salvage is None:
+            return {}
+        first, self._salvaged = not self._salvaged, True
+        return {"unlock": True, **({"salvage": True, "assumed": self.salvage} if first else {})}
 
     # -- names
     def new_name(self) -> str:

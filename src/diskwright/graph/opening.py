@@ -286,7 +286,7 @@ class Opening:
             "metadata-only": self.metadata_only,
             "file-name": leaf.options.get("filename"),
             "secrets": self.graph.secrets,
-            **self.graph.told_once(),
+            **self.graph.told_next(),
         }
         if leaf.driver_name in ("host_device", "nbd"):
             told["zero_beyond_end"] = False  # a device holds whatever it held before

@@ -138,7 +138,7 @@ def open_image(image: Luks) -> Procedure:
             offset=104,
         )
     image.size = align_down(length - header.payload, SECTOR)
-    if image.options.get("check"):
+    if image.options.get("check") and not image.options.get("unlock"):
         return image
     name = image.options.get("key-secret")
     if name is None:

@@ -51,8 +51,8 @@ def place_of(h: hd.Header) -> tuple[int, int]:
 def open_encryption(image: Image) -> Procedure:
     """Read the encryption header and unlock the image by ``encrypt.key-secret``.
 
-    An image that is opened to be checked (and not to be salvaged) stays locked: its metadata are
-    not encrypted.
+    An image that is opened to be checked (and not to be read) stays locked: its metadata are not
+    encrypted.
     """
     h, options = image.header, image.options
     asked = options.get("encrypt.format")
@@ -70,7 +70,7 @@ def open_encryption(image: Image) -> Procedure:
     if h.crypt_method == LUKS:
         offset, length = place_of(h)
         image.luks = yield from read_header(Place(SLOT, offset), length)
-    if options.get("check") and not options.get("salvage"):
+    if options.get("check") and not options.get("unlock"):
         image.refuse_io = image.refuse_io or LOCKED
         return
     name = options.get("encrypt.key-secret")
