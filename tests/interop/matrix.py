@@ -188,7 +188,7 @@ class Matrix:
         ))  # fmt: skip
         said: dict[str, Any] = {}
         for name, tool in self.tools.items():
-            status, text = tool(self.sides[side], [*words, *self.image()])
+            status, text = tool(self.sides[side], [*words, *self.image(words[0] != "info")])
             assert status == 0, f"{name}, {words}, {side}: {text}"
             said[name] = json.loads(text) if words[-1] == "--output=json" else text.splitlines()
         if words == ["map", *json_]:
