@@ -128,10 +128,7 @@ class Steps(Matrix):
         shutil.copytree(self.now, work)
         before = files(work)
         words = ["check", "-q", *self.image()]
-        for more in (
-            ["-r", "all", "--dry-run"],
-            ["-r", "all", "--undo-file", "../kept", "--force"],
-        ):
+        for more in (["--dry-run"], ["--undo-file", "../kept"]):
             status, text = tool(work, [*words, "-r", "all", *more])
             assert status in (0, 2, 3), text
             if more[-1] == "--dry-run":
