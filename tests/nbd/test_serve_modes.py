@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import socket
 import subprocess
 import sys
@@ -93,70 +91,6 @@ def test_a_part_of_a_disk(tmp_path: Path) -> None:
         assert found.read_at(MIB // 2, 4) == b"here"
     status, said = Serve(image, "-o", "2M", format="qcow2").ended()
     assert status == 1 and "Offset (2097152) cannot be greater than size" in said
-
-
-# -- several images
-def several(folder: Path, *options: str) -> tuple[Serve, list[Path]]:
-    """A server of three images, in one process or several."""
-    images = [disk(folder / name, name.encode()) for name in "abc"]
-    return Serve(images[2], "-t", *options, *map(str, images[:2])), images
-
-
-@pytest.mark.parametrize("workers", ["1", "2"])
-def test_several_images(tmp_path: Path, workers: str) -> None:
-    need("nbdinfo", "qemu-io")
-    server, images = several(tmp_path, "--workers", workers)
-    listed = run("nbdinfo", "--list", server.uri)
-    assert listed.count('export="') == 3
-    clients = [Client(str(server.socket), name=name.encode()) for name in "abc"]
-    for client, image in zip(clients, images, strict=True):
-        assert client.read(0, 8) == image.name.encode() * 8
-        client.write(0, b"x" * 8192)
-    for name in "abc":  # extended headers, contexts
-        uri = server.uri.replace("///", f"///{name}")
-        run("qemu-io", "-f", "raw", "-c", "read -P 120 0 8k", "-c", "write -z 0 4k", uri)
-    for client in clients:
-        assert client.read(0, 4097) == bytes(4096) + b"x"
-        client.close()
-    assert server.end() == (0, "")
-    for image in images:
-        assert image.read_bytes()[4096:8193] == b"x" * 4096 + image.name.encode()
-
-
-def test_a_worker_dies(tmp_path: Path) -> None:
-    """Its exports are gone, the others go on, and the status tells."""
-    server, _ = several(tmp_path, "--workers=3")
-    clients = {name: Client(str(server.socket), name=name.encode()) for name in "abc"}
-    pid = server.process.pid
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    assert len(children) == 3
-    os.kill(int(children[1]), signal.SIGKILL)
-    with pytest.raises(ConnectionError):
-        clients["b"].read(0, 8)
-    assert clients["c"].read(0, 8) == b"c" * 8
-    with pytest.raises(OSError, match="not available"):
-        diskwright.open(server.uri.replace("///", "///b"))
-    status, said = server.end()
-    assert status == 1 and "ended with status -9" in said
-    for client in clients.values():
-        client.sock.close()
-
-
-def test_a_worker_that_cannot_begin(tmp_path: Path) -> None:
-    server = Serve(disk(tmp_path / "a"), "--workers=2", str(tmp_path / "nothing"))
-    status, said = server.ended()
-    assert status == 1 and "nothing': No such file" in said and said.count("\n") == 1
-    assert not server.socket.exists()
-
-
-def test_the_last_client_ends_all_workers(tmp_path: Path) -> None:
-    images = [disk(tmp_path / name) for name in "ab"]
-    server = Serve(images[0], "--workers=2", str(images[1]))
-    one, two = (Client(str(server.socket), name=name) for name in (b"a", b"b"))
-    one.close()
-    assert two.read(0, 1) == b"b"
-    two.close()
-    assert server.ended() == (0, "")
 
 
 # -- sockets of others

@@ -49,8 +49,8 @@ def take_budget(args: Args) -> None:
     _budget = _budget_of(*found) if any(found) else None
 
 
-def new_driver() -> Driver:
-    """A driver with the command's budget."""
+def new_driver(worker: int | None = None) -> Driver:
+    """A driver with the command's budget.  ``worker``: see :class:`.Tracer`."""
     from ..engine.kernel import Driver
 
     driver = Driver()
@@ -58,12 +58,19 @@ def new_driver() -> Driver:
     if _trace is not None:
         from ..engine.trace import Tracer
 
-        driver.trace = Tracer(driver, *_trace)
+        driver.trace = Tracer(driver, *_trace, worker=worker)
     return driver
 
 
 _trace: tuple[str | None, float | None] | None = None
 """The file and the time that ``--trace`` names; None without it."""
+
+
+def begin_trace() -> None:
+    """Empty the file that several processes will write to.  Raises OSError."""
+    if _trace is not None and _trace[0] is not None:
+        with open(_trace[0], "w"):
+            pass
 
 
 def take_trace(args: Args) -> None:

@@ -210,9 +210,6 @@ def _settings(call: Call, args: Args) -> Settings:
     inherited = _inherited(args)
     overlay = _overlay(args, several)
     workers = _count(args, "workers", 1, "Invalid number of workers")
-    for key in ("tls-creds", "metrics", "trace"):
-        if workers > 1 and key in args:
-            raise NotSupported(f"--workers is not supported with --{key}")
     description = os.fsencode(args.get("description") or "")
     if len(description) > NAME_LIMIT:
         raise UsageError(f"export description '{args.get('description')}' too long")

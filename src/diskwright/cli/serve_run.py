@@ -19,6 +19,7 @@ from .output import Call, reason
 from .serve import Image, Settings
 
 if TYPE_CHECKING:
+    from ..export.metrics_server import MetricsServer
     from ..export.nbd_door import Door
     from ..export.nbd_server import Server
     from ..export.nbd_tls import ServerTls
@@ -53,22 +54,18 @@ async def _serve(
         clients=settings.clients,
         persistent=settings.persistent,
         handshake_seconds=settings.handshake_seconds,
-        tls=_tls(settings),
+        tls=tls_of(settings),
     )
     disks = Disks(driver, call, settings)
     try:
         await disks.offer(server, settings.images)
-        metrics = None
-        if settings.metrics:
-            from ..export.metrics_server import of_server
 
-            metrics = of_server(server)
-            metrics.listen(settings.metrics)
-        try:
-            await listen_and_serve(driver, call, settings, server, listening)
-        finally:
-            if metrics is not None:
-                await metrics.close()
+        def metrics() -> MetricsServer:
+            from ..export.metrics_server import MetricsServer, of_server
+
+            return MetricsServer(driver, lambda: of_server(server))
+
+        await listen_and_serve(driver, call, settings, server, metrics, listening)
     finally:
         await disks.close()
 
@@ -229,7 +226,7 @@ def _named(base: str, path: str) -> str:
     return base if foreign(base) or protocol_of(base) else named(base, path)
 
 
-def _tls(settings: Settings) -> ServerTls | None:
+def tls_of(settings: Settings) -> ServerTls | None:
     if not settings.tls_creds:
         return None
     from ..export.nbd_tls import ServerTls
@@ -256,14 +253,21 @@ def credentials(known: Secrets | None, id: str) -> TlsCredentials:
 
 
 async def listen_and_serve(
-    driver: Driver, call: Call, settings: Settings, door: Door, listening: Callable[[], None]
+    driver: Driver,
+    call: Call,
+    settings: Settings,
+    door: Door,
+    metrics: Callable[[], MetricsServer],
+    listening: Callable[[], None],
 ) -> None:
-    """Listen, say so to everybody who wants to know, and let clients in until the end."""
+    """Listen, say so to everybody who wants to know, and let clients in until the end.  ``metrics``
+    makes what tells of it, if that is wanted."""
     from ..export.listening import notify
     from ..export.nbd_service import tune_collector, until_signalled
     from .background import unlink, write_pid
 
     listeners = _listen(settings)
+    told = metrics() if settings.metrics else None
 
     def stop() -> None:
         notify(os.environ, "STOPPING=1")
@@ -285,8 +289,12 @@ async def listen_and_serve(
             undo()
 
     try:
+        if told is not None:
+            told.listen(settings.metrics)
         await until_signalled(driver, work(), stop)
     finally:
+        if told is not None:
+            await told.close()
         for listener in listeners:
             listener.close()
         # qemu-nbd leaves its pid file behind, and scripts that remove it themselves rely on that.

@@ -10,12 +10,13 @@ import os
 import socket
 import sys
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from ..engine.kernel import Driver
 from ..errors import DiskError, UsageError
-from .images import new_driver
+from .images import begin_trace, new_driver
 from .output import Call, Reported, reason
-from .serve import Image, Settings
+from .serve import Settings
 
 if sys.platform == "win32":
 
@@ -25,17 +26,24 @@ if sys.platform == "win32":
 
 else:
     from ..export.budget import TOTAL_LIMIT
-    from ..export.nbd_front import Front, Worker, WorkerServer
+    from ..export.nbd_front import Front, Worker
     from ..export.nbd_service import tune_collector, until_signalled
+    from ..export.nbd_worker import WorkerServer
     from .background import detach
-    from .serve_run import LINGER_SECONDS, Disks, listen_and_serve
+    from .serve_run import LINGER_SECONDS, Disks, listen_and_serve, tls_of
+
+    if TYPE_CHECKING:
+        from ..export.metrics_server import MetricsServer
+        from ..export.nbd_tls import ServerTls
 
     def serve_by_workers(call: Call, settings: Settings, listening: Callable[[], None]) -> None:
         """Serve; ``listening`` is called when clients can connect.  Raises what opening raises."""
+        tls = tls_of(settings)
+        begin_trace()
         workers: list[Worker] = []
-        for i in range(settings.workers):  # before this process has anything that a fork breaks
-            workers.append(_fork(call, settings, settings.images[i :: settings.workers], workers))
-        driver = new_driver()
+        for _ in range(settings.workers):  # before this process has anything that a fork breaks
+            workers.append(_fork(call, settings, tls, workers))
+        driver = new_driver(worker=0)
         try:
             driver.run(driver.in_time(_front(driver, call, settings, workers, listening)))
         finally:
@@ -54,6 +62,7 @@ else:
             clients=settings.clients,
             persistent=settings.persistent,
             handshake_seconds=settings.handshake_seconds,
+            secure=bool(settings.tls_creds),
         )
         failed = False
 
@@ -62,17 +71,26 @@ else:
             failed = True
             call.error(f"the worker {pid} ended with status {status}; its exports are gone")
 
+        def metrics() -> MetricsServer:
+            from ..export.metrics_workers import WorkersMetrics
+
+            return WorkersMetrics(front)
+
         front.on_lost = lost
+        if settings.verbose:
+            front.on_left = lambda why: call.error(f"a client left: {why}")
         await front.ready()
+        if driver.trace is not None:
+            driver.trace.pass_on = front.signal
         try:
-            await listen_and_serve(driver, call, settings, front, listening)
+            await listen_and_serve(driver, call, settings, front, metrics, listening)
         finally:
             await front.shut_down()
         if failed:
             raise Reported(call.failure)
 
     def _fork(
-        call: Call, settings: Settings, images: tuple[Image, ...], before: list[Worker]
+        call: Call, settings: Settings, tls: ServerTls | None, before: list[Worker]
     ) -> Worker:
         ours, theirs = socket.socketpair()
         for stream in (sys.stdout, sys.stderr):
@@ -88,29 +106,39 @@ else:
                 worker.channel.close()
             for one in settings.inherited:
                 one.listener.close()
-            status = _work(call, settings, images, theirs)
+            status = _work(call, settings, tls, len(before), theirs)
         finally:
             os._exit(status)
 
     def _work(
-        call: Call, settings: Settings, images: tuple[Image, ...], channel: socket.socket
+        call: Call, settings: Settings, tls: ServerTls | None, place: int, channel: socket.socket
     ) -> int:
-        driver = new_driver()
+        driver = new_driver(worker=place + 1)
         driver.linger = LINGER_SECONDS
-        budget = TOTAL_LIMIT // settings.workers
         status = 0
 
         async def work() -> None:
             nonlocal status
-            server = WorkerServer(driver, channel, settings.clients, budget)
+            server = WorkerServer(
+                driver,
+                channel,
+                settings.clients,
+                budget=TOTAL_LIMIT // settings.workers,
+                handshake_seconds=settings.handshake_seconds,
+                tls=tls,
+            )
             disks = Disks(driver, call, settings)
             try:
                 try:
-                    await disks.offer(server, images)
+                    await disks.offer(server, settings.images[place :: settings.workers])
                 except (OSError, DiskError) as error:
                     status = 1
-                    await server.tell(reason(error))
+                    await server.fail(reason(error))
                     return
+                if settings.metrics:
+                    from ..export.metrics_server import of_exports
+
+                    server.gather = lambda: of_exports(server)
                 if settings.background:
                     detach()
                 undo = tune_collector()

@@ -31,7 +31,8 @@ class Tracer:
 
     ``path``: requests are written there, a line of JSON when one begins and one when it ends.
     ``slow``: what waits is told by ``out`` once a request takes longer than so many seconds.
-    SIGUSR2, where there is one, has it told at once.
+    SIGUSR2, where there is one, has it told at once.  ``worker``: which of several processes this
+    is, that write to one file (which is there) and to one standard error; 0 is their front.
     """
 
     def __init__(
@@ -40,10 +41,17 @@ class Tracer:
         path: str | None = None,
         slow: float | None = None,
         out: Callable[[str], None] = to_stderr,
+        worker: int | None = None,
     ) -> None:
         self.driver = driver
         self.out = out
-        self._file = None if path is None else open(path, "w", buffering=1, encoding="utf-8")
+        self.pass_on: Callable[[int], None] = lambda number: None
+        """Called with the number of a signal that has everything told."""
+        self._of = {} if worker is None else {"worker": worker}
+        self._file = None
+        if path is not None:
+            mode = "w" if worker is None else "a"
+            self._file = open(path, mode, buffering=1, encoding="utf-8")
         self._serial = 0
         self._start = time.monotonic()
         self._line(event="trace", unix=round(time.time(), 6), pid=os.getpid())
@@ -104,8 +112,8 @@ class Tracer:
 
     def _line(self, **facts: Any) -> None:
         if self._file is not None:
-            self._file.write(json.dumps({"t": round(time.monotonic() - self._start, 6), **facts}))
-            self._file.write("\n")
+            at = round(time.monotonic() - self._start, 6)
+            self._file.write(json.dumps({"t": at, **self._of, **facts}) + "\n")
 
     # -- reports
     def _look(self) -> None:
@@ -114,11 +122,18 @@ class Tracer:
         late = [one for one, began in self._open.items() if now - began >= self._slow]
         if late and max(late) > self._told:
             self._told = max(late)
-            self.out(f"a request takes more than {self._slow:g} s: {report(self.driver)}")
+            self._tell(f"a request takes more than {self._slow:g} s: {report(self.driver)}")
         self._timer = self.driver.later(self._slow / 2, self._look)
 
     def _signalled(self, number: int, frame: FrameType | None) -> None:
-        self.out(f"{report(self.driver)}\nrunning: {_running(frame)}")
+        self.pass_on(number)
+        self._tell(f"{report(self.driver)}\nrunning: {_running(frame)}")
+
+    def _tell(self, text: str) -> None:
+        if self._of:  # lines of several processes may come together
+            who = f"worker {number}" if (number := self._of["worker"]) else "front"
+            text = "\n".join(f"{who}: {line}" for line in text.split("\n"))
+        self.out(text)
 
 
 def _measures(name: str, given: Sequence[Any]) -> dict[str, Any]:

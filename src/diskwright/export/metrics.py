@@ -80,18 +80,25 @@ def requests(of: str, asked: Iterable[tuple[Labels, Stats]]) -> Iterator[Family]
 
 def nbd(server: Server, exports: Mapping[bytes, str]) -> Iterator[Family]:
     """What an NBD server does; ``exports``: what each is called."""
+    yield from clients(len(server.connections), server.admitted)
+    yield from exported(server, exports)
+
+
+def clients(connected: int, accepted: int) -> Iterator[Family]:
+    """Who came to an NBD server."""
+    help = "Clients that are connected."
+    yield Family("diskwright_nbd_connections", "gauge", help, [({}, connected)])
+    help = "Clients that have come."
+    yield Family("diskwright_nbd_accepted_total", "counter", help, [({}, accepted)])
+
+
+def exported(server: Server, exports: Mapping[bytes, str]) -> Iterator[Family]:
+    """What an NBD server does for the clients of its exports."""
 
     def gauge(name: str, help: str, value: float) -> Family:
         return Family(f"diskwright_nbd_{name}", "gauge", help, [({}, value)])
 
     budget = server.budget
-    yield gauge("connections", "Clients that are connected.", len(server.connections))
-    yield Family(
-        "diskwright_nbd_accepted_total",
-        "counter",
-        "Clients that have come.",
-        [({}, server.admitted)],
-    )
     yield Family(
         "diskwright_export_connections",
         "gauge",

@@ -13,7 +13,7 @@ from ..errors import UsageError
 from ..graph.backend import Backend
 from ..wire.http import HttpServer, Request, response
 from .listening import listen_tcp, listen_unix
-from .metrics import SIZE, TYPE, Family, metadata, nbd, process, requests, text
+from .metrics import SIZE, TYPE, Family, clients, exported, metadata, process, requests, text
 from .nbd_door import Door
 from .nbd_server import Server
 
@@ -65,6 +65,9 @@ class MetricsServer(Door):
             with suppress(FileNotFoundError):
                 os.unlink(self._path)
 
+    async def _gathered(self) -> Iterable[Family]:
+        return self._gather()
+
     async def _admit(self, sock: socket.socket) -> None:
         _ = self.driver.spawn(self._client(sock), name="metrics")
 
@@ -100,7 +103,7 @@ class MetricsServer(Door):
             if not data:
                 return
             request = machine.receive(data)
-        left = memoryview(self._response(request))
+        left = memoryview(await self._response(request))
         while left:
             try:
                 left = left[sock.send(left) :]
@@ -115,33 +118,35 @@ class MetricsServer(Door):
             except (BlockingIOError, InterruptedError):
                 await self.driver.readable(sock.fileno())
 
-    def _response(self, request: Request) -> bytes:
+    async def _response(self, request: Request) -> bytes:
         if request.status != 200:
             return response(request, b"")
         if request.path == "/metrics":
-            return response(request, text(self._gather()), TYPE)
+            return response(request, text(await self._gathered()), TYPE)
         if request.path == "/":
             return response(request, b"diskwright: /metrics\n")
         return response(request._replace(status=404), b"")
 
 
-def of_server(server: Server) -> MetricsServer:
+def of_server(server: Server) -> Iterator[Family]:
     """What tells of the exports of ``server``, whose requests are counted where a disk was offered
-    as a :class:`.Backend`."""
+    as a :class:`.Backend`, and of the process."""
+    yield from clients(len(server.connections), server.admitted)
+    yield from of_exports(server)
+
+
+def of_exports(server: Server) -> Iterator[Family]:
+    """The same without who came to the server."""
     names = {name: name.decode("utf-8", "replace") for name in server.exports}
     disks = {name: node for name, node in server.nodes.items() if isinstance(node, Backend)}
-
-    def gather() -> Iterator[Family]:
-        nodes = [disk.node for disk in disks.values()]
-        yield from requests(
-            "export",
-            [({"export": names[n], "node": d.node.name}, d.stats) for n, d in disks.items()],
-        )
-        labels = [({"node": node.name, "driver": node.driver_name}, node.size) for node in nodes]
-        yield Family("diskwright_node_size_bytes", "gauge", SIZE, list(labels))
-        yield from nbd(server, names)
-        if nodes:
-            yield from metadata(nodes[0].graph.tables)
-        yield from process()
-
-    return MetricsServer(server.driver, gather)
+    yield from requests(
+        "export",
+        [({"export": names[n], "node": d.node.name}, d.stats) for n, d in disks.items()],
+    )
+    nodes = [disk.node for disk in disks.values()]
+    labels = [({"node": node.name, "driver": node.driver_name}, node.size) for node in nodes]
+    yield Family("diskwright_node_size_bytes", "gauge", SIZE, list(labels))
+    yield from exported(server, names)
+    if nodes:
+        yield from metadata(nodes[0].graph.tables)
+    yield from process()

@@ -148,9 +148,13 @@ class Channel:
         secured = Secured(tls, self.sock)
         self.sock = secured.sock
         await secured.shake_hands(self.driver, self.export.handshake_seconds)
-        self._secured, self._receive = secured, secured.receive
-        self.outgoing = Outgoing(self.driver, self.sock, self.outgoing.on_broken)
+        self.go_on(secured)
         self.machine.secured()
+
+    def go_on(self, secured: Secured) -> None:
+        """Receive and send over ``secured`` from now on."""
+        self.sock, self._secured, self._receive = secured.sock, secured, secured.receive
+        self.outgoing = Outgoing(self.driver, self.sock, self.outgoing.on_broken)
 
     def _readable(self) -> None:
         """There is something to receive, or the client is gone."""

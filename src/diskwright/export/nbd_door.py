@@ -58,7 +58,7 @@ class Door:
     async def shut_down(self) -> None:
         """Stop, wait for all to end, and close."""
         self.stop()
-        while self._inside or not all(task.done for task in self._accepting):
+        while self._busy:
             try:
                 await self._change()
             except Cancelled:
@@ -69,8 +69,19 @@ class Door:
         self._listeners.clear()
 
     @property
+    def _busy(self) -> bool:
+        """Something goes on that the end waits for."""
+        return bool(self._inside) or not all(task.done for task in self._accepting)
+
+    @property
     def _done(self) -> bool:
         return self._served and not self.persistent and not self._inside
+
+    async def _wait_for_room(self) -> None:
+        while self.clients and self._inside >= self.clients:
+            if self._room is None:
+                self._room = Future()
+            await self._room
 
     async def _admit(self, sock: socket.socket) -> None:
         """A client has come; :meth:`_gone` is called when it has left.  The next one is let in
@@ -99,10 +110,7 @@ class Door:
     async def _accept(self, listener: socket.socket) -> None:
         try:
             while True:
-                while self.clients and self._inside >= self.clients:
-                    if self._room is None:
-                        self._room = Future()
-                    await self._room
+                await self._wait_for_room()
                 try:
                     sock, _ = listener.accept()
                 except (BlockingIOError, InterruptedError, ConnectionAbortedError):
@@ -111,7 +119,7 @@ class Door:
                 except OSError:  # no descriptors left: wait until a client has gone
                     await self.driver.sleep(0.1)
                     continue
-                _prepare(sock)
+                prepare(sock)
                 self._inside += 1
                 self.admitted += 1
                 try:
@@ -126,7 +134,8 @@ class Door:
             self.driver.soon(self._notify)
 
 
-def _prepare(sock: socket.socket) -> None:
+def prepare(sock: socket.socket) -> None:
+    """Set up a connection."""
     sock.setblocking(False)
     if sys.platform != "win32" and sock.family == socket.AF_UNIX:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)

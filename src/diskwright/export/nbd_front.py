@@ -4,40 +4,33 @@ Clients are greeted here.  When a client has chosen its export, its socket goes 
 has the disk, with what was agreed on; what the client sends from then on is read by the worker
 alone, because no byte behind the choice is taken from the socket here.
 
-Between front and worker there is a stream socket.  To the worker: messages of 4 bytes of length and
-``marshal`` of (name, form of replies, contexts), each with one descriptor.  To the front: one such
-message of a list of exports (or the text of an error), then one byte for each client that has left.
+The state of a TLS connection cannot be handed over.  With TLS a client's socket goes to the worker
+that has the fewest clients before a word was said; that one greets it, and if another worker has
+the export it carries bytes between the two (:mod:`.nbd_relay`).
+
+Messages to a worker: ``exports`` (all that clients may choose), ``greet`` (with a client's socket),
+``client`` (one that was greeted), ``relayed`` (another worker's end of a relay), ``metrics``.
+Messages from it: ``exports`` (its own) or ``failed`` first, then ``left`` for each client that has
+left, ``relay`` (an end, for the worker that has the export), ``metrics``.
 """
 
 from __future__ import annotations
 
-import marshal
 import os
 import socket
-import struct
-import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
-from ..engine.futures import Condition
-from ..engine.kernel import BaseDriver, Cancelled, Task
+from ..engine.kernel import BaseDriver, Cancelled, Future, Task
 from ..errors import UsageError
-from ..protocols.nbd_connect import patiently
 from ..records import NamedTuple
-from ..wire.nbd_handshake import Export, Handshake
-from .nbd_connection import Connection
+from ..wire.nbd_handshake import Export
+from .metrics import Family
 from .nbd_door import Door
-from .nbd_server import HANDSHAKE_SECONDS, Server
-
-assert sys.platform != "win32"  # sockets cannot be handed over there
-
-_LENGTH = struct.Struct(">I")
-_CLIENT_FLAGS = 4
-_OPTION = struct.Struct(">12xI")
-_PART = 64 << 10
-_DESCRIPTORS = 64
-"""Most that come with one part."""
+from .nbd_greeting import Greeting
+from .nbd_messages import Messages
+from .nbd_server import HANDSHAKE_SECONDS
 
 
 class Worker(NamedTuple):
@@ -48,42 +41,24 @@ class Worker(NamedTuple):
 
 
 class _Home:
-    """A worker as the front sees it: what it serves, and how many clients it was given."""
+    """A worker as the front sees it: what it can be told, and how many clients it was given."""
 
-    def __init__(self, worker: Worker) -> None:
-        self.worker = worker
+    def __init__(self, driver: BaseDriver, worker: Worker) -> None:
+        self.pid = worker.pid
+        self.messages = Messages(driver, worker.channel)
         self.clients = 0
         self.gone = False
-        self._busy = False
-        self._free = Condition()
-
-    async def hand(self, driver: BaseDriver, message: bytes, sock: socket.socket) -> None:
-        """Give it a client."""
-        while self._busy:
-            await self._free.wait()
-        self._busy = True
-        channel = self.worker.channel
-        data = _LENGTH.pack(len(message)) + message
-        try:
-            sent = 0
-            while sent < len(data):
-                try:
-                    if sent:
-                        sent += channel.send(data[sent:])
-                    else:
-                        sent = socket.send_fds(channel, [data], [sock.fileno()])
-                except BlockingIOError:
-                    await driver.writable(channel.fileno())
-        finally:
-            self._busy = False
-            self._free.notify()
+        self.asked: Future[list[Family]] | None = None
+        """Its metrics, for which it was asked; an error when it ends."""
 
 
 class Front(Door):
-    """Greets clients and hands them to ``workers``, which have said that they are ready.
+    """Greets clients and hands them to ``workers``, which have said that they are ready; if
+    ``secure``, workers greet them.
 
-    A worker that ends takes its exports and their clients with it; ``on_lost`` is told the process
-    id and the status of one that failed.  When the last one has gone the front stops.
+    A worker that ends takes its exports and its clients with it; ``on_lost`` is told the process
+    id and the status of one that failed.  When the last one has gone the front stops.  ``on_left``
+    is told why a client left before it had chosen.
     """
 
     def __init__(
@@ -94,48 +69,50 @@ class Front(Door):
         clients: int = 0,
         persistent: bool = True,
         handshake_seconds: float = HANDSHAKE_SECONDS,
+        secure: bool = False,
     ) -> None:
         super().__init__(driver, clients, persistent)
         self.handshake_seconds = handshake_seconds
+        self.secure = secure
         self.on_lost: Callable[[int, int], None] = lambda pid, status: None
+        self.on_left: Callable[[str], None] = lambda reason: None
         self.exports: dict[bytes, Export] = {}
-        self._homes = [_Home(worker) for worker in workers]
+        self._homes = [_Home(driver, worker) for worker in workers]
         self._of: dict[bytes, _Home] = {}
         self._watching: list[Task[None]] = []
-        self._greeting: set[Task[None]] = set()
+        self._handing: set[Task[None]] = set()
 
     async def ready(self) -> None:
         """Wait until every worker has said what it serves.  Raises UsageError for one that cannot
         serve, when all have ended."""
         try:
             for home in self._homes:
-                home.worker.channel.setblocking(False)
-                told = marshal.loads(await self._message(home))
-                if isinstance(told, str):
-                    raise UsageError(told)
-                for row in told:
+                message, _ = await home.messages.receive() or (("failed", ""), None)
+                if message[0] == "failed":
+                    why = message[1] or f"the worker {home.pid} died before it was ready"
+                    raise UsageError(why)
+                for row in message[1]:
                     export = Export(*row)
                     self.exports[export.name], self._of[export.name] = export, home
         except BaseException:
             for home in self._homes:
-                self.driver.forget(home.worker.channel.fileno())
-                home.worker.channel.close()
+                home.messages.close()
             for home in self._homes:
-                os.waitpid(home.worker.pid, 0)
+                os.waitpid(home.pid, 0)
             raise
         self._watching = [
             self.driver.spawn(self._watch(home), name="worker") for home in self._homes
         ]
+        await self._tell_exports()
 
     def stop(self) -> None:
         """Let nobody in any more; workers answer what they were asked, and end."""
         super().stop()
-        for task in list(self._greeting):
+        for task in list(self._handing):
             task.cancel()
         for home in self._homes:
             if not home.gone:
-                with suppress(OSError):  # it has just ended by itself
-                    home.worker.channel.shutdown(socket.SHUT_WR)
+                home.messages.finish()
 
     async def shut_down(self) -> None:
         """Stop, and wait until all workers have ended."""
@@ -143,212 +120,138 @@ class Front(Door):
         for task in self._watching:
             await task
 
+    @property
+    def connected(self) -> int:
+        """How many clients there are."""
+        return self._inside
+
     # -- workers
-    async def _message(self, home: _Home) -> bytes:
-        head = await self._exactly(home, _LENGTH.size)
-        return await self._exactly(home, _LENGTH.unpack(head)[0])
+    def signal(self, number: int) -> None:
+        """Send a signal to all workers."""
+        for home in self._homes:
+            if not home.gone:
+                os.kill(home.pid, number)
 
-    async def _exactly(self, home: _Home, count: int) -> bytes:
-        data = bytearray()
-        while len(data) < count:
-            part = await self._receive(home, count - len(data))
-            if not part:
-                raise UsageError(f"the worker {home.worker.pid} died before it was ready")
-            data += part
-        return bytes(data)
+    async def metrics(self, seconds: float) -> list[list[Family] | None]:
+        """What each worker tells of itself; None for one that has gone, or does not answer within
+        ``seconds``."""
+        over: Future[None] = Future()
+        timer = self.driver.later(seconds, over.set)
+        answers = [self._ask(home) for home in self._homes]
 
-    async def _receive(self, home: _Home, count: int) -> bytes:
-        channel = home.worker.channel
-        while True:
-            try:
-                return channel.recv(count)
-            except BlockingIOError:
-                await self.driver.readable(channel.fileno())
-            except ConnectionError:
-                return b""
+        def look(_: Future[Any]) -> None:
+            if all(answer.done for answer in answers):
+                over.set()
+
+        for answer in answers:
+            answer.callbacks.append(look)
+        look(over)
+        try:
+            await over
+        finally:
+            timer.cancel()
+            for answer in answers:
+                if not answer.done:
+                    answer.callbacks.remove(look)
+        return [one.value if one.done else None for one in answers]
+
+    def _ask(self, home: _Home) -> Future[list[Family]]:
+        """One question at a time is with a worker, however many ask."""
+        asked = home.asked
+        if asked is None:
+            asked = home.asked = Future()
+            if home.gone:
+                asked.set(error=ConnectionResetError())
+            else:
+                _ = self.driver.spawn(self._send(home, ("metrics",)), name="metrics")
+        return asked
+
+    async def _send(self, home: _Home, message: tuple[Any, ...]) -> None:
+        with suppress(OSError):  # it has just ended, as :meth:`_watch` will notice
+            await home.messages.send(message)
+
+    async def _tell_exports(self) -> None:
+        """Tell workers that greet clients what these may choose."""
+        rows = [tuple(export) for export in self.exports.values()]
+        for home in self._homes:
+            if self.secure and not home.gone:
+                await self._send(home, ("exports", rows))
 
     async def _watch(self, home: _Home) -> None:
-        """Hear of clients that have left, until the worker ends."""
-        while left := await self._receive(home, _PART):
-            home.clients -= len(left)
-            for _ in left:
-                self._gone(True)
+        """Hear what a worker says, until it ends."""
+        while received := await home.messages.receive():
+            (kind, *rest), sock = received
+            if kind == "left":
+                home.clients -= 1
+                self._gone(*rest)
+            elif kind == "metrics" and home.asked is not None:
+                asked, home.asked = home.asked, None
+                asked.set([Family(*family) for family in rest[0]])
+            elif kind == "relay" and sock is not None:
+                self._spawn(self._pass_on(sock, rest))
         home.gone = True
-        self.driver.forget(home.worker.channel.fileno())
-        home.worker.channel.close()
-        _, status = os.waitpid(home.worker.pid, 0)
+        home.messages.close()
+        _, status = os.waitpid(home.pid, 0)
         for name in [name for name, its in self._of.items() if its is home]:
             del self.exports[name], self._of[name]
         if status:
-            self.on_lost(home.worker.pid, os.waitstatus_to_exitcode(status))
+            self.on_lost(home.pid, os.waitstatus_to_exitcode(status))
+        if home.asked is not None:
+            home.asked.set(error=ConnectionResetError())
         for _ in range(home.clients):
             self._gone(True)
         if all(each.gone for each in self._homes) and not self.stopping:
             self.stop()
+        await self._tell_exports()
 
     # -- clients
+    def _spawn(self, coro: Any) -> None:
+        task = self.driver.spawn(coro, name="nbd-greet")
+        self._handing.add(task)
+        task.callbacks.append(lambda _: self._handing.discard(task))
+
     async def _admit(self, sock: socket.socket) -> None:
-        task = self.driver.spawn(self._greet(sock), name="nbd-greet")
-        self._greeting.add(task)
-        task.callbacks.append(lambda _: self._greeting.discard(task))
+        self._spawn(self._hand_over(sock) if self.secure else self._greet(sock))
 
     async def _greet(self, sock: socket.socket) -> None:
+        greeting = Greeting(self.driver, sock, self.exports, self.handshake_seconds)
+        try:
+            agreed = await greeting.carried_out()
+        except OSError as error:
+            if not greeting.aborted:
+                self.on_left(str(error))
+            agreed = None
+        except Cancelled:
+            agreed = None
+        home = None if agreed is None else self._of.get(agreed.name)
+        await self._hand(home, ("client", *(agreed or ())), sock)
+
+    async def _hand_over(self, sock: socket.socket) -> None:
+        homes = [home for home in self._homes if not home.gone]
+        home = min(homes, key=lambda home: home.clients, default=None)
+        await self._hand(home, ("greet",), sock)
+
+    async def _hand(
+        self, home: _Home | None, message: tuple[Any, ...], sock: socket.socket
+    ) -> None:
+        """Give a worker a client, which is nobody's without one."""
         handed = False
         try:
-            greeting = _Greeting(self.driver, sock, self.exports, self.handshake_seconds)
-            name, agreed = await greeting.carried_out()
-            home = self._of[name]
-            await home.hand(self.driver, agreed, sock)
-            home.clients += 1
-            handed = True
-        except (OSError, KeyError, Cancelled):
-            pass  # it is nobody's client
+            if home is not None:
+                await home.messages.send(message, sock)
+                home.clients += 1
+                handed = True
+        except (OSError, Cancelled):
+            pass
         finally:
             self.driver.forget(sock.fileno())
             sock.close()
             if not handed:
                 self._gone(False)
 
-
-class _Greeting:
-    """The handshake of one client, which takes no byte more than belongs to it."""
-
-    def __init__(
-        self,
-        driver: BaseDriver,
-        sock: socket.socket,
-        exports: Mapping[bytes, Export],
-        seconds: float,
-    ) -> None:
-        self._driver, self._sock = driver, sock
-        self._handshake = Handshake(exports)
-        self._deadline = driver.now() + seconds
-        self._rest = b""
-
-    async def carried_out(self) -> tuple[bytes, bytes]:
-        """The export that the client has chosen, and what its worker must know.  Raises OSError."""
-        handshake = self._handshake
-        await self._send()
-        await self._take(_CLIENT_FLAGS)
-        while handshake.export is None:
-            head = await self._take(_OPTION.size)
-            left = _OPTION.unpack(head)[0]
-            while left:
-                left -= len(await self._take(min(left, _PART)))
-            await self._send()
-        told = (handshake.export.name, handshake.mode, dict(handshake.contexts))
-        return handshake.export.name, marshal.dumps(told)
-
-    async def _send(self) -> None:
-        out = memoryview(b"".join(self._handshake.out))
-        self._handshake.out.clear()
-        driver, sock = self._driver, self._sock
-        while out:
-            out = out[await patiently(driver, sock, 1, self._deadline, sock.send, out) :]
-        if self._handshake.closed:
-            raise ConnectionAbortedError(self._handshake.closed)
-
-    async def _take(self, count: int) -> bytes:
-        """Let the handshake have ``count`` bytes; returns them."""
-        data = b""
-        while len(data) < count:
-            part = await patiently(
-                self._driver, self._sock, 0, self._deadline, self._sock.recv, count - len(data)
-            )
-            if not part:
-                raise ConnectionResetError
-            data += part
-        rest = self._rest + data
-        self._rest = rest[self._handshake.parse(memoryview(rest), 0, len(rest)) :]
-        if self._handshake.closed:
-            await self._send()
-        return data
-
-
-class WorkerServer(Server):
-    """Serves the clients that come through ``channel``, until the front closes it.  ``clients`` is
-    how many the front lets in."""
-
-    def __init__(
-        self, driver: BaseDriver, channel: socket.socket, clients: int, budget: int
-    ) -> None:
-        super().__init__(driver, clients=clients, budget=budget)
-        self._channel = channel
-        self._left_untold = 0
-        channel.setblocking(False)
-
-    async def tell(self, what: Any) -> None:
-        """The first message to the front: the exports, or why there are none."""
-        body = marshal.dumps(what)
-        data = memoryview(_LENGTH.pack(len(body)) + body)
-        while data:
-            try:
-                data = data[self._channel.send(data) :]
-            except BlockingIOError:
-                await self.driver.writable(self._channel.fileno())
-            except ConnectionError:
-                return  # the front has gone, as is noticed at once
-
-    async def serve_handed(self) -> None:
-        """Tell the front what there is, and serve until the end; then flush the disks."""
-        await self.tell([tuple(export) for export in self.exports.values()])
-        receiving = self.driver.spawn(self._receive(), name="handed")
-        receiving.callbacks.append(lambda _: self.stop())
-        try:
-            await self.serve()
-        finally:
-            receiving.cancel()
-            await receiving
-
-    async def _receive(self) -> None:
-        data, descriptors = b"", list[int]()
-        try:
-            while True:
-                try:
-                    part, more, _, _ = socket.recv_fds(self._channel, _PART, _DESCRIPTORS)
-                except BlockingIOError:
-                    await self.driver.readable(self._channel.fileno())
-                    continue
-                descriptors += more
-                if not part:
-                    return
-                data += part
-                while len(data) >= _LENGTH.size:
-                    end = _LENGTH.size + _LENGTH.unpack_from(data)[0]
-                    if len(data) < end:
-                        break
-                    told = marshal.loads(data[_LENGTH.size : end])
-                    data = data[end:]
-                    await self._adopt(socket.socket(fileno=descriptors.pop(0)), *told)
-        except (Cancelled, ConnectionError):
-            pass
-        finally:
-            for descriptor in descriptors:
-                os.close(descriptor)
-
-    async def _adopt(
-        self, sock: socket.socket, name: bytes, mode: int, contexts: Mapping[int, bytes]
-    ) -> None:
-        sock.setblocking(False)
-        self._inside += 1
-        connection = Connection(self, sock)
-        connection.machine.begin(self.exports[name], mode, contexts)
-        try:
-            await self._connected(connection)
-        except Cancelled:
-            sock.close()
-            self._gone(False)
-            raise
-
-    def _gone(self, served: bool) -> None:
-        super()._gone(served)
-        self._left_untold += 1
-        self._tell_left()
-
-    def _tell_left(self) -> None:
-        try:
-            self._left_untold -= self._channel.send(bytes(self._left_untold))
-        except BlockingIOError:
-            self.driver.later(0.1, self._tell_left)
-        except OSError:
-            pass  # the front has gone
+    async def _pass_on(self, sock: socket.socket, agreed: list[Any]) -> None:
+        """Give the worker that has an export the end of a relay, which counts as no client."""
+        home = self._of.get(agreed[0])
+        with suppress(OSError, Cancelled), sock:  # closed here, it is the other end's end
+            if home is not None:
+                await home.messages.send(("relayed", *agreed), sock)

@@ -30,8 +30,10 @@ async def until_signalled(
 
     async def watch() -> None:
         try:
-            await driver.readable(reader.fileno())
-            stop()
+            while True:
+                await driver.readable(reader.fileno())
+                if not {*_SIGNALS}.isdisjoint(reader.recv(64)):  # their numbers
+                    stop()
         except Cancelled:
             pass
 
