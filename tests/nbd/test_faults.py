@@ -10,6 +10,7 @@ import socket
 import struct
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -67,16 +68,23 @@ def of(size: int) -> Any:
     return make
 
 
-def push(client: Client, data: bytes, seconds: float = 0.3) -> int:
-    """Send ``data`` again and again until nothing is taken for so long; the bytes that were."""
-    client.sock.settimeout(seconds)
+def push(client: Client, data: bytes, enough: Callable[[], bool]) -> int:
+    """Send ``data`` again and again until nothing more is taken and there is ``enough``; the bytes
+    that were taken."""
+    client.sock.settimeout(0.3)
     sent = 0
     view = memoryview(data)
-    try:
-        while True:
-            sent += client.sock.send(view[sent % len(data) :])
-    except TimeoutError:
-        return sent
+
+    def is_full() -> bool:
+        nonlocal sent
+        try:
+            while True:
+                sent += client.sock.send(view[sent % len(data) :])
+        except TimeoutError:
+            return enough()
+
+    wait_for(is_full, "enough to be sent")
+    return sent
 
 
 # -- memory
@@ -137,7 +145,7 @@ def test_what_is_asked_faster_than_it_is_done(tmp_path: Path) -> None:
         assert isinstance(node, Held)
         node.held = Future()
         client = Client(str(tmp_path / "s"))
-        asked = push(client, peer.request(peer.ZERO, 1, 0, 4096) * 1000)
+        asked = push(client, peer.request(peer.ZERO, 1, 0, 4096) * 1000, lambda: node.busy > 0)
         busy = node.busy
         held, node.held = node.held, None
         node.driver.from_thread(held.set)
@@ -165,11 +173,10 @@ def test_answers_that_nobody_reads(
         export, node = server.export, server.node
         assert export is not None and isinstance(node, Held)
         client = Client(str(tmp_path / "s"), allocation=True)
-        push(client, request * 4000)
         (connection,) = export.connections
+        push(client, request * 4000, lambda: connection._owed > most)
         other = Client(str(tmp_path / "s"))
         assert other.read(0, 5) == bytes(5)  # whatever there is to be done for the first one
-        wait_for(lambda: connection._owed > most, "replies to be queued")
         time.sleep(0.2)
         assert connection._owed < 6 * most
         client.sock.close()

@@ -46,6 +46,14 @@ class Server:
         assert self.process.stderr is not None
         self.process.stderr.close()
 
+    def pause(self) -> subprocess.Popen[bytes]:
+        """Stop it, as SIGCONT would undo; none of its threads runs any more."""
+        process = self.process
+        assert process is not None
+        process.send_signal(signal.SIGSTOP)
+        os.waitpid(process.pid, os.WUNTRACED)
+        return process
+
     def __enter__(self) -> Server:
         return self
 
