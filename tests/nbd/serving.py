@@ -26,7 +26,7 @@ from diskwright.export.nbd_server import Server
 ENVIRONMENT = dict(os.environ, PYTHONPATH=str(Path(diskwright.__file__).parent.parent))
 
 
-def wait_for(condition: Callable[[], bool], what: str, seconds: float = 20) -> None:
+def wait_for(condition: Callable[[], bool], what: str, seconds: float = 100) -> None:
     """Poll; a machine under load may take long."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -306,7 +306,9 @@ def test_a_cancelled_read(driver: BaseDriver, server: Server) -> None:
         assert bytes((await node.read([5], [2]))[0]) == b"\5\6"
         assert bytes(view) == b"mine" * 128
         (link,) = node.links.links
-        assert not link.trips and not link.load
+        while link.trips:  # the server may have answered the later one first
+            await driver.sleep(0.01)
+        assert not link.load
 
     run(driver, work())
     run(driver, node.close())
