@@ -37,11 +37,13 @@ def wait_for(condition: Callable[[], bool], what: str, seconds: float = 100) -> 
 class Serve:
     """``diskwright serve`` on ``image``; the socket is in the image's directory."""
 
-    def __init__(self, image: Path, *options: str, format: str = "raw") -> None:
+    def __init__(
+        self, image: Path, *options: str, format: str = "raw", python: str = sys.executable
+    ) -> None:
         self.socket = image.parent / f"{image.name}.sock"
         self.uri = f"nbd+unix:///?socket={self.socket}"
         left_behind = self.socket.exists()  # by a server that was killed
-        command = [sys.executable, "-m", "diskwright", "serve", "-k", str(self.socket)]
+        command = [python, "-m", "diskwright", "serve", "-k", str(self.socket)]
         self.process = subprocess.Popen(
             [*command, "-f", format, *options, str(image)],
             env=ENVIRONMENT,

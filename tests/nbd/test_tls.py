@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import struct
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -114,21 +113,3 @@ def test_what_cannot_be(tmp_path: Path, words: tuple[str, ...], said: str) -> No
     image.write_bytes(bytes(512))
     status, text = Serve(image, *words).ended()
     assert status == 1 and said in text
-
-
-def test_pre_shared_keys(tmp_path: Path) -> None:
-    (tmp_path / "keys.psk").write_text("alice:c0ffee00c0ffee00c0ffee00c0ffee00\n")
-    image = tmp_path / "disk"
-    image.write_bytes(bytes(1 << 20))
-    words = (f"--object=tls-creds-psk,id=t,dir={tmp_path},endpoint=server", "--tls-creds=t")
-    server = Serve(image, "-t", *words)
-    if sys.version_info < (3, 13):
-        status, text = server.ended()
-        assert status == 1 and "Python has it from 3.13 on" in text
-        return
-    uri = f"nbds+unix:///?socket={server.socket}&tls-psk-file={tmp_path / 'keys.psk'}"
-    try:
-        with diskwright.open(f"{uri}&tls-username=alice", writable=True) as disk:
-            disk.write_at(0, b"x")
-    finally:
-        assert server.end() == (0, "")

@@ -229,8 +229,7 @@ def _named(base: str, path: str) -> str:
 def tls_of(settings: Settings) -> ServerTls | None:
     if not settings.tls_creds:
         return None
-    from ..export.nbd_tls import ServerTls
-    from ..protocols.nbd_tls import server_context
+    from ..export.nbd_tls import secured_by
 
     found = credentials(settings.secrets, settings.tls_creds)
     authz = None
@@ -239,7 +238,7 @@ def tls_of(settings: Settings) -> ServerTls | None:
         authz = settings.secrets.authz.get(settings.tls_authz)
         if authz is None:
             raise UsageError(f"No authorization with id '{settings.tls_authz}'")
-    return ServerTls(server_context(found), authz)
+    return secured_by(found, authz)
 
 
 def credentials(known: Secrets | None, id: str) -> TlsCredentials:

@@ -9,9 +9,11 @@ from typing import Any
 
 from ..authz import Authz
 from ..engine.kernel import BaseDriver
+from ..errors import UsageError
 from ..protocols.nbd_connect import patiently
-from ..protocols.nbd_tls import explained
+from ..protocols.nbd_tls import explained, server_context
 from ..records import NamedTuple
+from ..secrets import TlsCredentials
 
 
 class ServerTls(NamedTuple):
@@ -20,6 +22,13 @@ class ServerTls(NamedTuple):
 
     context: ssl.SSLContext
     authz: Authz | None = None
+
+
+def secured_by(credentials: TlsCredentials, authz: Authz | None) -> ServerTls:
+    """Raises UsageError, and what the files of the credentials raise."""
+    if authz is not None and credentials.kind == "psk":
+        raise UsageError("'tls-authz' is for certificates; with keys, who has one is admitted")
+    return ServerTls(server_context(credentials), authz)
 
 
 class Secured:

@@ -124,8 +124,7 @@ def server_tls(secrets: Secrets, creds: str | None, authz: str | None) -> Server
         if authz is not None:
             raise UsageError("tls-authz is not permitted without tls-creds")
         return None
-    from ..export.nbd_tls import ServerTls
-    from ..protocols.nbd_tls import server_context
+    from ..export.nbd_tls import secured_by
 
     found = secrets.credentials.get(creds)
     if found is None:
@@ -140,7 +139,7 @@ def server_tls(secrets: Secrets, creds: str | None, authz: str | None) -> Server
         admits = secrets.authz.get(authz)
         if admits is None:
             raise UsageError(f"No authorization with id '{authz}'")
-    return ServerTls(server_context(found), admits)
+    return secured_by(found, admits)
 
 
 def server_of(daemon: Daemon) -> Server:

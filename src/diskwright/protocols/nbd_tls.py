@@ -12,6 +12,14 @@ from ..secrets import TlsCredentials
 
 PSK_FILE = "keys.psk"
 _NO_KEYS = "TLS with a pre-shared key (Python has it from 3.13 on)"
+_KEY_CIPHERS = "kECDHEPSK:kDHEPSK:kPSK:!eNULL"
+"""OpenSSL's words: first those by which what was recorded stays secret when the key gets known."""
+_WORDS = {
+    "BAD_RECORD_MAC": "the other side has another key",
+    "DECRYPT_ERROR": "the other side has another key",
+    "UNKNOWN_PSK_IDENTITY": "the other side has no key of this user",
+    "UNEXPECTED_EOF": "the other side ended the connection",
+}
 
 
 def client_context(credentials: TlsCredentials) -> ssl.SSLContext:
@@ -82,7 +90,7 @@ def _use_keys(context: ssl.SSLContext, credentials: TlsCredentials) -> None:
     if not keys:
         raise UsageError(f"'{path}' has no keys")
     context.maximum_version = ssl.TLSVersion.TLSv1_2
-    context.set_ciphers("PSK")
+    context.set_ciphers(_KEY_CIPHERS)
     take(lambda user: keys.get(user or "", b""), None)
 
 
@@ -96,7 +104,7 @@ def _use_key(context: ssl.SSLContext, credentials: TlsCredentials) -> None:
     key = _key_of(credentials.key_file or os.path.join(credentials.folder, PSK_FILE), user)
     # OpenSSL's callback of this kind serves TLS 1.2; servers that offer 1.3 take that as well.
     context.maximum_version = ssl.TLSVersion.TLSv1_2
-    context.set_ciphers("PSK")
+    context.set_ciphers(_KEY_CIPHERS)
     offer(lambda hint: (user, key))
 
 
@@ -127,4 +135,6 @@ def explained(error: Exception) -> PeerError:
     if isinstance(error, ssl.SSLCertVerificationError):
         return PeerError(f"its certificate is not accepted: {error.verify_message}", errno.EACCES)
     reason = getattr(error, "reason", None) or str(error)
-    return PeerError(f"TLS handshake failed: {reason}")
+    sought = reason.upper().replace(" ", "_")
+    known = [words for word, words in _WORDS.items() if word in sought]
+    return PeerError(f"TLS handshake failed: {(known or [reason])[0]}")
