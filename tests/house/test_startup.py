@@ -137,3 +137,14 @@ def test_the_synchronous_api_does_without_asyncio(image: Path, tmp_path: Path) -
     modules = imported(code, tmp_path)
     assert "asyncio" not in modules
     assert len(modules) <= 107, f"{len(modules)}: {sorted(modules)}"
+
+
+def test_a_daemon_imports_what_it_is_asked_for(image: Path, tmp_path: Path) -> None:
+    """Who mounts a disk by it waits for it; and no driver is needed but those that are named."""
+    disk = f"driver=file,node-name=disk,filename={image}"
+    words = ("daemon", "--blockdev", disk, "--export", "fuse,id=e,node-name=disk,mountpoint=none")
+    modules = imported(run_main(*words), tmp_path)
+    assert "diskwright.export.fuse_mount" in modules
+    nbd = ("diskwright.export.nbd_", "diskwright.wire.nbd_", "diskwright.protocols.nbd")
+    assert {name for name in modules if name.startswith(nbd)} == {"diskwright.export.nbd_service"}
+    assert not {name for name in modules if name.startswith(("diskwright.formats.", "urllib"))}
