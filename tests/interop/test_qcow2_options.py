@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import diskwright
-from diskwright.errors import CorruptImage, UsageError
+from diskwright.errors import CorruptImage, ImageError, UsageError
 from diskwright.formats.qcow2.header import Header
 from diskwright.formats.qcow2.opening import check_options
 from interop.tools import OURS, run
@@ -144,6 +144,23 @@ def test_constant_leaves_tables_alone(tmp_path: Path) -> None:
     with diskwright.open(str(path), writable=True, options=options) as disk:
         disk.write_at(32 * KIB, b"x" * 4096)
     assert path.read_bytes()[BLOCK + 32 * KIB] == ord("x")
+
+
+def test_snapshots_that_do_not_tell_their_tables(peer: Peer, tmp_path: Path) -> None:
+    """Who wants these to be looked after does not write without it; qemu's tools fail to write."""
+    path = made(tmp_path)
+    run([peer("qemu-img"), "snapshot", "-c", "one", path])
+    (table,) = struct.unpack_from(">Q", path.read_bytes(), 64)
+    patched(path, table, struct.pack(">Q", 0x400200))
+    options = {"overlap-check.inactive-l2": "on"}
+    with (
+        pytest.raises(ImageError, match="Snapshot L1 table offset invalid"),
+        diskwright.open(str(path), writable=True, options=options),
+    ):
+        pass
+    for given in ({"writable": True}, {"options": options}):
+        with diskwright.open(str(path), **given) as disk:
+            disk.read_at(0, 512)
 
 
 @pytest.mark.parametrize("template", ["cached", "all"])

@@ -5,12 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterator, Mapping
 
-from ....contract import Procedure, Progress, Range, Read, Table
+from ....contract import Procedure, Progress, Range, Table
 from ....errors import CorruptImage, UsageError
 from ....hints import Any
-from ....ondisk import big_endian_array
 from ..header import EXT_ENCRYPTION, MAX_L1_BYTES, MAX_OFFSET
-from .core import COPIED, OFFSET, SLOT, ZERO_FLAG, Core
+from .core import COPIED, OFFSET, ZERO_FLAG, Core
 from .runs import Run
 
 PARTS = {
@@ -279,17 +278,19 @@ class Guard(Core):
         """Learn where the L2 tables of the snapshots are (part ``inactive-l2``, which is not
         asked for by default), as they are now; snapshots that change are not followed.
 
-        Raises UsageError for an image that has too many.
+        Raises UsageError for an image that has too many, MalformedImage and CorruptImage where a
+        snapshot does not tell: nobody would look after what was asked for.
         """
         if "inactive-l2" not in self.protects or not self.snapshot_table:
             return
         total = sum(snapshot.l1_size for snapshot in self.snapshot_table)
         if total > _MOST_INACTIVE:
             raise UsageError("The snapshots have too many tables for overlap-check.inactive-l2")
+        from ..snapshots.procedures import read_l1
+
         found: set[int] = set()
         for done, snapshot in enumerate(self.snapshot_table):
-            (raw,) = yield Read(SLOT, [(snapshot.l1_offset, 8 * snapshot.l1_size)])
-            offsets = {entry & OFFSET for entry in big_endian_array(64, raw)}
+            offsets = {entry & OFFSET for entry in (yield from read_l1(self, snapshot))}
             found |= {offset for offset in offsets if 0 < offset < MAX_OFFSET}
             yield Progress(done, len(self.snapshot_table))
         # A table that the disk shares is copied before it is written.

@@ -25,7 +25,7 @@ from ....ondisk import big_endian_array, big_endian_bytes, zeros
 from ...editing import ask, flush, unpin
 from .. import header as hd
 from ..edit import announce
-from ..machine.core import COPIED, OFFSET, SLOT
+from ..machine.core import COPIED, OFFSET, SLOT, Core
 from ..machine.runs import Run
 from ..resizing import size_fields
 from ..rewrite import drop_clusters
@@ -59,7 +59,7 @@ def check_can_share(image: Qcow2) -> None:
         raise NotSupported("Internal snapshots are not possible with an external data file")
 
 
-def read_l1(image: Image, snapshot: Snapshot) -> Procedure:
+def read_l1(image: Core, snapshot: Snapshot) -> Procedure:
     """The L1 table of a snapshot, at most 32 MiB.  Raises MalformedImage, and CorruptImage for one
     that is not in the file: nothing can be told of what it held."""
     wrong = damage(image.header, snapshot)
