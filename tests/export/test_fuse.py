@@ -36,7 +36,8 @@ def _wanting() -> str:
     return ""
 
 
-pytestmark = pytest.mark.skipif(bool(_wanting()), reason=_wanting() or "nothing")
+_reason = _wanting()
+pytestmark = pytest.mark.skipif(bool(_reason), reason=_reason)
 
 
 def run(*words: Any, status: int = 0) -> str:
@@ -127,6 +128,47 @@ def test_other_programs(tmp_path: Path) -> None:
         with suppress(OSError):
             os.close(opened)
         assert file.stat().st_size == 0
+    clean(image)
+
+
+@needs_peers
+def test_times_and_whole_files(tmp_path: Path) -> None:
+    """What ``touch``, ``cp -p`` and ``tar`` set is there; what they leave alone is as it was."""
+    image, source = create(tmp_path, MIB), tmp_path / "source"
+    source.write_bytes(os.urandom(100_000))
+    os.utime(source, ns=(1_500_000_000_000_000_001, 1_600_000_000_000_000_002))
+
+    def times(file: Path) -> tuple[int, int]:
+        facts = file.stat()
+        return facts.st_atime_ns, facts.st_mtime_ns
+
+    with mounted(tmp_path) as (file, _):
+        run("touch", "-d", "2001-02-03 04:05:06.789", file)
+        assert len(set(times(file))) == 1
+        run("touch", "-a", file)
+        accessed, written = times(file)
+        assert accessed > 1_700_000_000 * 10**9 > written
+        run("touch", "-m", "-d", "2002-02-03", file)
+        assert times(file)[0] == accessed and times(file)[1] > written
+        # A fixed length is a block device's: what is behind the end of the copy stays.
+        with file.open("r+b") as opened:
+            opened.seek(200_000)
+            opened.write(b"behind it")
+        run("cp", "-p", source, file)
+        assert times(file)[1] == times(source)[1]
+        content = file.read_bytes()
+        assert content[:100_000] == source.read_bytes() and b"behind it" in content
+        assert len(content) == MIB and file.stat().st_ctime > 1_700_000_000
+    with mounted(tmp_path, "--growable") as (file, _):
+        (tmp_path / "there").mkdir()
+        source.rename(tmp_path / "there" / "file")
+        run("tar", "-C", tmp_path / "there", "-cf", tmp_path / "tar", "file")
+        run("tar", "-C", tmp_path, "--overwrite", "-xf", tmp_path / "tar")
+        source = tmp_path / "there" / "file"
+        assert times(file)[1] // 10**9 == times(source)[1] // 10**9
+        assert file.read_bytes().rstrip(b"\0") == source.read_bytes().rstrip(b"\0")
+        file.write_bytes(b"new")
+        assert file.read_bytes() == b"new" + bytes(509)
     clean(image)
 
 

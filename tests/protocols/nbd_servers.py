@@ -15,6 +15,11 @@ from typing import Any
 from peers import find_peer
 
 
+def listens(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        return os.path.exists(path) and probe.connect_ex(path) == 0
+
+
 class Server:
     """``command`` (with SOCKET where the socket's path goes) until :meth:`end`.  It can be killed
     and started again."""
@@ -31,10 +36,7 @@ class Server:
         command = [word.replace("SOCKET", self.path) for word in self.command]
         self.process = subprocess.Popen(command, stderr=subprocess.PIPE)
         deadline = time.monotonic() + 20
-        while True:
-            with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-                if os.path.exists(self.path) and probe.connect_ex(self.path) == 0:
-                    return
+        while not listens(self.path):
             assert self.process.poll() is None, self.process.communicate()[1].decode()
             assert time.monotonic() < deadline
             time.sleep(0.005)
@@ -86,7 +88,7 @@ def nbd_server(folder: Path, disk: Path) -> Iterator[dict[str, Any]]:
     words = ["-C", str(folder / "config"), "-p", str(pid)]
     subprocess.run([find_peer("nbd-server"), *words], check=True, capture_output=True)
     deadline = time.monotonic() + 20
-    while not (path.exists() and pid.exists() and pid.read_text().strip()):
+    while not (listens(str(path)) and pid.exists() and pid.read_text().strip()):
         assert time.monotonic() < deadline
         time.sleep(0.005)
     try:

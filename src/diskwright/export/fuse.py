@@ -49,7 +49,7 @@ class DiskFile:
         self.mode = stat.S_IFREG | (0o600 if writable else 0o400)
         self.owner = _us()
         self._allocated = allocated
-        self._made = self._written = time.time_ns()
+        self._accessed = self._written = self._touched = time.time_ns()
         self._active = 0
         self._resizing = False
         self._changed = Condition()
@@ -84,9 +84,9 @@ class DiskFile:
                 "st_size": size,
                 "st_blocks": -(-(size if used is None else used) // 512),
                 "st_blksize": BLOCK,
-                "st_atime": self._made,
+                "st_atime": self._accessed,
                 "st_mtime": self._written,
-                "st_ctime": self._written,
+                "st_ctime": self._touched,
             }
 
     async def permit(self, mode: int) -> None:
@@ -95,6 +95,7 @@ class DiskFile:
             if not self.writable and mode & 0o222:
                 raise _refused(errno.EROFS)
             self.mode = stat.S_IFREG | (mode & 0o7777)
+            self._touched = time.time_ns()
 
     async def give(self, user: int, group: int) -> None:
         """Set whose it is (chown); -1: as it was."""
@@ -103,6 +104,17 @@ class DiskFile:
                 self.owner[0] if user < 0 else user,
                 self.owner[1] if group < 0 else group,
             )
+            self._touched = time.time_ns()
+
+    async def stamp(self, accessed: int | None, written: int | None) -> None:
+        """Set times, in nanoseconds (utimensat); None: as it was."""
+        async with self:
+            self._touched = time.time_ns()
+            self._accessed = self._accessed if accessed is None else accessed
+            self._written = self._written if written is None else written
+
+    def _changed_now(self) -> None:
+        self._written = self._touched = time.time_ns()
 
     def space(self) -> dict[str, int]:
         """``f_...``: a file system that its one file fills."""
@@ -129,7 +141,7 @@ class DiskFile:
                 raise _refused(errno.ENOSPC)
             if length:
                 await self.node.write([offset], [data[:length]])
-                self._written = time.time_ns()
+                self._changed_now()
             return length
 
     async def flush(self) -> None:
@@ -137,6 +149,12 @@ class DiskFile:
         async with self:
             if self.writable:
                 await self.node.flush()
+
+    async def empty(self) -> None:
+        """It was opened to be written anew (``O_TRUNC``).  As for a block device, that means
+        nothing where the length is fixed."""
+        if self.growable:
+            await self.truncate(0)
 
     async def truncate(self, size: int) -> None:
         """Set the length; only where the file is growable."""
@@ -171,7 +189,7 @@ class DiskFile:
                 # A hole must read as zeroes, which a discard does not promise.
                 flags = MAY_UNMAP if kind == PUNCH_HOLE else 0
                 await self.node.zero([offset], [count], flags)
-                self._written = time.time_ns()
+                self._changed_now()
 
     async def seek(self, offset: int, whence: int) -> int:
         """lseek(2) with SEEK_DATA or SEEK_HOLE."""
@@ -217,7 +235,7 @@ class DiskFile:
                 if shrink or not size % SECTOR:
                     raise _refused(errno.EINVAL) from error
                 await node.truncate(-(-size // SECTOR) * SECTOR)
-            self._written = time.time_ns()
+            self._changed_now()
         except (NotSupported, NotImplementedError) as error:
             raise _refused(errno.EOPNOTSUPP) from error
         finally:

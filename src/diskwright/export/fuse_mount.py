@@ -15,6 +15,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -34,6 +35,8 @@ _ENDING_SECONDS = 1.0
 _TOOL_SECONDS = 10.0
 _THREADS = 4
 _CLONE_FS = 0x200
+_NOW, _OMIT = (1 << 30) - 1, (1 << 30) - 2
+"""Nanoseconds that are no time: set it to now, leave it as it is (utimensat(2))."""
 
 
 class Mount:
@@ -166,7 +169,15 @@ class _Operations:
     def statfs(self, path: str) -> dict[str, int]:
         return self._file.space()
 
+    def utimens(self, path: str, times: tuple[int, int] | None) -> None:
+        now = time.time_ns()
+        meanings = {_NOW: now, _OMIT: None}
+        accessed, written = (meanings.get(one, one) for one in times or (now, now))
+        self._mount.ask(lambda: self._file.stamp(accessed, written))
+
     def open(self, path: str, info: Any) -> None:
+        if info.flags & os.O_TRUNC:  # libfuse asks the kernel to leave this to us
+            self._mount.ask(self._file.empty)
         info.direct_io = self._mount.direct
 
     def read(self, offset: int, into: memoryview) -> int:
