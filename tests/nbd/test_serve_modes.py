@@ -142,6 +142,12 @@ def test_sockets_of_a_supervisor(tmp_path: Path, workers: str) -> None:
     assert all(path.exists() for path in paths)  # they are not ours
 
 
+def listening_at(path: Path) -> str:
+    """What the system says of the unix socket."""
+    lines = Path("/proc/net/unix").read_text().splitlines()
+    return "".join(line for line in lines if line.endswith(f" {path}"))
+
+
 def test_systemd_socket_activate(tmp_path: Path) -> None:
     need("systemd-socket-activate")
     image, path = disk(tmp_path / "disk"), tmp_path / "s"
@@ -152,7 +158,8 @@ def test_systemd_socket_activate(tmp_path: Path) -> None:
         stderr=subprocess.DEVNULL,
     )
     try:
-        wait_for(path.exists, "the socket")
+        # A name comes before somebody listens, and to connect is what starts the server.
+        wait_for(lambda: "00010000 0001 01 " in listening_at(path), "the socket")
         client = Client(str(path))
         assert client.read(0, 1) == b"b"
         client.close()

@@ -7,9 +7,11 @@ import os
 import socket
 import stat
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from ..errors import UsageError
+from ..protocols.sockets import abstract_address, check_port, inherited_socket, tcp_socket
 from ..records import NamedTuple
 
 BACKLOG = 128
@@ -62,27 +64,73 @@ else:
         os.unlink(temporary)
 
 
-def listen_tcp(address: str, port: int | str, most: int | None = None) -> list[socket.socket]:
+def listen_abstract(name: str, tight: bool = True) -> socket.socket:
+    """A listening unix socket under a name that is no file's (Linux alone).  Raises OSError."""
+    if sys.platform != "linux":
+        raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        listener.bind(abstract_address(name, tight))
+        listener.listen(BACKLOG)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def listen_tcp(
+    address: str,
+    port: int | str,
+    most: int | None = None,
+    *,
+    last: int | None = None,
+    family: int = 0,
+    numeric: bool = False,
+    mptcp: bool = False,
+) -> list[socket.socket]:
     """Listening TCP sockets on every address that ``address`` (a name or a number; empty for all)
-    has, of both families (on the first ``most`` of them), and one ``port`` (a number or a service's
-    name; 0: any).  Raises OSError."""
-    found = socket.getaddrinfo(
-        address or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-    )[:most]
+    has, of both families or of one ``family`` (on the first ``most`` of them), and one ``port`` (a
+    number or a service's name; 0: any), or the first one from there to ``last`` that is free on
+    all of them.  ``numeric``: nothing is a name.  Raises OSError, and UsageError for a ``last``
+    below ``port``."""
+    flags = socket.AI_PASSIVE
+    if numeric:
+        flags |= socket.AI_NUMERICHOST | socket.AI_NUMERICSERV
+    check_port(port)
+    found = socket.getaddrinfo(address or None, port, family, socket.SOCK_STREAM, flags=flags)
+    places = [(family, where) for family, _, _, _, where in dict.fromkeys(found[:most])]
+    first = int(places[0][1][1])
+    if last is None or not first:
+        return _listen_at(places, first, mptcp)
+    if last < first:
+        raise UsageError(f"There is no port from {first} to {last}")
+    while True:
+        try:
+            return _listen_at(places, first, mptcp)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE or first == last:
+                raise
+            first += 1
+
+
+def _listen_at(
+    places: Sequence[tuple[int, tuple[Any, ...]]], port: int, mptcp: bool
+) -> list[socket.socket]:
+    """Listen on all of them: at ``port``, or (0) at one that is free."""
     listeners: list[socket.socket] = []
     missing: OSError | None = None
     try:
-        for family, kind, proto, _, where in dict.fromkeys(found):
-            if listeners and not where[1]:
-                where = (where[0], listeners[0].getsockname()[1], *where[2:])
+        for family, where in places:
+            if listeners and not port:
+                port = listeners[0].getsockname()[1]
             try:
-                listener = socket.socket(family, kind, proto)
+                listener = tcp_socket(family, mptcp)
             except OSError as error:
                 missing = error
                 continue
             listeners.append(listener)
             try:
-                _bind(listener, where)
+                _bind(listener, (where[0], port, *where[2:]))
             except OSError as error:
                 if error.errno not in _NOT_HERE:
                     raise
@@ -147,17 +195,28 @@ def inherited(environment: Mapping[str, str], pid: int) -> list[Inherited]:
     ]
 
 
+def descriptor_of(text: str, environment: Mapping[str, str], pid: int) -> int:
+    """The inherited descriptor that ``text`` names: its number, or what ``LISTEN_FDNAMES`` calls
+    it.  Raises UsageError."""
+    if text.isascii() and text.isdecimal() and len(text) < 10:
+        return int(text)
+    if environment.get("LISTEN_PID") == str(pid):
+        names = environment.get("LISTEN_FDNAMES", "").split(":")
+        if text and text in names:
+            return _FIRST_INHERITED + names.index(text)
+    raise UsageError(f"Unable to parse FD number {text}")
+
+
 def listening(descriptor: int, called: str = "") -> socket.socket:
-    """The listening socket that ``descriptor`` is.  Raises UsageError."""
+    """The inherited stream socket ``descriptor``, listening.  ``called`` follows its number in
+    errors.  Raises UsageError."""
+    listener = inherited_socket(descriptor, called)
     try:
-        listener = socket.socket(fileno=descriptor)
-        listens = listener.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-    except (OSError, ValueError) as error:
-        raise UsageError(f"Descriptor {descriptor}{called} is no socket") from error
-    if not listens or listener.type != socket.SOCK_STREAM:
+        listener.listen(BACKLOG)
+    except OSError as error:
         listener.detach()
-        raise UsageError(f"Descriptor {descriptor}{called} is no socket that listens to streams")
-    listener.set_inheritable(False)
+        why = error.strerror or error
+        raise UsageError(f"Failed to listen on fd socket: {why}{called}") from error
     return listener
 
 

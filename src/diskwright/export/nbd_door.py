@@ -22,6 +22,8 @@ class Door:
         self.driver = driver
         self.clients = clients
         self.persistent = persistent
+        self.keep_alive = True
+        """Whether silent TCP connections are probed."""
         self.stopping = False
         self.admitted = 0
         """How many clients have come."""
@@ -119,7 +121,7 @@ class Door:
                 except OSError:  # no descriptors left: wait until a client has gone
                     await self.driver.sleep(0.1)
                     continue
-                prepare(sock)
+                prepare(sock, self.keep_alive)
                 self._inside += 1
                 self.admitted += 1
                 try:
@@ -134,10 +136,10 @@ class Door:
             self.driver.soon(self._notify)
 
 
-def prepare(sock: socket.socket) -> None:
+def prepare(sock: socket.socket, keep_alive: bool = True) -> None:
     """Set up a connection."""
     sock.setblocking(False)
     if sys.platform != "win32" and sock.family == socket.AF_UNIX:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _SEND_BUFFER)
     else:
-        tune(sock)
+        tune(sock, keep_alive)

@@ -72,11 +72,16 @@ _NBD_NAMED = frozenset({"export", "path", "host", "port", "tls"})
 _NBD_TLS = frozenset(
     {"tls-hostname", "tls-certificates", "tls-psk-file", "tls-username", "tls-verify-peer"}
 )
+_NBD_UNNAMED = frozenset(
+    f"server.{key}" for key in ("ipv4", "ipv6", "to", "abstract", "tight", "str")
+)
 
 
 def _nbd_name(node: Node, strong: dict[str, Any]) -> str | None:
     named = _NBD_NAMED | (_NBD_TLS if strong.get("tls") else frozenset())
     if any(key not in named and not key.startswith("server.") for key in strong):
+        return None
+    if not _NBD_UNNAMED.isdisjoint(strong):
         return None
     from ..protocols.nbd import normalised
     from ..wire.nbd_uri import uri
@@ -94,6 +99,8 @@ def description(node: Node) -> dict[str, Any]:
     found = {**strong, "driver": node.driver_name, **behind}
     if "filename" in node.options:
         found["filename"] = node.options["filename"]
+    if "server.port" in found:
+        found["server.port"] = str(found["server.port"])  # of an address it is a text
     named = hasattr(node, "format")
     for slot, edge in node.children.items():
         if slot == "file" or not named or child_option(slot) in node.options:

@@ -7,6 +7,7 @@ from functools import cache
 
 from ..declare import Option
 from ..graph import registry
+from .addresses import ADDRESSES
 from .types import BOOL, INT, NULL, STR, Alternate, Enum, Member, Struct, Type, Union
 
 DRIVERS = (
@@ -74,13 +75,7 @@ def _special() -> dict[str, dict[str, Member]]:
     crypto = Union(
         lambda: ("format", (Member("format", Enum("aes", "luks")),), {"aes": key, "luks": key})
     )
-    host, port = Member("host", STR), Member("port", STR)
-    servers = {
-        "inet": Struct((host, port)),
-        "unix": Struct((Member("path", STR),)),
-        "vsock": Struct((Member("cid", STR), port)),
-    }
-    server = Union(lambda: ("type", (Member("type", Enum(*servers)),), servers))
+    server = Union(lambda: ("type", (Member("type", Enum(*ADDRESSES)),), ADDRESSES))
     file, backing = Member("file", REF), Member("backing", REF_OR_NULL, True)
     return {
         "blkdebug": {"image": Member("image", REF)},

@@ -6,15 +6,17 @@ import os
 import socket
 import sys
 from collections.abc import Mapping
-from typing import Literal
+from typing import Any, Literal
 
 from ..engine.kernel import BaseDriver, Cancelled
 from ..errors import NotSupported, UsageError
-from ..export.listening import listen_tcp, listen_unix
+from ..export.listening import descriptor_of, listening
 from ..graph.options import boolean
+from ..protocols.sockets import inherited_socket
 from ..records import NamedTuple
+from . import keyval
+from .addresses import ADDRESSES, listen
 from .daemon import Daemon
-from .keyval import split
 from .session import Monitor
 
 _READ = 64 << 10
@@ -42,9 +44,10 @@ class Chardev(NamedTuple):
 
 
 def chardev(text: str) -> Chardev:
-    """The device of ``socket,id=ID,path=PATH`` (or ``host=`` and ``port=``) with ``server=on``, or
-    of ``stdio,id=ID``; it is listening.  Raises UsageError."""
-    given = split(text, "backend")
+    """The device of ``socket,id=ID,path=PATH`` (or ``host=`` and ``port=``, and what else
+    :data:`_ADDRESS` has) with ``server=on``, or of ``stdio,id=ID``; it is listening.  Raises
+    UsageError."""
+    given = keyval.split(text, "backend")
     backend = given.pop("backend", "")
     id = given.pop("id", "")
     if not id:
@@ -55,23 +58,32 @@ def chardev(text: str) -> Chardev:
         return Chardev(id)
     if backend != "socket":
         raise NotSupported(f"chardev backend '{backend}' is not supported: use socket or stdio")
+    named = [name for name in ("path", "fd", "host") if name in given]
+    if len(named) > 1:
+        raise UsageError("None or one of 'path', 'fd' or 'host' option required.")
     if "fd" in given:
         return _inherited(id, given)
     if not boolean("server", given.pop("server", "off")):
         raise NotSupported("a chardev that connects is not supported: say server=on")
     boolean("wait", given.pop("wait", "off"))  # clients are served whenever they come
-    path = given.pop("path", "")
-    host, port = given.pop("host", ""), given.pop("port", "")
+    for name in ("nodelay", "delay"):
+        boolean(name, given.pop(name, "off"))  # replies leave at once
+    if not named:
+        raise UsageError("chardev: socket: one of 'path', 'fd' or 'host' is required")
+    kind = "unix" if named == ["path"] else "inet"
+    if kind == "inet" and "port" not in given:
+        raise UsageError("chardev: socket: no port given")
+    members = {member.name: member.type for member in ADDRESSES[kind].members}
+    where: dict[str, Any] = {"type": kind}
+    for name in _ADDRESS:
+        if name in members and name in given:
+            where[name] = keyval.typed(members[name], given.pop(name), name)
     _nothing_else(backend, given)
-    try:
-        if path:
-            return Chardev(id, listen_unix(path), path)
-        if not port:
-            raise UsageError("chardev: socket: no path and no port given")
-        return Chardev(id, listen_tcp(host, port, 1)[0])
-    except OSError as error:
-        where = path or f"{host}:{port}"
-        raise UsageError(f"Failed to bind socket to {where}: {error.strerror or error}") from error
+    found = listen(where, 1)
+    return Chardev(id, found.listeners[0], found.path)
+
+
+_ADDRESS = ("path", "abstract", "tight", "host", "port", "to", "ipv4", "ipv6")
 
 
 def _inherited(id: str, given: dict[str, str]) -> Chardev:
@@ -80,11 +92,10 @@ def _inherited(id: str, given: dict[str, str]) -> Chardev:
     listens = boolean("server", given.pop("server", "off"))
     boolean("wait", given.pop("wait", "off"))
     _nothing_else("socket", given)
-    try:
-        sock = socket.socket(fileno=int(text))
-    except (ValueError, OSError) as error:
-        raise UsageError(f"Unable to parse FD number {text}") from error
-    return Chardev(id, listener=sock) if listens else Chardev(id, client=sock)
+    descriptor = descriptor_of(text, os.environ, os.getpid())
+    if listens:
+        return Chardev(id, listener=listening(descriptor))
+    return Chardev(id, client=inherited_socket(descriptor))
 
 
 def _nothing_else(backend: str, given: Mapping[str, str]) -> None:

@@ -49,7 +49,7 @@ class Daemon:
         self.owned: set[Node] = set()
         """The nodes that commands added, and that a command removes."""
         self.server: Server | None = None
-        self.server_path: str | None = None
+        self.server_path = ""
         """The unix socket on which it listens."""
         self.exports: dict[str, BlockExport] = {}
         self.past: WeakKeyDictionary[Node, Stats] = WeakKeyDictionary()

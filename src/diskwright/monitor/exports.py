@@ -119,7 +119,7 @@ async def stop_server(daemon: Daemon) -> None:
         export.shutting_down = True
     await server.shut_down()
     daemon.server = None
-    if daemon.server_path is not None:
+    if daemon.server_path:
         with suppress(FileNotFoundError):
             os.unlink(daemon.server_path)
     await _all_gone(daemon, served)

@@ -20,7 +20,7 @@ def take(of: Type, text: str, implied: str = "") -> Any:
             return of.take(loads(text), "")
         except JsonError as error:
             raise UsageError(str(error)) from None
-    return of.take(_typed(of, nest(split(text, implied)), ""), "")
+    return of.take(typed(of, nest(split(text, implied)), ""), "")
 
 
 def split(text: str, implied: str = "") -> dict[str, str]:
@@ -35,24 +35,24 @@ def split(text: str, implied: str = "") -> dict[str, str]:
     return found
 
 
-def _typed(of: Type, value: Any, path: str) -> Any:
+def typed(of: Type, value: Any, path: str) -> Any:
     """``value``, all of whose leaves are text, with numbers and booleans where ``of`` has them."""
     if isinstance(of, Alternate):
         for branch in of.branches:
             if isinstance(value, branch.json):
-                return _typed(branch, value, path)
+                return typed(branch, value, path)
     if isinstance(of, Struct | Union) and isinstance(value, dict):
         known = {member.name: member.type for member in of.members}
         if isinstance(of, Union) and value.get(of.tag) in of.variants:
             known |= {m.name: m.type for m in of.variants[value[of.tag]].members}
         return {
-            name: _typed(known[name], part, f"{path}.{name}" if path else name)
+            name: typed(known[name], part, f"{path}.{name}" if path else name)
             if name in known
             else part
             for name, part in value.items()
         }
     if isinstance(of, Array) and isinstance(value, list):
-        return [_typed(of.of, part, f"{path}.{i}") for i, part in enumerate(value)]
+        return [typed(of.of, part, f"{path}.{i}") for i, part in enumerate(value)]
     if of is BOOL and isinstance(value, str):
         return boolean(path, value)
     if of in (INT, SIZE) and isinstance(value, str):

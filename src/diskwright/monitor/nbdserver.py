@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import socket
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Annotated, Any
 
 from ..errors import UsageError
-from ..export.listening import listen_tcp, listen_unix, listen_vsock, listening
 from ..secrets import Secrets
+from .addresses import ADDRESSES, listen
 from .commands import command
 from .daemon import Daemon
 from .session import Monitor
@@ -18,15 +17,8 @@ if TYPE_CHECKING:
     from ..export.nbd_server import Server
     from ..export.nbd_tls import ServerTls
 
-_UNIX = Struct((Member("path", STR),))
-_INET = Struct((Member("host", STR), Member("port", STR)))
-_VSOCK = Struct((Member("cid", STR), Member("port", STR)))
-_FD = Struct((Member("str", STR),))
-_ADDRESSES = {"inet": _INET, "unix": _UNIX, "vsock": _VSOCK, "fd": _FD}
-
-
 def _legacy() -> tuple[str, tuple[Member, ...], Mapping[str, Struct]]:
-    variants = {name: Struct((Member("data", each),)) for name, each in _ADDRESSES.items()}
+    variants = {name: Struct((Member("data", each),)) for name, each in ADDRESSES.items()}
     return "type", (Member("type", Enum(*variants)),), variants
 
 
@@ -61,7 +53,7 @@ def nbd_server_start(
 
 
 def _address() -> tuple[str, tuple[Member, ...], Mapping[str, Struct]]:
-    return "type", (Member("type", Enum(*_ADDRESSES)),), _ADDRESSES
+    return "type", (Member("type", Enum(*ADDRESSES)),), ADDRESSES
 
 
 SERVER_OPTIONS = Struct(
@@ -88,34 +80,16 @@ def start_server(daemon: Daemon, options: Mapping[str, Any]) -> None:
     where = options["addr"]
     from ..export.nbd_server import Server
 
-    listeners = _listen(where)
+    found = listen(where)
     daemon.server = Server(
         daemon.driver,
         clients=limits["max-connections"],
         handshake_seconds=limits["handshake-max-seconds"] or 1e9,
         tls=tls,
     )
-    daemon.server_path = where.get("path")
-    daemon.server.start(*listeners)
-
-
-def _listen(where: Mapping[str, Any]) -> list[socket.socket]:
-    try:
-        if where["type"] == "unix":
-            place = where["path"]
-            return [listen_unix(place)]
-        if where["type"] == "vsock":
-            place = f"vsock:{where['cid']}:{where['port']}"
-            return [listen_vsock(where["cid"], where["port"])]
-        if where["type"] == "fd":
-            place = f"fd:{where['str']}"
-            if not where["str"].isdecimal():
-                raise UsageError(f"Unable to parse FD number {where['str']}")
-            return [listening(int(where["str"]))]
-        place = f"{where['host']}:{where['port']}"
-        return listen_tcp(where["host"], where["port"])
-    except OSError as error:
-        raise UsageError(f"Failed to bind socket to {place}: {error.strerror or error}") from error
+    daemon.server.keep_alive = where.get("keep-alive", True)
+    daemon.server_path = found.path
+    daemon.server.start(*found.listeners)
 
 
 def server_tls(secrets: Secrets, creds: str | None, authz: str | None) -> ServerTls | None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from ..declare import Driver, Option
 from ..engine.kernel import BaseDriver
 from ..errors import UsageError
-from ..hints import Any
+from ..hints import TYPE_CHECKING, Any
 from ..secrets import Secrets, TlsCredentials
 from ..wire.nbd_const import BASE_ALLOCATION, MAX_STRING
 from ..wire.nbd_negotiation import Negotiation
@@ -15,10 +15,26 @@ from ..wire.nbd_uri import PORT
 from .nbd_connect import Address, Security
 from .nbd_links import Settings
 from .nbdnode import NbdNode
+from .sockets import family_of, inherited_socket
+
+if TYPE_CHECKING:
+    import socket
 
 CONNECTIONS = 4
 _LEGACY = ("path", "host", "port")
 _OWN_TLS = ("tls-certificates", "tls-psk-file", "tls-username", "tls-verify-peer")
+
+
+_MEMBERS: Mapping[str, Mapping[str, bool]] = {
+    "unix": {"path": True, "abstract": False, "tight": False},
+    "inet": {
+        "host": True, "port": True, "numeric": False, "to": False, "ipv4": False, "ipv6": False,
+        "keep-alive": False, "mptcp": False,
+    },
+    "vsock": {"cid": True, "port": True},
+    "fd": {"str": True},
+}  # fmt: skip
+"""What an address has by its type, and whether it must."""
 
 
 def normalised(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -38,13 +54,15 @@ def normalised(options: Mapping[str, Any]) -> dict[str, Any]:
     kind = out.get("server.type")
     if kind is None:
         raise UsageError("NBD server address missing")
-    wanted = {"unix": ("path",), "inet": ("host", "port"), "vsock": ("cid", "port")}[kind]
-    for key in ("path", "host", "cid", "port"):
+    wanted = _MEMBERS[kind]
+    for key in dict.fromkeys(name for members in _MEMBERS.values() for name in members):
         given = f"server.{key}" in out
-        if key in wanted and not given:
+        if wanted.get(key) and not given:
             raise UsageError(f"Parameter '{key}' is missing")
         if given and key not in wanted:
             raise UsageError(f"Parameter '{key}' is unexpected")
+    if not 0 <= out.get("server.to", 0) < 1 << 16:
+        raise UsageError("Parameter 'to' expects uint16_t")
     if "port" in wanted and not 0 < out["server.port"] < (1 << 16 if kind == "inet" else 1 << 32):
         raise UsageError(f"'{out['server.port']}' is no port")
     for name in ("export", "x-dirty-bitmap"):
@@ -57,9 +75,28 @@ def address_of(options: Mapping[str, Any]) -> Address:
     """Where the server of normalised ``options`` listens."""
     kind = options["server.type"]
     if kind == "unix":
-        return Address(kind, options["server.path"])
-    name = options["server.host" if kind == "inet" else "server.cid"]
-    return Address(kind, str(name), options["server.port"])
+        tight = options.get("server.tight", True) if options.get("server.abstract") else None
+        return Address(kind, options["server.path"], tight=tight)
+    if kind == "fd":
+        return Address(kind, options["server.str"], inherited=[_inherited(options["server.str"])])
+    if kind == "vsock":
+        return Address(kind, str(options["server.cid"]), options["server.port"])
+    return Address(
+        kind,
+        options["server.host"],
+        options["server.port"],
+        family_of(options.get("server.ipv4"), options.get("server.ipv6")),
+        options.get("server.numeric", False),
+        options.get("server.keep-alive", True),
+        options.get("server.mptcp", False),
+    )
+
+
+def _inherited(text: str) -> socket.socket:
+    """The connected socket that whoever started the program left open.  Raises UsageError."""
+    if not (text.isascii() and text.isdecimal()):
+        raise UsageError(f"Unable to parse FD number {text}")
+    return inherited_socket(int(text))
 
 
 def security_of(options: Mapping[str, Any], secrets: Any) -> Security | None:
@@ -108,11 +145,12 @@ async def open_nbd(driver: BaseDriver, options: dict[str, Any]) -> NbdNode:
     def negotiation() -> Negotiation:
         return Negotiation(export, secure=security is not None, contexts=[context.encode()])
 
+    address = address_of(given)
     settings = Settings(
-        address_of(given),
+        address,
         negotiation,
         security,
-        given.get("connections", CONNECTIONS),
+        1 if address.inherited else given.get("connections", CONNECTIONS),
         given.get("reconnect-delay", 0),
         given.get("open-timeout", 0),
         given.get("timeout", 0),
@@ -134,11 +172,20 @@ DRIVER = Driver(
     "protocol",
     options=(
         Option("server.type", "enum", "kind of the server's address", None,
-               ("unix", "inet", "vsock")),
+               ("unix", "inet", "vsock", "fd")),
         Option("server.path", "str", "path of its unix socket"),
+        Option("server.abstract", "bool", "the path is a name that is no file's", False),
+        Option("server.tight", "bool", "no zeroes follow such a name", True),
         Option("server.host", "str", "its name or number"),
         Option("server.port", "int", "its port", PORT),
+        Option("server.numeric", "bool", "host and port are numbers", False),
+        Option("server.to", "int", "last port of those who listen; connecting does not use it"),
+        Option("server.ipv4", "bool", "use IPv4 (default: what the name has)"),
+        Option("server.ipv6", "bool", "use IPv6 (default: what the name has)"),
+        Option("server.keep-alive", "bool", "probe a silent connection", True),
+        Option("server.mptcp", "bool", "use Multipath TCP", False),
         Option("server.cid", "str", "its vsock context"),
+        Option("server.str", "str", "number of an inherited descriptor, a connected socket"),
         Option("path", "str", "the same as server.path"),
         Option("host", "str", "the same as server.host"),
         Option("port", "int", "the same as server.port", PORT),

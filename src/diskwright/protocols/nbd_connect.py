@@ -14,6 +14,7 @@ from ..errors import PeerError
 from ..hints import TYPE_CHECKING, Any, TypeVar
 from ..records import NamedTuple
 from ..wire.nbd_negotiation import Agreement, Negotiation
+from .sockets import abstract_address, tcp_socket
 
 if TYPE_CHECKING:
     import ssl
@@ -28,15 +29,26 @@ _IDLE, _INTERVAL, _PROBES = 30, 10, 3
 
 
 class Address(NamedTuple):
-    """Where a server listens: ``kind`` is ``unix`` (``host`` is the path), ``inet`` or ``vsock``
-    (``host`` is the number of the context)."""
+    """Where a server listens: ``kind`` is ``unix`` (``host`` is the path), ``inet``, ``vsock``
+    (``host`` is the number of the context) or ``fd`` (``host`` is what the descriptor is called;
+    ``inherited`` is the connection, until it is used).
+
+    ``family``, ``numeric`` (``host`` is no name), ``keep_alive`` (silence is probed) and ``mptcp``
+    are for ``inet``.  ``tight`` for an abstract unix socket: no zeroes follow its name.
+    """
 
     kind: str
     host: str
     port: int = 0
+    family: int = 0
+    numeric: bool = False
+    keep_alive: bool = True
+    mptcp: bool = False
+    tight: bool | None = None
+    inherited: list[socket.socket] | None = None
 
     def __str__(self) -> str:
-        return self.host if self.kind == "unix" else f"{self.host}:{self.port}"
+        return self.host if self.kind in ("unix", "fd") else f"{self.host}:{self.port}"
 
 
 class Security(NamedTuple):
@@ -92,6 +104,8 @@ def _ended(error: OSError, address: Address) -> OSError:
 
 # -- connecting
 async def _connect(driver: BaseDriver, address: Address, deadline: float) -> socket.socket:
+    if address.kind == "fd":
+        return _inherited(address)
     failed: OSError | None = None
     try:
         places = await _places(driver, address)
@@ -100,11 +114,11 @@ async def _connect(driver: BaseDriver, address: Address, deadline: float) -> soc
             f"address resolution failed for {address}: {error.strerror}", errno.EHOSTUNREACH
         ) from error
     for family, where in places:
-        sock = socket.socket(family, socket.SOCK_STREAM)
+        sock = tcp_socket(family, address.mptcp)
         sock.setblocking(False)
         try:
             await _connected(driver, sock, where, deadline)
-            tune(sock)
+            tune(sock, address.keep_alive)
             return sock
         except OSError as error:
             failed = error
@@ -120,21 +134,34 @@ async def _connect(driver: BaseDriver, address: Address, deadline: float) -> soc
     raise PeerError(f"Failed to connect to '{address}': {os.strerror(number)}", number)
 
 
+def _inherited(address: Address) -> socket.socket:
+    """The one connection that there is."""
+    if not address.inherited:
+        raise PeerError(f"the descriptor {address} was used before", errno.ECONNREFUSED)
+    sock = address.inherited.pop()
+    sock.setblocking(False)
+    return sock
+
+
 async def _places(driver: BaseDriver, address: Address) -> list[tuple[int, Any]]:
     """(family, address) to try, in order."""
     if address.kind == "unix":
         if not hasattr(socket, "AF_UNIX"):
             raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
+        if address.tight is not None:
+            return [(socket.AF_UNIX, abstract_address(address.host, address.tight))]
         return [(socket.AF_UNIX, address.host)]
     if address.kind == "vsock":
         family = getattr(socket, "AF_VSOCK", None)
         if family is None:
             raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
         return [(family, (int(address.host), address.port))]
-    named = (address.host, address.port, 0, socket.SOCK_STREAM)
+    named = (address.host, address.port, address.family, socket.SOCK_STREAM)
     try:  # a number needs nobody's answer, and so no thread
         found = socket.getaddrinfo(*named, flags=socket.AI_NUMERICHOST)
     except socket.gaierror:
+        if address.numeric:
+            raise
         found = await driver.call(socket.getaddrinfo, *named)
     return [(family, where) for family, _, _, _, where in found]
 
@@ -154,12 +181,15 @@ async def _connected(driver: BaseDriver, sock: socket.socket, where: Any, deadli
 _UNIX = getattr(socket, "AF_UNIX", None)
 
 
-def tune(sock: socket.socket) -> None:
-    """Small requests leave at once, and a host that is gone is noticed while nothing is sent (else
-    after what the system allows).  A peer that lives may read nothing for as long as it likes."""
+def tune(sock: socket.socket, keep_alive: bool = True) -> None:
+    """Small requests leave at once, and with ``keep_alive`` a host that is gone is noticed while
+    nothing is sent (else after what the system allows).  A peer that lives may read nothing for as
+    long as it likes."""
     if sock.family not in (socket.AF_INET, socket.AF_INET6):
         return
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if not keep_alive:
+        return
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     if sys.platform == "linux":
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _IDLE)
