@@ -129,7 +129,7 @@ def runtime_options(rng: random.Random, cluster: int) -> list[str]:
             (0.3, f"pass-discard-{kind}={rng.choice(('on', 'off'))}")
             for kind in ("request", "snapshot", "other")
         ],
-        (0.2, f"detect-zeroes={rng.choice(('off', 'on'))}"),
+        (0.2, f"detect-zeroes={rng.choice(('off', 'on', 'unmap,discard=unmap'))}"),
     ]
     chosen = [text for chance, text in draws if rng.random() < chance]
     if any(text.startswith("overlap-check=") for text in chosen):
