@@ -16,7 +16,7 @@ from sansio import oracle
 from sansio.feature_damages import SECRET
 from sansio.test_qcow2_bitmaps import GRAIN, Disk
 from sansio.test_qcow2_repair import states
-from sansio.woven import KINDS, Sound, Woven, contents, opened, sound
+from sansio.woven import KINDS, OFFSET, PACKED, Sound, Woven, contents, opened, sound
 
 Log = list[tuple[Any, ...]]
 
@@ -133,3 +133,24 @@ SMALL = [kind for kind in KINDS if kind not in ("large", "luks", "data-file")]
 def test_woven(kind: str, tmp_path: Path) -> None:
     done = [repair(kind, seed, 2, tmp_path) for seed in range(2)]
     assert any(done)
+
+
+def test_the_copy_of_a_table_names_a_cluster_as_often_as_the_table() -> None:
+    """Counts end with 3, and two compressed clusters of a table that two L1 entries share lie in
+    one host cluster: with the copy that would be four."""
+    image = sound("two-bits")
+    file = bytearray(image.file)
+    l1 = int.from_bytes(file[40:48], "big")
+    table = int.from_bytes(file[l1 : l1 + 8], "big") & OFFSET
+    file[l1 + 8 : l1 + 16] = file[l1 : l1 + 8]
+    packed = [
+        at for at in range(table, table + 512, 8)
+        if int.from_bytes(file[at : at + 8], "big") & PACKED
+    ]  # fmt: skip
+    for at in packed[1::3]:  # one in three of those that share a cluster
+        file[at : at + 8] = bytes(8)
+    before = contents(image, bytes(file), ("",))
+    result, after, _ = run(image, bytes(file), "all")
+    assert (result.corruptions, result.leaks) == (0, 0)
+    assert contents(image, after, ("",)) == before
+    assert run(image, after)[0].findings == []

@@ -144,7 +144,7 @@ class Apart(Passing):
 
     def _links(self, table: array[int], shared: int) -> Procedure:
         """The entries of a table whose guest clusters lie over tables, or that nobody can count
-        when there are ``shared`` more of them."""
+        when a copy of a ``shared`` table names them, too; those that it can name are counted."""
         out: list[Link] = []
         for span in self.spans(table, nothing if shared else self.free_run):
             for index in span:
@@ -156,8 +156,10 @@ class Apart(Passing):
                     _, new = self._entry(entry)
                     first = 0 if new & self.zero else (new & OFFSET) >> self.bits
                     stop = first + 1 if first else 0
-                if any(self.claims.used(first, stop)) or self._crowded(first, stop, shared):
+                if any(self.claims.used(first, stop)) or self._crowded(first, stop, shared > 0):
                     out.append(Link(index, first, stop))
+                elif shared:
+                    self._name_once_more(first, stop)
             self._bound(len(out))
             yield Progress(span.start, len(table))
         return out

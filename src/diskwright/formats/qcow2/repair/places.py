@@ -45,6 +45,7 @@ class Places:
         self.most = (1 << image.refcount_bits) - 1
         """The largest count; what was found may be more."""
         self.highest = found.counts.highest
+        """No cluster has more references than that."""
         self.claims = Counts()
         self.copies = 0
         self.mended = 0
@@ -112,6 +113,12 @@ class Places:
             return False
         counts = self.found.counts
         return any(counts.get(cluster) + more > self.most for cluster in range(first, stop))
+
+    def _name_once_more(self, first: int, stop: int) -> None:
+        """Count a reference that was not there yet."""
+        counts = self.found.counts
+        counts.add_run(first, stop)
+        self.highest = max([self.highest, *map(counts.get, range(first, stop))])
 
     def _region(self, data: bytes, tag: str) -> Procedure:
         """Write ``data`` to a new place of its own; returns its offset, counted and durable."""
