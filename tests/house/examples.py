@@ -7,6 +7,8 @@ A page is a session: its blocks run in their order, in one folder, Python ones i
   space for any other.  A command ends with status 0, or as ``# exit status N`` behind it says.
 - ``python`` is executed.  A ``text`` block right behind it is what it prints.
 - ``toml`` and ``json`` are parsed; ``text`` is shown and nothing else.
+- A command that ends with ``&`` is a server: of the daemon, and of ``serve`` with ``-t``, the end
+  is asked for behind the last block.
 - A comment ``<!-- setup`` has commands that readers do not see; ``<!-- not run: WHY -->`` before a
   block says why it is not run.
 """
@@ -24,7 +26,7 @@ import time
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 from unittest import mock
 
 from cli.support import called, command, environment
@@ -32,7 +34,7 @@ from cli.support import called, command, environment
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
 LANGUAGES = ("console", "python", "text", "toml", "json")
-PEERS = ("nbdinfo", "nbdcopy", "qemu-img", "qemu-io")
+PEERS = ("jq", "nbdinfo", "nbdcopy", "qemu-img", "qemu-io")
 _BLOCK = re.compile(
     r"^<!-- setup\n(?P<setup>.*?)^-->"
     r"|^(?:<!-- not run: (?P<why>[^\n]+) -->\n\n?)?"
@@ -40,6 +42,8 @@ _BLOCK = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 _STATUS = re.compile(r"\s+# exit status (\d+)$")
+_HERE = re.compile(r"<<'(\w+)'$")
+_LISTENS = re.compile(r"-k (\S+)|--chardev socket,\S*\bpath=([^\s,]+)")
 _SHELL = re.compile(r"[|<>&;*`$(]")  # what only a shell understands
 
 
@@ -80,6 +84,11 @@ def commands(text: str) -> list[tuple[str, str]]:
             line = line[2:]
             while line.endswith("\\"):
                 line = line[:-1] + next(lines).lstrip("> ")
+            if here := _HERE.search(line):
+                for more in lines:
+                    line += f"\n{more}"
+                    if more == here[1]:
+                        break
             found.append((line, ""))
         else:
             assert found, f"output without a command: {line}"
@@ -167,15 +176,19 @@ class Session:
         self.servers.append(
             subprocess.Popen(words, cwd=self.folder, env=self.environment, process_group=0)
         )
-        socket = self.folder / words[words.index("-k") + 1]
+        found = _LISTENS.search(" ".join(words))
+        assert found, "a server of which nobody knows where it listens"
+        socket = self.folder / (found[1] or found[2])
         limit = time.monotonic() + 20
         while not socket.exists() and time.monotonic() < limit:
             time.sleep(0.02)
 
     def close(self) -> None:
-        """Servers have ended with their last client."""
+        """Servers have ended with their last client, or end now."""
         try:
             for server in self.servers:
+                if {"-t", "daemon"} & set(cast("list[str]", server.args)):
+                    server.terminate()
                 assert server.wait(20) == 0
         finally:
             for server in self.servers:

@@ -9,8 +9,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-SECONDS = 300.0
-"""For all that a guest does: with TCG a boot takes 6 to 30 s, as loaded as the machine is."""
+SECONDS = 900.0
+"""For all that a guest does.  With TCG two boots need up to a minute of a processor, of which a
+loaded machine may have little to give."""
 _PROBE_SECONDS = 2.0
 
 
