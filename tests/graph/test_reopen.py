@@ -95,10 +95,10 @@ def test_a_mode_that_cannot_be_had_leaves_the_old_one(monkeypatch: pytest.Monkey
         leaf = leaf_of(node)
         real = leaf.reopen  # type: ignore[attr-defined]
 
-        async def refused(*, writable: bool | None = None, cache: str | None = None) -> None:
+        async def refused(*, writable: bool, **more: Any) -> Any:
             if writable:
                 raise OSError(errno.EROFS, os.strerror(errno.EROFS), "a")
-            await real(writable=writable, cache=cache)
+            return await real(writable=writable, **more)
 
         monkeypatch.setattr(leaf, "reopen", refused)
         with pytest.raises(OSError, match="Read-only file system"):

@@ -113,8 +113,10 @@ def test_a_read_only_device_is_not_written(driver, backing):
         with pytest.raises(OSError) as error:
             await FileNode.open(driver, device, writable=True)
         assert error.value.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
-        node = await FileNode.open(driver, device, writable=True, auto_read_only=True)
-        assert node.read_only
+        node = await FileNode.open(driver, device, writable=True, auto_read_only=True, perms=())
+        with pytest.raises(OSError) as error:
+            node.set_permissions({"write"}, ())
+        assert error.value.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
         await node.close()
 
     with loop(backing, "--read-only") as device:
@@ -137,7 +139,7 @@ def test_a_device_in_use_is_not_written(driver, backing, tmp_path):
         node = await FileNode.open(driver, device)
         await node.read([0], [512])
         with pytest.raises(OSError):
-            await node.reopen(writable=True)
+            (await node.reopen(writable=True)).keep()
         assert node.read_only
         await node.read([0], [512])
         await node.close()
@@ -145,14 +147,14 @@ def test_a_device_in_use_is_not_written(driver, backing, tmp_path):
     async def claim(device):
         node = await FileNode.open(driver, device, writable=True)
         for writable, cache in ((True, "none"), (False, "writeback"), (True, "writeback")):
-            await node.reopen(writable=writable, cache=cache)
+            (await node.reopen(writable=writable, cache=cache)).keep()
             # While it is ours, nobody mounts it.
             assert subprocess.run(["mount", device, str(where)], capture_output=True).returncode
         await node.write([0], [b"x"])
         await node.close()
         node = await FileNode.open(driver, device)
-        await node.reopen(writable=True)
-        await node.reopen(writable=True, cache="none")
+        (await node.reopen(writable=True)).keep()
+        (await node.reopen(writable=True, cache="none")).keep()
         assert subprocess.run(["mount", device, str(where)], capture_output=True).returncode
         await node.close()
 

@@ -444,27 +444,6 @@ class TestOpening:
         driver.run(steps())
         assert path.read_bytes() == b"data"
 
-    @pytest.mark.parametrize("error", [errno.EACCES, errno.EROFS])
-    def test_auto_read_only(self, error, driver, tmp_path):
-        path = tmp_path / "x"
-        path.write_bytes(b"data")
-
-        class ReadOnly(Watching):
-            def open(self, filename, flags, mode=0o666):
-                if flags & os.O_RDWR:
-                    raise OSError(error, os.strerror(error), filename)
-                return super().open(filename, flags, mode)
-
-        async def steps():
-            with pytest.raises(OSError):
-                await FileNode.open(driver, str(path), writable=True)
-            node = await FileNode.open(driver, str(path), writable=True, auto_read_only=True)
-            assert node.read_only
-            await node.close()
-
-        with using(ReadOnly()):
-            driver.run(steps())
-
     def test_create_empties_what_is_there(self, driver, tmp_path):
         path = tmp_path / "x"
         path.write_bytes(b"old" * 1000)

@@ -150,7 +150,7 @@ def test_a_failed_flush_stays_failed_until_reopen(watch, driver, tmp_path):
             assert later.value.errno == errno.EIO
         with pytest.raises(FlushFailed):
             await node.write([0], [b"b"], FUA)
-        await node.reopen()
+        (await node.reopen()).keep()
         await node.write([0], [b"c"])
         await node.flush()
         await node.close()

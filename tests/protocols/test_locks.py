@@ -123,16 +123,16 @@ def test_reopen_keeps_the_lock(driver, image):
     async def steps():
         node = await FileNode.open(driver, str(image))
         node.set_permissions({"consistent-read", "write"}, {"consistent-read"})
-        await node.reopen(writable=True)
+        (await node.reopen(writable=True)).keep()
         assert locked_bytes(image) == {100, 101, 201, 202, 203}
         await node.write([0], [b"new"])
         os.rename(image, image.with_name("moved"))  # it is still this file
-        await node.reopen(writable=False, cache="none")
+        (await node.reopen(writable=False, cache="none")).keep()
         assert node.read_only
         assert node.limits.alignment > 1
         assert bytes((await node.read([0], [3]))[0]) == b"new"
         node.set_permissions({"consistent-read"}, EVERYTHING)
-        await node.reopen(writable=True, cache="writeback")
+        (await node.reopen(writable=True, cache="writeback")).keep()
         assert node.limits.alignment == 1
         await node.write([0], [b"two"])
         assert locked_bytes(image.with_name("moved")) == {100}

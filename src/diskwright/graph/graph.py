@@ -132,11 +132,11 @@ class Graph:
             edge.perms -= {WRITE, RESIZE}
 
 
-def walk(top: Node) -> Iterator[Node]:
-    """``top`` and everything below it, each once, every node before its children."""
+def walk(*tops: Node) -> Iterator[Node]:
+    """``tops`` and everything below them, each once, every node before its children."""
     order: list[Node] = []
     seen: set[Node] = set()
-    stack: list[tuple[Node, bool]] = [(top, False)]
+    stack: list[tuple[Node, bool]] = [(top, False) for top in tops]
     while stack:
         node, done = stack.pop()
         if done:

@@ -191,6 +191,8 @@ class MappedNode(Node):
         """Give the format's tables the memory that its options ask for, and forget those that it
         does not use for as long as they say.  Called once it is open, and closing ends it."""
         format: Any = self.format
+        if self._cleaning is not None:
+            self._cleaning.cancel()
         self.engine.tables.claim(self.engine.view.owner, getattr(format, "table_budget", None))
         interval = getattr(format, "clean_interval", 0)
         if interval:

@@ -106,9 +106,7 @@ class Opening:
         options = dict(reference)
         if "driver" not in options and isinstance(options.get("filename"), str):
             options = {**options, **names.from_filename(options["filename"])}
-        discard = "unmap" if mode.exact else mode.discard  # formats ask for it where they may
-        mode = mode._replace(detect_zeroes="off", writethrough=False, discard=discard)
-        return await self.node(options, mode, chain)
+        return await self.node(options, mode.below(), chain)
 
     async def _probed(self, options: Options, mode: Mode, name: str, chain: _Chain) -> Node:
         below = await self.child(options.pop("file"), mode, chain)
@@ -186,8 +184,7 @@ class Opening:
         backing: Any = options.pop("backing", _UNSAID)
         try:
             if mode.writable and below.read_only:
-                fell_back = mode.auto_read_only and below.mode.writable
-                if mode.exact and not fell_back and driver_name != "raw":
+                if mode.exact and driver_name != "raw":
                     raise UsageError("Block node is read-only")
                 mode = mode._replace(writable=False)
             found = registry.driver(driver_name)

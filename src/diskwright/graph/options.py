@@ -26,6 +26,9 @@ FILES = ("data-file", "header")
 NUMBERED = {"extents": "extent."}
 """Options that are lists of nodes, and how the slots begin that these fill."""
 
+COMMON = ("cache", "auto-read-only", "read-only", "force-share", "discard", "detect-zeroes")
+"""The options that every node has, beside its name."""
+
 _SUFFIXES = {"": 0, "b": 0, "k": 10, "m": 20, "g": 30, "t": 40, "p": 50, "e": 60}
 _TRUE = (True, "on", "yes", "true", "y")
 _FALSE = (False, "off", "no", "false", "n")
@@ -44,10 +47,22 @@ class Mode(NamedTuple):
     within: tuple[str, ...] = ()
     """Folders that the files must be below, as an image named them; empty: anywhere."""
     auto_read_only: bool = False
-    """Open a file for reading where writing is not allowed."""
+    """Open a file for writing only while somebody writes."""
     exact: bool = False
     """For a program that goes on with single nodes: each does what its own options say, and is
     refused where it cannot."""
+    said: Mapping[str, Any] = {}
+    """The options among :data:`COMMON` that the node was given itself."""
+
+    @property
+    def cache(self) -> str:
+        """The mode of the caches of a file, by its name."""
+        return "unsafe" if self.no_flush else "none" if self.direct else "writeback"
+
+    def below(self) -> Mode:
+        """What the children of a node in this mode inherit."""
+        discard = "unmap" if self.exact else self.discard  # formats ask for it where they may
+        return self._replace(detect_zeroes="off", writethrough=False, discard=discard)
 
 
 def mode_of(cache: str, **named: Any) -> Mode:
@@ -64,6 +79,7 @@ def take_common(options: Options, mode: Mode) -> tuple[Mode, str]:
     Returns the node's mode (``mode`` where nothing is said) and its name, empty when not given.
     """
     name = options.pop("node-name", "")
+    mode = mode._replace(said={key: options[key] for key in COMMON if key in options})
     cache = options.pop("cache", None) or {}
     if not isinstance(cache, dict) or cache.keys() - {"direct", "no-flush", "writeback"}:
         raise UsageError("'cache' takes 'direct', 'no-flush' and 'writeback'")

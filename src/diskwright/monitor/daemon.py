@@ -186,10 +186,13 @@ class Daemon:
         """What :meth:`use` was told of ``who``."""
         return self._users.get(node, {}).get(who, Use(frozenset()))
 
+    def asked_of(self, node: Node) -> frozenset[str]:
+        """The permissions that users outside need of ``node``."""
+        return frozenset().union(*(use.perms for use in self._users.get(node, {}).values()))
+
     def needs(self, node: Node) -> frozenset[str]:
-        """The permissions that users outside and parents of ``node`` need of it."""
-        found = [use.perms for use in self._users.get(node, {}).values()]
-        return frozenset().union(*found, *(edge.perms for edge in node.parents))
+        """The same, and those that its parents need."""
+        return self.asked_of(node).union(*(edge.perms for edge in node.parents))
 
     def replace(self, old: Node, new: Node) -> None:
         """Let all who use ``old`` use ``new``: users outside, whose requests are drained, and nodes

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Annotated, Any
 
-from ..errors import UsageError
-from ..graph import names
-from ..graph.detect import detect_zeroes
+from ..errors import NotSupported, UsageError
+from ..graph import names, registry
+from ..graph.backend import Drain
 from ..graph.graph import walk
 from ..graph.node import Node
-from ..graph.options import Mode, take_common
+from ..graph.options import COMMON, Mode, checked, take_common
 from ..graph.perms import WRITE
-from ..graph.reopen import reopen
+from ..graph.reopen import Change, reopen_all
 from .blockdev import OPTIONS
 from .commands import command
 from .daemon import Daemon
@@ -20,25 +20,58 @@ from .nodes import release
 from .session import Monitor
 from .types import Array
 
-_CHILDREN = ("file", "image", "backing")
+_CHILDREN = ("file", "backing")
+_CHANGEABLE = {
+    "qcow2": (
+        "lazy-refcounts", "pass-discard-request", "pass-discard-snapshot", "pass-discard-other",
+        "discard-no-unref", "overlap-check", "cache-size", "l2-cache-size", "l2-cache-entry-size",
+        "refcount-cache-size", "cache-clean-interval", "compression-level", "encrypt",
+    ),
+    "raw": ("offset", "size"),
+    "file": ("drop-cache",),
+    "host_device": ("drop-cache",),
+}  # fmt: skip
+"""Options of drivers that may change."""
+_LASTING = ("drop-cache", "encrypt")
+"""Those of them that, once given, must be given again."""
 
 
 @command("blockdev-reopen")
 async def blockdev_reopen(
     monitor: Monitor, options: Annotated[list[dict[str, Any]], Array(OPTIONS)]
 ) -> None:
-    """Open nodes anew where they are in use: ``read-only``, ``cache``, ``discard`` and
-    ``detect-zeroes`` may change, and by their names the nodes in ``file`` and ``backing``.
+    """Open nodes anew where they are in use, all of them or, where one cannot be, none.
 
-    What is not given gets its default, but for ``backing``, which must be given where there is one;
-    what cannot be changed must be given as it is.  What is put into ``file`` is read anew.  Nodes
-    are opened anew one after the other: those before one that fails stay as they are then.
+    What may change are ``read-only``, ``auto-read-only``, ``cache``, ``discard`` and
+    ``detect-zeroes``, the nodes in ``file`` and ``backing`` (by their names), ``offset`` and
+    ``size`` of a raw node, and what a qcow2 node is told for as long as it is open (caches,
+    ``lazy-refcounts``, ``overlap-check``, ``pass-discard-*``, ``discard-no-unref``).  What is not
+    given gets its default, but for ``backing``, which must be given where there is one; what cannot
+    be changed must be given as it is.  A child that was described when the node was opened may be
+    described again.  What is put into ``file`` is read anew.
     """
     daemon = monitor.daemon
+    asked: dict[Node, dict[str, Any]] = {}
     for wanted in options:
-        _node(daemon, wanted)
-    for wanted in options:
-        await _reopen(daemon, wanted)
+        asked.setdefault(_node(daemon, wanted), {}).update(wanted)
+    changes: dict[Node, Change] = {}
+    for node, own in asked.items():
+        _plan(daemon, node, dict(own), Mode(writable=True, exact=True), changes)
+    _check_writers(daemon, changes)
+    before = [
+        child for change in changes.values() for slot in change.children
+        if (child := change.node.child(slot)) is not None
+    ]  # fmt: skip
+    drain = Drain(
+        disk for disk in daemon.backends() if not changes.keys().isdisjoint(walk(disk.node))
+    )
+    await drain.begin()
+    try:
+        await reopen_all(list(changes.values()))
+    finally:
+        drain.end()
+    for child in before:
+        await release(daemon, child)
 
 
 def _node(daemon: Daemon, wanted: Mapping[str, Any]) -> Node:
@@ -51,49 +84,47 @@ def _node(daemon: Daemon, wanted: Mapping[str, Any]) -> Node:
     return node
 
 
-async def _reopen(daemon: Daemon, wanted: Mapping[str, Any]) -> None:
-    node = _node(daemon, wanted)
+def _plan(
+    daemon: Daemon,
+    node: Node,
+    own: dict[str, Any],
+    mode: Mode,
+    changes: dict[Node, Change],
+) -> None:
+    """What becomes of ``node`` with the options ``own``, where its parent hands down ``mode``."""
     daemon.check_free(node)
-    own = dict(wanted)
-    mode, _ = take_common(own, Mode(writable=True, exact=True))
-    children = _children(daemon, node, own)
-    _check_same(node, own)
-    if mode.force_share != bool(node.options.get("force-share")):
-        raise UsageError("Cannot change the option 'force-share'")
-    if not mode.writable and WRITE in daemon.needs(node):
-        raise UsageError(f"Read-only block node '{node.name}' cannot support read-write users")
-    before = {slot: node.child(slot) for slot in children}
-    drain = daemon.draining(node)
-    await drain.begin()
-    try:
-        cache = "unsafe" if mode.no_flush else "none" if mode.direct else "writeback"
-        given = node.options.get("backing")
-        if "backing" in children:
-            node.options["backing"] = "given"
-        try:
-            await reopen(node, writable=mode.writable, cache=cache, children=children)
-        except BaseException:
-            if given is None:
-                node.options.pop("backing", None)
-            raise
-        format = getattr(node, "format", None)
-        if node.child("backing") is None and not getattr(format, "backing_file", None):
-            node.options.pop("backing", None)  # it names none
-        node.mode = mode
-        detect_zeroes(node, mode.detect_zeroes)
-        if hasattr(node, "keeps_discarded"):
-            node.keeps_discarded = mode.discard == "ignore"
-        daemon.refresh(node)
-    finally:
-        drain.end()
-    for child in before.values():
-        if child is not None and child not in children.values():
-            daemon.refresh(child)
-            await release(daemon, child)
+    mode, _ = take_common(own, mode)
+    if node.driver_name == "compress":
+        raise NotSupported(
+            f"Block format 'compress' used by node '{node.name}' does not support reopening files"
+        )
+    described, children = _children(daemon, node, own)
+    options = _options(node, own)
+    shared = bool(node.options.get("force-share"))
+    if mode.force_share != shared:
+        raise _fixed("force-share") if mode.force_share else _lasting("force-share")
+    if shared and mode.writable:
+        raise UsageError("force-share=on can only be used with read-only images")
+    changes[node] = Change(node, mode, children, options)
+    for child, words in described.items():
+        _plan(daemon, child, words, mode.below(), changes)
 
 
-def _children(daemon: Daemon, node: Node, own: dict[str, Any]) -> dict[str, Node | None]:
-    """The children that are to be others, taken out of the options ``own``."""
+def _check_writers(daemon: Daemon, changes: Mapping[Node, Change]) -> None:
+    """Raise UsageError where a node is to become read-only under those that write to it, unless
+    these are opened anew as well."""
+    for node, change in changes.items():
+        above = [edge.perms for edge in node.parents if edge.parent not in changes]
+        if not change.mode.writable and WRITE in daemon.asked_of(node).union(*above):
+            raise UsageError(f"Read-only block node '{node.name}' cannot support read-write users")
+
+
+def _children(
+    daemon: Daemon, node: Node, own: dict[str, Any]
+) -> tuple[dict[Node, dict[str, Any]], dict[str, Node | None]]:
+    """The children in the options ``own``, which are taken out of there: those that are described,
+    and what is put into slots where now is something else."""
+    described: dict[Node, dict[str, Any]] = {}
     found: dict[str, Node | None] = {}
     for slot in _CHILDREN:
         now = node.child(slot)
@@ -101,25 +132,54 @@ def _children(daemon: Daemon, node: Node, own: dict[str, Any]) -> dict[str, Node
             if slot == "backing" and now is not None:
                 raise UsageError(f"backing is missing for '{node.name}'")
             continue
-        if isinstance(own[slot], dict):
-            first = next(iter(names.flatten(own[slot])))
-            raise UsageError(f"Cannot change the option '{slot}.{first}'")
         name = own.pop(slot)
+        if isinstance(name, dict):
+            if now is None or now in daemon.owned or len(now.parents) > 1:
+                raise _fixed(f"{slot}.{next(iter(names.flatten(name)))}")
+            described[now] = dict(name)
+            continue
         child = None if name is None else daemon.find("", name)
-        if child is not None and node in walk(child):
-            raise UsageError(
-                f"Making '{name}' a {slot} child of '{node.name}' would create a cycle"
-            )
         if child is not now:
             found[slot] = child
-    return found
+    return described, found
 
 
-def _check_same(node: Node, own: Mapping[str, Any]) -> None:
-    """Raise UsageError for an option that is not what it is."""
+def _options(node: Node, own: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of the driver, as it knows them.  Raises UsageError for one that would have to change,
+    and cannot."""
+    driver = registry.driver(node.driver_name)
     now = names.flatten(node.options)
+    changeable = _CHANGEABLE.get(node.driver_name, ())
+    plain: dict[str, Any] = {}
     for key, value in names.flatten(own).items():
         child = node.child(key.partition(".")[0])
-        same = value == child.name if child is not None else now.get(key) == value
-        if not same:
-            raise UsageError(f"Cannot change the option '{key}'")
+        if child is not None:
+            same = value == child.name
+        elif _within(key, changeable):
+            plain[key] = value
+            continue
+        else:
+            same = now.get(key) == value
+        if not same and key != "node-name":
+            raise _fixed(key)
+        if child is None and key not in ("driver", "node-name"):
+            plain[key] = value
+    for option in driver.options:
+        key, outer = option.name, option.name.partition(".")[0]
+        lost = key in now and key not in plain and node.child(outer) is None
+        resets = outer in (*COMMON, *_CHILDREN) or _within(key, changeable)
+        if lost and (not resets or outer in _LASTING):
+            raise _lasting(key)
+    return checked(driver, names.nest(plain))
+
+
+def _within(key: str, options: tuple[str, ...]) -> bool:
+    return key in options or key.partition(".")[0] in options
+
+
+def _fixed(option: str) -> UsageError:
+    return UsageError(f"Cannot change the option '{option}'")
+
+
+def _lasting(option: str) -> UsageError:
+    return UsageError(f"Option '{option}' cannot be reset to its default value")

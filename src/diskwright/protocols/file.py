@@ -115,7 +115,7 @@ DRIVER = Driver(
         Option("discard", "enum", "give discarded space back", "unmap",
                ("ignore", "off", "unmap", "on")),
         Option("read-only", "bool", "open for reading", True),
-        Option("auto-read-only", "bool", "open for reading where writing is not allowed", False),
+        Option("auto-read-only", "bool", "open for writing only while somebody writes", False),
         Option("force-share", "bool", "share the image with every other program", False),
     ),
     create_options=(

@@ -14,18 +14,22 @@ from ..engine.kernel import BaseDriver
 from ..engine.node import Node
 from ..errors import UsageError
 from ..extents import Data, Extent, Zero
+from ..hints import TYPE_CHECKING
 from ..units import align_up
 from .base import PERMISSIONS
 from .fileio import FileIO
 from .locks import ImageLocks
-from .opening import CACHE_MODES, open_descriptor, open_flags
+from .opening import CACHE_MODES, open_descriptor
 from .os_portable import Device, Portable
 from .os_portable import table as system_table
 from .space import Discards, Space, find_runs, merged, rough_runs
 
+if TYPE_CHECKING:
+    from .reopening import Reopened
+
 _EVERYTHING = frozenset(PERMISSIONS)
+_WRITING = frozenset(PERMISSIONS[1:])
 _QUIET = frozenset({"consistent-read", "write-unchanged"})
-_NO_WRITING = (errno.EACCES, errno.EROFS, errno.EPERM)
 _ZERO_STEP = 1 << 20
 _COPY_STEP = 64 << 20
 
@@ -41,9 +45,10 @@ class FileNode(FileIO):
         self.cache = "writeback"
         self.discards = Discards()
         self.force_share = False
+        self.auto_read_only = False
+        self.for_writing = self.has_writers = False
+        """How it is open, and what its users need."""
         self.unmap = True
-        # Locks stay on the first descriptor: those of a second one would conflict with them.
-        self._lock_fd = fd
         self._claim_fd = -1  # holds the exclusive claim on a device
         self.locks = ImageLocks(table, fd, filename)
         _live.add(self)
@@ -78,8 +83,9 @@ class FileNode(FileIO):
         the node's users need and what they let other programs do; by default a writer shares
         with readers only and a reader refuses writers.  ``force_share`` (read-only) shares
         everything.  ``locking``: auto, on (fail where there are no locks), off.  ``discard``:
-        unmap or ignore.  ``within``: folders that the file must be below (see
-        :mod:`.beneath`).  Raises OSError, UsageError, ImageInUse and Outside.
+        unmap or ignore.  ``auto_read_only``: the file is opened for writing while ``perms`` need
+        that alone.  ``within``: folders that the file must be below (see :mod:`.beneath`).
+        Raises OSError, UsageError, ImageInUse and Outside.
         """
         if cache not in CACHE_MODES:
             raise UsageError(f"Invalid cache option: {cache}")
@@ -87,19 +93,15 @@ class FileNode(FileIO):
         if force_share and writable:
             raise UsageError("force-share=on can only be used with read-only images")
         table = system_table()
-        try:
-            fd, device = open_descriptor(table, filename, writable, cache, create, within)
-        except OSError as error:
-            if not writable or not auto_read_only or error.errno not in _NO_WRITING:
-                raise
-            writable = False
-            fd, device = open_descriptor(table, filename, writable, cache, create, within)
+        for_writing = create or (writable and not auto_read_only)
+        fd, device = open_descriptor(table, filename, for_writing, cache, create, within)
         node = cls(driver, filename, table, fd, device)
         try:
             node.force_share = force_share
             node.unmap = discard in ("unmap", "on")
             node.read_only = not writable
-            if writable and device.kind == "device":
+            node.auto_read_only, node.for_writing = auto_read_only, for_writing
+            if for_writing and device.kind == "device":
                 node._claim_fd = fd
             node.locks.required = locking == "on"
             node.locks.works = locking != "off" and node.locks.works
@@ -117,33 +119,39 @@ class FileNode(FileIO):
                 if force_share:
                     shared = _EVERYTHING
                 node.set_permissions(perms, _QUIET if shared is None else shared)
-            await node._use_cache(cache, fd)
+            node._use_cache(cache, await node._alignment(cache, fd))
         except BaseException:
             node.closed = True
             node._close_descriptors()
             raise
         return node
 
-    async def _use_cache(self, cache: str, fd: int) -> None:
-        """Go on with ``fd``, which was opened with the flags for ``cache``."""
+    async def _alignment(self, cache: str, fd: int) -> int:
+        """What requests must be aligned to on ``fd``, which was opened with the flags for
+        ``cache``."""
+        if not CACHE_MODES[cache][0]:
+            return 1
+        if not self.table.direct_flag:
+            self.table.set_direct(fd)
+            return 1
+        from .direct import probe_alignment
+
+        found = await self._job(probe_alignment, self.table, fd, self.size)
+        return max(found, self.device.sector) if self.device.kind == "device" else found
+
+    def _use_cache(self, cache: str, alignment: int) -> None:
+        """Go on in this mode."""
         direct, through, unsafe = CACHE_MODES[cache]
-        bounce, limits = None, Limits()
+        self._bounce, self.limits = None, Limits()
         if direct and self.table.direct_flag:
             from .bounce import Bounce
-            from .direct import DirectIO, probe_alignment
+            from .direct import DirectIO
 
-            alignment = await self._job(probe_alignment, self.table, fd, self.size)
-            if self.device.kind == "device":
-                alignment = max(alignment, self.device.sector)
-            mover = DirectIO(self.driver, self.table, fd, alignment)
-            bounce, limits = Bounce(alignment, mover.read, mover.write), Limits(alignment)
-        elif direct:
-            self.table.set_direct(fd)
-        while self._jobs:  # on the descriptor that was used so far
-            await self._idle.wait()
-        self._fd, self._bounce, self.limits = fd, bounce, limits
+            mover = DirectIO(self.driver, self.table, self._fd, alignment)
+            self._bounce = Bounce(alignment, mover.read, mover.write)
+            self.limits = Limits(alignment)
         self.cache, self._write_through, self._no_flush = cache, through, unsafe
-        self._space = Space(self.table, fd, self.device)
+        self._space = Space(self.table, self._fd, self.device)
         self._fast_read, self._cached_only = self.table.fast_read, self.table.cached_only
 
     # -- zeroes and discards
@@ -327,37 +335,28 @@ class FileNode(FileIO):
 
     def set_permissions(self, perms: Collection[str], shared: Collection[str]) -> None:
         """What the users of this node need, and what they let other programs do.  Raises
-        :class:`~diskwright.errors.ImageInUse` and changes nothing then."""
-        self.locks.set(perms, _EVERYTHING if self.force_share else shared)
+        :class:`~diskwright.errors.ImageInUse` and OSError, and changes nothing then."""
+        shared = _EVERYTHING if self.force_share else shared
+        if self.auto_read_only:
+            from .reopening import follow
 
-    async def reopen(self, *, writable: bool | None = None, cache: str | None = None) -> None:
-        """Flush, and open the same file again; forgets that a flush failed.  Permissions are
-        changed by :meth:`set_permissions`.  Raises OSError, and then stays as it was."""
-        self.check_open()
-        writable = not self.read_only if writable is None else writable
-        cache = self.cache if cache is None else cache
-        if cache not in CACHE_MODES:
-            raise UsageError(f"Invalid cache option: {cache}")
-        if self._flush_error is None:
-            await self._flush()
-        old = self._fd
-        flags = open_flags(self.table, writable, cache)
-        claim = writable and self.device.kind == "device" and self._claim_fd < 0
-        fd = self.table.again(
-            old, self.filename, flags | (self.table.exclusive_flag if claim else 0)
-        )
-        try:
-            await self._use_cache(cache, fd)
-        except BaseException:
-            os.close(fd)
-            raise
-        if claim:
-            self._claim_fd = fd
-        self.read_only = not writable
-        self._flush_error = None
-        if old not in (self._lock_fd, self._claim_fd):
-            os.close(old)
-        self.changed()
+            follow(self, perms, shared)
+        else:
+            self.locks.set(perms, shared)
+        self.has_writers = not _WRITING.isdisjoint(perms)
+
+    async def reopen(
+        self,
+        *,
+        writable: bool | None = None,
+        cache: str | None = None,
+        auto_read_only: bool | None = None,
+    ) -> Reopened:
+        """Flush, and open the same file again; forgets that a flush failed.  Raises OSError, and
+        then stays as it was.  The caller keeps what came of it or takes it back."""
+        from .reopening import switch
+
+        return await switch(self, writable, cache, auto_read_only)
 
     async def close(self) -> None:
         if self.closed:
@@ -378,9 +377,9 @@ class FileNode(FileIO):
 
     def _close_descriptors(self) -> None:
         """Their locks end with them."""
-        for fd in {self._fd, self._lock_fd, self._claim_fd} - {-1}:
+        for fd in {self._fd, self.locks.fd, self._claim_fd} - {-1}:
             os.close(fd)
-        self._fd = self._lock_fd = self._claim_fd = -1
+        self._fd = self.locks.fd = self._claim_fd = -1
         _live.discard(self)
 
 

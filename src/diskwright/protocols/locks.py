@@ -26,6 +26,8 @@ class ImageLocks:
         self.table, self.fd, self.filename, self.required = table, fd, filename, required
         self.held: set[int] = set()
         self.works = table.locks
+        self._wanted: set[int] = set()
+        self._floor: frozenset[int] = frozenset()
 
     def set(self, perms: Collection[str], shared: Collection[str]) -> None:
         """Use ``perms`` from now on and let others use ``shared``.  Raises
@@ -42,11 +44,12 @@ class ImageLocks:
             for byte in sorted(wanted - self.held):
                 self.table.lock(self.fd, byte, True)
                 added.append(byte)
+            # Who came after a byte was held has seen it, and gone.
             for i in used:
-                if self.table.locked(self.fd, _UNSHARED + i):
+                if _USED + i in added and self.table.locked(self.fd, _UNSHARED + i):
                     raise ImageInUse(self.filename, PERMISSIONS[i])
             for i in unshared:
-                if self.table.locked(self.fd, _USED + i):
+                if _UNSHARED + i in added and self.table.locked(self.fd, _USED + i):
                     raise ImageInUse(self.filename, PERMISSIONS[i], shared=True)
         except BaseException as error:
             for byte in added:
@@ -62,9 +65,40 @@ class ImageLocks:
                 self.set(perms, shared)
                 return
             raise
+        self._wanted = wanted
+        self._trim()
+
+    def _trim(self) -> None:
+        """Give up what is neither wanted nor kept."""
+        wanted = self._wanted | self._floor
         for byte in sorted(self.held - wanted):
             self.table.lock(self.fd, byte, False)
         self.held = wanted
+
+    def keep(self) -> None:
+        """Give up nothing of what is held now until :meth:`settle`: it can be had again by
+        :meth:`set`, which then cannot fail."""
+        self._floor = frozenset(self.held)
+
+    def settle(self) -> None:
+        """End :meth:`keep`."""
+        self._floor = frozenset()
+        if self.works:
+            self._trim()
+
+    def move(self, fd: int) -> None:
+        """Hold the same on another opening of the file.  Those of this one end with it.  Raises
+        OSError, and then all stay where they are."""
+        moved: list[int] = []
+        try:
+            for byte in sorted(self.held):
+                self.table.lock(fd, byte, True)
+                moved.append(byte)
+        except OSError:
+            for byte in moved:
+                self.table.lock(fd, byte, False)
+            raise
+        self.fd = fd
 
     def drop(self) -> None:
         """Give all up."""

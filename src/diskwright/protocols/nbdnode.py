@@ -334,7 +334,7 @@ class NbdNode(Leaf):
             return
         raise NotSupported(f"Cannot {'grow' if self.fixed_end else 'resize'} NBD nodes")
 
-    async def reopen(self, *, writable: bool | None = None, cache: str | None = None) -> None:
+    async def reopen(self, *, writable: bool | None = None, **unused: object) -> None:
         """Flush, and go on for reading or for writing.  Raises OSError."""
         self.check_open()
         if writable and self._can(c.READ_ONLY):
