@@ -65,7 +65,8 @@ class Shape(NamedTuple):
             options["data_file_raw"] = "on"
         if rng.random() < 0.3:
             options |= _encryption(rng)
-            options.pop("preallocation", None)  # QEMU's reads as noise
+            for reads_as_noise in ("preallocation", "data_file_raw"):  # in QEMU's
+                options.pop(reads_as_noise, None)
         most = min(cluster << 10, 3 * MIB)
         size = rng.randrange(most // 4, most)
         if rng.random() < 0.5:

@@ -55,8 +55,10 @@ class Steps(Matrix):
         self.model = model
 
     def _zero(self) -> None:
-        offset, length = self.range(len(self.model))
         flags = self.rng.choice(("", "-u ", "-f ", "-n ", "-n -u "))
+        # Of what fails without -n's other way a part may be done.
+        unit = self.shape.cluster if "-n" in flags else 512
+        offset, length = self.range(len(self.model), unit)
         command = f"write -q -z {flags}{offset} {length}"
         more = self.rng.choice(([], ["-d", "unmap"]))
         self.both([*self._io(*more), "-c", command, self._opened()])

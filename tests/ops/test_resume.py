@@ -524,3 +524,30 @@ def test_sigusr1_reports_once(
     out, err = process.communicate(timeout=60)
     assert process.returncode == 0 and not out
     assert re.fullmatch(rb"    \([0-9.]+/100%\)\n", err), err
+
+
+def test_killed_twice_while_it_makes_the_target(
+    tmp_path: Path, run: Convert, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At no moment the target is there and the journal says nothing."""
+    journal = tmp_path / "out.resume"
+    run(stop=4 * PART)
+    first = journal.read_bytes().splitlines(keepends=True)[0]
+    journal.write_bytes(first)  # as it was while the target was made
+    writes = FileNode.write
+
+    async def write(self: FileNode, *more: Any) -> None:
+        if self.filename == str(journal):
+            raise Stop
+        await writes(self, *more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(FileNode, "write", write)
+        run(stop=0)
+    assert journal.read_bytes() == first
+    run(stop=4 * PART)
+    said, covered_before = [sorted(line)[0] for line in lines(journal)], covered(journal)
+    assert said[:3] == ["conversion", "conversion", "target"]
+    (told,) = run()
+    assert told.offset == covered_before > 0
+    whole(tmp_path, "qcow2")

@@ -86,9 +86,10 @@ class Journal:
             if text.strip(b"\0") and not _BEGINNING.startswith(text[8 : 8 + len(_BEGINNING)]):
                 raise self._bad("is no journal of a conversion")
             return None
-        head, *rest = lines
-        if head.get("journal") != _KIND:
+        if lines[0].get("journal") != _KIND:
             raise self._bad("is no journal of a conversion")
+        begun = max(number for number, line in enumerate(lines) if "journal" in line)
+        head, rest = lines[begun], lines[begun + 1 :]
         if head.get("version") != VERSION:
             raise UnsupportedFeature(f"journals of version {head.get('version')}", file=self.path)
         try:
@@ -99,9 +100,13 @@ class Journal:
     def _bad(self, text: str) -> ImageError:
         return ImageError(text, file=self.path)
 
-    async def begin(self, conversion: Mapping[str, Any], sources: list[Any]) -> None:
-        """A new conversion: whatever was there counts no more."""
-        self._end = 0
+    async def begin(
+        self, conversion: Mapping[str, Any], sources: list[Any], there: bool = False
+    ) -> None:
+        """A new conversion: whatever the journal says counts no more.  While something is
+        ``there`` in the place of the target it keeps saying that this may be overwritten."""
+        if not there:
+            self._end = 0
         head = {"journal": _KIND, "version": VERSION}
         await self._add({**head, "conversion": conversion, "sources": sources})
 

@@ -166,10 +166,11 @@ async def begin(
         raise UsageError(f"another program is converting to '{path}'") from error
     try:
         found = Resumption(driver, journal, content, settings.verify)
-        if state is None and os.path.lexists(path):
+        there = os.path.lexists(path)
+        if state is None and there:
             raise UsageError(f"'{path}' has been made by something else")
-        if state is None or state.target is None or not os.path.lexists(path):
-            await journal.begin(conversion, sources)
+        if state is None or state.target is None or not there:
+            await journal.begin(conversion, sources, there)
             return found
         _compare(state, conversion, sources, path)
         if settings.verify:
