@@ -52,6 +52,10 @@ class Pages:
             number, inside = divmod(at + done, PAGE)
             count = min(PAGE - inside, end - at - done)
             page = self._over.get(number)
+            if count == PAGE and data[done : done + PAGE] == _ZEROES:
+                self._over[number] = _ZEROES
+                done += PAGE
+                continue
             if page is _ZEROES:
                 page = self._over[number] = bytearray(PAGE)
             elif page is None:
