@@ -6,7 +6,9 @@ import json
 import os
 import signal
 import socket
+import sys
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -144,6 +146,26 @@ def test_tls_in_every_worker(tmp_path: Path, certificates: Path) -> None:
                 diskwright.open(bad, format="raw")
     finally:
         assert server.end() == (0, "")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="processes are not looked into elsewhere")
+def test_the_next_connection_of_a_client_needs_no_relay(tmp_path: Path, certificates: Path) -> None:
+    server, uri = secure(tmp_path, certificates)
+
+    def descriptors() -> int:
+        return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in children(server))
+
+    counts = [descriptors()]
+    disks = []
+    for _ in range(3):
+        disks.append(diskwright.open(uri.replace("NAME", "c"), format="raw"))
+        assert disks[-1].read_at(0, 1) == b"c"
+        counts.append(descriptors())
+    assert [after - before for before, after in pairwise(counts)] == [3, 1, 1]
+    for found in disks:
+        found.close()
+    wait_for(lambda: descriptors() == counts[0], "the end of the relay")
+    assert server.end() == (0, "")
 
 
 def test_strangers_do_not_end_the_server(tmp_path: Path, certificates: Path) -> None:

@@ -6,18 +6,21 @@ alone, because no byte behind the choice is taken from the socket here.
 
 The state of a TLS connection cannot be handed over.  With TLS a client's socket goes to the worker
 that has the fewest clients before a word was said; that one greets it, and if another worker has
-the export it carries bytes between the two (:mod:`.nbd_relay`).
+the export it carries bytes between the two (:mod:`.nbd_relay`).  What the same process or host
+connects next is taken straight there: it is likely to want the same.
 
-Messages to a worker: ``exports`` (all that clients may choose), ``greet`` (with a client's socket),
-``client`` (one that was greeted), ``relayed`` (another worker's end of a relay), ``metrics``.
+Messages to a worker: ``exports`` (all that clients may choose), ``greet`` (a client, and who it
+is), ``client`` (one that was greeted), ``relayed`` (another worker's end of a relay), ``metrics``.
 Messages from it: ``exports`` (its own) or ``failed`` first, then ``left`` for each client that has
-left, ``relay`` (an end, for the worker that has the export), ``metrics``.
+left, ``relay`` (whose it is, and an end, for the worker that has the export), ``metrics``.
 """
 
 from __future__ import annotations
 
 import os
 import socket
+import struct
+import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
@@ -31,6 +34,21 @@ from .nbd_door import Door
 from .nbd_greeting import Greeting
 from .nbd_messages import Messages
 from .nbd_server import HANDSHAKE_SECONDS
+
+_PEERS = 1024
+"""How many are remembered, by what they asked for last."""
+_CREDENTIALS = struct.Struct("3i")
+
+
+def _peer(sock: socket.socket) -> int | str:
+    """Who the other side is, as far as the system tells: a process or a host."""
+    with suppress(OSError):
+        if sock.family in (socket.AF_INET, socket.AF_INET6):
+            return str(sock.getpeername()[0])
+        if sys.platform == "linux":
+            data = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size)
+            return int(_CREDENTIALS.unpack(data)[0])
+    return 0
 
 
 class Worker(NamedTuple):
@@ -81,6 +99,8 @@ class Front(Door):
         self._of: dict[bytes, _Home] = {}
         self._watching: list[Task[None]] = []
         self._handing: set[Task[None]] = set()
+        self._likely: dict[int | str, _Home] = {}
+        """Which worker's export a peer was relayed to last."""
 
     async def ready(self) -> None:
         """Wait until every worker has said what it serves.  Raises UsageError for one that cannot
@@ -188,7 +208,7 @@ class Front(Door):
                 asked, home.asked = home.asked, None
                 asked.set([Family(*family) for family in rest[0]])
             elif kind == "relay" and sock is not None:
-                self._spawn(self._pass_on(sock, rest))
+                self._spawn(self._pass_on(sock, *rest))
         home.gone = True
         home.messages.close()
         _, status = os.waitpid(home.pid, 0)
@@ -228,8 +248,10 @@ class Front(Door):
 
     async def _hand_over(self, sock: socket.socket) -> None:
         homes = [home for home in self._homes if not home.gone]
-        home = min(homes, key=lambda home: home.clients, default=None)
-        await self._hand(home, ("greet",), sock)
+        peer = _peer(sock)
+        likely = self._likely.get(peer)
+        fewest = min(homes, key=lambda home: home.clients, default=None)
+        await self._hand(likely if likely in homes else fewest, ("greet", peer), sock)
 
     async def _hand(
         self, home: _Home | None, message: tuple[Any, ...], sock: socket.socket
@@ -249,9 +271,13 @@ class Front(Door):
             if not handed:
                 self._gone(False)
 
-    async def _pass_on(self, sock: socket.socket, agreed: list[Any]) -> None:
+    async def _pass_on(self, sock: socket.socket, peer: int | str, *agreed: Any) -> None:
         """Give the worker that has an export the end of a relay, which counts as no client."""
         home = self._of.get(agreed[0])
         with suppress(OSError, Cancelled), sock:  # closed here, it is the other end's end
             if home is not None:
+                self._likely.pop(peer, None)
+                self._likely[peer] = home
+                if len(self._likely) > _PEERS:
+                    del self._likely[next(iter(self._likely))]
                 await home.messages.send(("relayed", *agreed), sock)

@@ -81,7 +81,7 @@ class WorkerServer(Server):
                     _ = self.driver.spawn(self._say("metrics", told), name="metrics")
                 elif sock is not None:
                     coming = (
-                        self._greet(sock)
+                        self._greet(sock, *rest)
                         if kind == "greet"
                         else self._adopt(sock, Agreed(*rest), relayed=kind == "relayed")
                     )
@@ -97,7 +97,7 @@ class WorkerServer(Server):
         _ = self.driver.spawn(self._say("left", served), name="left")
 
     # -- clients
-    async def _greet(self, sock: socket.socket) -> None:
+    async def _greet(self, sock: socket.socket, peer: int | str) -> None:
         greeting = Greeting(self.driver, sock, self._choices, self.handshake_seconds, self.tls)
         try:
             agreed = await greeting.carried_out()
@@ -110,7 +110,7 @@ class WorkerServer(Server):
         if agreed.name in self.exports:
             await self._adopt(greeting.sock, agreed, greeting)
         else:
-            await self._relay(greeting, agreed)
+            await self._relay(greeting, peer, agreed)
 
     async def _adopt(
         self,
@@ -148,7 +148,7 @@ class WorkerServer(Server):
         else:
             self._tell_left(connection.negotiated)
 
-    async def _relay(self, greeting: Greeting, agreed: Agreed) -> None:
+    async def _relay(self, greeting: Greeting, peer: int | str, agreed: Agreed) -> None:
         """Carry a client's bytes to and from the worker that has the export."""
         from .nbd_relay import Relay
 
@@ -156,7 +156,7 @@ class WorkerServer(Server):
         prepare(ours)
         prepare(theirs)
         with theirs:
-            await self._say("relay", *agreed, sock=theirs)
+            await self._say("relay", peer, *agreed, sock=theirs)
         assert greeting.secured is not None
         relay = Relay(self.driver, greeting.secured, ours)
         self._relays.add(relay)
