@@ -8,6 +8,7 @@ from typing import Any
 
 from diskwright.bitmaps import DirtyBitmap
 from diskwright.cli.main import main
+from diskwright.engine.kernel import Future
 from diskwright.graph.backend import Backend
 from diskwright.monitor import all_commands
 from diskwright.monitor.daemon import Daemon
@@ -167,3 +168,37 @@ def test_what_failed_has_not_been(tmp_path: Path, capsys: Any) -> None:
     assert main("qemu-img", ["info", "--output=json", str(tmp_path / "b.qcow2")]) == 0
     stored = json.loads(capsys.readouterr().out)["format-specific"]["data"]["bitmaps"]
     assert [(one["name"], one["flags"]) for one in stored] == [("storedb", [])]
+
+
+def test_only_users_of_the_nodes_that_are_named_wait(tmp_path: Path) -> None:
+    async def talk(daemon: Daemon, peer: Peer) -> None:
+        await peer.meet()
+        await opened(peer, tmp_path, "a", "b")
+        address = {"type": "unix", "data": {"path": str(tmp_path / "s")}}
+        await peer.do("nbd-server-start", addr=address)
+        for name in "ab":
+            await peer.do("block-export-add", type="nbd", id=name, node_name=name)
+        gate: Future[None] = Future()
+
+        async def stuck(*columns: Any) -> list[bytes]:
+            await gate
+            return [bytes(512)]
+
+        node: Any = daemon.graph.nodes["b"]
+        node.read = stuck
+        reading = daemon.driver.start(daemon.exports["b"].disk.read([0], [512]))
+        await peer.do("block-dirty-bitmap-add", node="a", name="x")
+        actions = [bitmap("add", "a", "y"), bitmap("clear", "a", "x")]
+        await peer.do("transaction", actions=actions)
+        assert not reading.done
+        words = {"node": "b", "name": "x"}
+        await peer.send({"execute": "block-dirty-bitmap-add", "arguments": words})
+        for _ in range(20):
+            await daemon.driver.turn()
+        assert not daemon.graph.nodes["b"].engine.bitmaps  # type: ignore[attr-defined]
+        gate.set()
+        assert await peer.hear() == {"return": {}}
+        await reading
+        del node.read
+
+    with_peers(talk)

@@ -59,7 +59,8 @@ class Disk:
         create = ["create", "-q", "-f", "qcow2", *words[:-1], str(path), words[-1]]
         assert main("qemu-img", create) == 0
         self.images.append(path)
-        file = {"driver": "file", "node-name": f"{name}-file", "filename": path.name}
+        file = {"driver": "file", "node-name": f"{name}-file", "filename": path.name,
+                "auto-read-only": True}  # fmt: skip
         options = {"driver": "qcow2", "node-name": name, "file": file}
         self.done("blockdev-add", {**options, "backing": None})
         return {**options, "file": file["node-name"]}
@@ -92,6 +93,23 @@ class Disk:
         self.done("blockdev-reopen", {"options": [options]})
         options["read-only"] = True
         self.refused("blockdev-reopen", {"options": [options]}, "cannot support read-write users")
+
+    def insert(self) -> None:
+        """Another node comes between the image and its file, and goes again."""
+        options = {"driver": "raw", "node-name": "between", "file": self.top["file"]}
+        self.done("blockdev-add", options)
+        self.done("blockdev-reopen", {"options": [{**self.top, "file": "between"}]})
+        self.done("blockdev-reopen", {"options": [self.top]})
+        self.done("blockdev-del", {"node-name": "between"})
+
+    def together(self) -> None:
+        """With a node that cannot be opened so, which is found last: nothing changes."""
+        spare = {"driver": "raw", "node-name": "spare", "file": {"driver": "null-co", "size": 512}}
+        self.done("blockdev-add", spare)
+        spare["size"] = 1024
+        top = {**self.top, "detect-zeroes": "on", "cache": {"direct": True}}
+        self.refused("blockdev-reopen", {"options": [top, spare]}, "has to be smaller")
+        self.done("blockdev-del", {"node-name": "spare"})
 
     def resize(self) -> None:
         """Clients of an NBD server were told a size; a file may grow."""
@@ -145,7 +163,8 @@ def test_changes_under_load(tmp_path: Path, kind: str, rounds: int, peer: Any) -
 def changed(disk: Disk, rounds: int) -> list[Path]:
     """All images, after at least so many rounds of changes while fio ran."""
     changes: list[Callable[[], None]] = [
-        disk.reopen, disk.snapshot, disk.export_again, disk.replace, disk.resize, disk.keep,
+        disk.reopen, disk.snapshot, disk.export_again, disk.replace, disk.insert, disk.together,
+        disk.resize, disk.keep,
     ]  # fmt: skip
     todo = itertools.cycle(changes)
     done = 0

@@ -19,7 +19,7 @@ from .guard import GuardedNode
 from .mapped import MappedNode
 from .node import Node
 from .options import Mode, take_common
-from .perms import RESIZE, Use, combined, root_use
+from .perms import ALL, RESIZE, Use, combined, root_use
 
 
 class Change(NamedTuple):
@@ -121,6 +121,7 @@ class _Reopening:
                 await self._switch(layer, modes[layer])
             for change in self.changes:
                 self._use(change)
+            self._derive()
             for layer in reversed(order):
                 if isinstance(layer, MappedNode):
                     await self._format_again(layer)
@@ -135,10 +136,10 @@ class _Reopening:
             for step in self._keep:
                 step()
         finally:
-            self._refresh()
+            self._derive()
             for locks in locked:
                 locks.settle()
-            self._refresh()  # files that nobody writes to any more
+            self._refresh()  # what nobody needs any more is given up
 
     def _hold_locks(self) -> Iterator[Any]:
         """Nothing that is locked below the nodes can be had by others until this has ended."""
@@ -147,6 +148,13 @@ class _Reopening:
             if locks is not None:
                 locks.keep()
                 yield locks
+
+    def _derive(self) -> None:
+        """All permissions anew: what is left of those before would conflict with them."""
+        for node in walk(*self._used):
+            for edge in node.children.values():
+                edge.perms, edge.shared = frozenset(), ALL
+        self._refresh()
 
     def _refresh(self) -> None:
         for node in self._used:
@@ -246,17 +254,16 @@ class _Reopening:
 
     def _use(self, change: Change) -> None:
         node, graph = change.node, change.node.graph
-        if graph is None:
+        if graph is None or change.mode.exact:
             return
-        if not change.mode.exact:  # a disk of which reading and writing was said as a whole
-            self._undo.append(partial(_put_back, graph.roots, node, graph.roots.get(node)))
-            self._undo.append(partial(_put_back, graph.extra, node, graph.extra.get(node)))
-            writable = not node.read_only
-            if node in graph.roots:
-                graph.use(node, root_use(writable, graph.roots[node].shared))
-            else:
-                _put_back(graph.extra, node, root_use(True) if writable else None)
-        graph.refresh(node)
+        # Of a disk it was said as a whole whether it is written to.
+        self._undo.append(partial(_put_back, graph.roots, node, graph.roots.get(node)))
+        self._undo.append(partial(_put_back, graph.extra, node, graph.extra.get(node)))
+        writable = not node.read_only
+        if node in graph.roots:
+            graph.use(node, root_use(writable, graph.roots[node].shared))
+        else:
+            _put_back(graph.extra, node, root_use(True) if writable else None)
 
     async def _format_again(self, node: MappedNode) -> None:
         """Read the image anew in the new mode, with an engine of its own."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -138,12 +138,15 @@ class Daemon:
         """What those outside hold in place of nodes."""
         return [export.disk for export in self.exports.values()]
 
-    def draining(self, node: Node) -> Drain:
-        """What keeps requests away from ``node``."""
-        return Drain(disk for disk in self.backends() if node in walk(disk.node))
+    def draining(self, nodes: Collection[Node]) -> Drain:
+        """What keeps requests away from ``nodes``, those of jobs as well."""
+        away = {*nodes}.isdisjoint
+        disks = [disk for disk in self.backends() if not away(walk(disk.node))]
+        jobs = [job for job in self.jobs if job.work.block and not away(walk(*job.work.nodes))]
+        return Drain([*disks, *jobs])
 
     def draining_all(self) -> Drain:
-        """What keeps requests away from all nodes, those of jobs as well."""
+        """What keeps requests away from all nodes."""
         return Drain([*self.backends(), *(job for job in self.jobs if job.work.block)])
 
     def retire(self, disk: Backend) -> None:

@@ -7,8 +7,6 @@ from typing import Annotated, Any
 
 from ..errors import NotSupported, UsageError
 from ..graph import names, registry
-from ..graph.backend import Drain
-from ..graph.graph import walk
 from ..graph.node import Node
 from ..graph.options import COMMON, Mode, checked, take_common
 from ..graph.perms import WRITE
@@ -62,9 +60,7 @@ async def blockdev_reopen(
         child for change in changes.values() for slot in change.children
         if (child := change.node.child(slot)) is not None
     ]  # fmt: skip
-    drain = Drain(
-        disk for disk in daemon.backends() if not changes.keys().isdisjoint(walk(disk.node))
-    )
+    drain = daemon.draining(changes)
     await drain.begin()
     try:
         await reopen_all(list(changes.values()))

@@ -8,12 +8,13 @@ does takes effect at once, so that later actions build on it; it says how that i
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import wraps
 from typing import Annotated, Any, Literal, TypeVar
 
 from ..errors import DiskError, UsageError
 from ..graph.closing import explain
+from ..graph.node import Node
 from ..jobs.groups import Group
 from ..jobs.job import Job
 from ..jobs.work import Work
@@ -30,7 +31,7 @@ Mode = Literal["individual", "grouped"]
 
 
 class Transaction:
-    """What is done together, while no request is on its way.  ``grouped``: the jobs that it begins
+    """What is done together, in a moment without requests.  ``grouped``: the jobs that it begins
     succeed together or not at all."""
 
     def __init__(self, daemon: Daemon, mode: Mode = "individual") -> None:
@@ -59,9 +60,18 @@ class Transaction:
         self.finish(job.start)
         return job
 
-    async def run(self, work: Callable[[], Awaitable[None]]) -> None:
-        """Do ``work``, which tells :meth:`undo` and :meth:`finish`, as a whole or not at all."""
-        drain = self.daemon.draining_all()
+    async def run(
+        self, work: Callable[[], Awaitable[None]], actions: Iterable[Mapping[str, Any]] = ({},)
+    ) -> None:
+        """Do ``work``, which tells :meth:`undo` and :meth:`finish`, as a whole or not at all.
+
+        No request is on its way meanwhile to the nodes that the members of ``actions`` name; where
+        one names none, to no node at all.
+        """
+        nodes = [self._named(members) for members in actions]
+        found = [node for node in nodes if node is not None]
+        whole = len(found) < len(nodes)
+        drain = self.daemon.draining_all() if whole else self.daemon.draining(found)
         await drain.begin()
         try:
             try:
@@ -73,6 +83,11 @@ class Transaction:
                 await _done(step)
         finally:
             drain.end()
+
+    def _named(self, members: Mapping[str, Any]) -> Node | None:
+        names = [members.get(name) for name in ("node", "node_name", "device")]
+        nodes = self.daemon.graph.nodes
+        return next((nodes[name] for name in names if name in nodes), None)
 
     async def _take_back(self, error: BaseException) -> None:
         for step in reversed(self._undo):
@@ -115,7 +130,7 @@ def action(
         @wraps(run)
         async def alone(monitor: Monitor, **members: Any) -> None:
             one = Transaction(monitor.daemon)
-            await one.run(lambda: run(one, **members))
+            await one.run(lambda: run(one, **members), [members])
 
         if plain:
             command(name, features=features)(alone)
@@ -163,9 +178,10 @@ async def transaction(
 
     whole = Transaction(monitor.daemon, mode)
 
+    given = [{k.replace("-", "_"): value for k, value in one["data"].items()} for one in actions]
+
     async def work() -> None:
-        for one in actions:
-            members = {name.replace("-", "_"): value for name, value in one["data"].items()}
+        for one, members in zip(actions, given, strict=True):
             await ACTIONS[one["type"]].run(whole, **members)
 
-    await whole.run(work)
+    await whole.run(work, given)

@@ -28,6 +28,8 @@ class ImageLocks:
         self.works = table.locks
         self._wanted: set[int] = set()
         self._floor: frozenset[int] = frozenset()
+        self.kept = False
+        """Between :meth:`keep` and :meth:`settle`."""
 
     def set(self, perms: Collection[str], shared: Collection[str]) -> None:
         """Use ``perms`` from now on and let others use ``shared``.  Raises
@@ -78,11 +80,11 @@ class ImageLocks:
     def keep(self) -> None:
         """Give up nothing of what is held now until :meth:`settle`: it can be had again by
         :meth:`set`, which then cannot fail."""
-        self._floor = frozenset(self.held)
+        self._floor, self.kept = frozenset(self.held), True
 
     def settle(self) -> None:
         """End :meth:`keep`."""
-        self._floor = frozenset()
+        self._floor, self.kept = frozenset(), False
         if self.works:
             self._trim()
 

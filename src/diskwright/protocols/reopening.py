@@ -113,6 +113,8 @@ def follow(node: FileNode, perms: Collection[str], shared: Collection[str]) -> N
         return
     if not wanted:
         node.locks.set(perms, shared)
+        if node.locks.kept:
+            return
         with suppress(OSError):  # it stays open for what nobody does
             _replace(node, *_open(node, False, node.cache))
         return
