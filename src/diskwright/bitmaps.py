@@ -201,6 +201,11 @@ class BitmapSet:
         self._all[bitmap.name] = bitmap
         self.refresh()
 
+    def replace(self, bitmap: DirtyBitmap) -> None:
+        """Have ``bitmap`` in place of the one of its name."""
+        self._all[bitmap.name] = bitmap
+        self.refresh()
+
     def remove(self, bitmap: DirtyBitmap) -> None:
         """Forget a bitmap, which frees its memory."""
         del self._all[bitmap.name]

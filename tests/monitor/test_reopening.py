@@ -243,6 +243,38 @@ def following(client: Client, disk: Path, look: Callable[[Path], Any]) -> list[A
     return told
 
 
+def test_bitmaps_stay_in_use(tmp_path: Path) -> None:
+    diskwright.create(str(tmp_path / "q"), format="qcow2", size=1 << 20)
+    disk = {"driver": "qcow2", "node-name": "q", "file": file_at(tmp_path, "q")}
+
+    async def talk(daemon: Daemon, peer: Peer) -> None:
+        async def count() -> int:
+            (found,) = [one for one in await peer.do("query-named-block-nodes")
+                        if one["node-name"] == "q"]  # fmt: skip
+            return int(found["dirty-bitmaps"][0]["count"])
+
+        await peer.meet()
+        await peer.do("blockdev-add", **disk)
+        await peer.do("block-dirty-bitmap-add", node="q", name="p", persistent=True)
+        address = {"type": "unix", "data": {"path": str(tmp_path / "s")}}
+        await peer.do("nbd-server-start", addr=address)
+        await peer.do("block-export-add", type="nbd", id="e", node_name="q", bitmaps=["p"],
+                      writable=True)  # fmt: skip
+        served = daemon.exports["e"]
+        await served.disk.write([0], [b"x" * 65536])
+        await peer.do("blockdev-reopen", options=[{**disk, "cache": {"no-flush": True}}])
+        await served.disk.write([131072], [b"x" * 65536])
+        assert next(iter(served.bitmaps.values())).count == await count() == 131072
+        found = await peer.ask("block-dirty-bitmap-remove", {"node": "q", "name": "p"})
+        assert "currently in use" in found["error"]["desc"]
+        await peer.do("block-export-del", id="e")
+        await peer.do("blockdev-del", node_name="q")
+        await peer.do("blockdev-add", **disk)
+        assert await count() == 131072
+
+    with_peers(talk)
+
+
 class Nth(Watching):
     """The n-th call fails, once it is armed."""
 

@@ -302,9 +302,7 @@ class _Reopening:
             _put_back(node.options, "backing", "given" if backing else None)
 
         def keep() -> None:
-            for bitmap in old.bitmaps:
-                if not bitmap.persistent:
-                    node.engine.bitmaps.add(bitmap)
+            _keep_bitmaps(old, node.engine, change is not None and "file" in change.children)
             old.view.clear()
             old.tables.withdraw(old.view.owner)
             node.keep_tables()
@@ -327,6 +325,16 @@ def _fill(children: Mapping[Node, Mapping[str, Node | None]]) -> None:
 
 def _set_options(node: Node, options: dict[str, Any]) -> None:
     node.options = options
+
+
+def _keep_bitmaps(old: Engine, new: Engine, other_file: bool) -> None:
+    """Those in memory stay what they were, for who uses them."""
+    for bitmap in old.bitmaps:
+        stored = new.bitmaps.find(bitmap.name)
+        if not bitmap.persistent:
+            new.bitmaps.add(bitmap)
+        elif bitmap.loaded and stored is not None and not (stored.inconsistent or other_file):
+            new.bitmaps.replace(bitmap)
 
 
 def _with(options: Mapping[str, Any], node: Node, change: Change | None) -> dict[str, Any]:
