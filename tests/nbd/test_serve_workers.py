@@ -8,7 +8,6 @@ import signal
 import socket
 import sys
 import time
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -155,16 +154,15 @@ def test_the_next_connection_of_a_client_needs_no_relay(tmp_path: Path, certific
     def descriptors() -> int:
         return sum(len(os.listdir(f"/proc/{pid}/fd")) for pid in children(server))
 
-    counts = [descriptors()]
-    disks = []
-    for _ in range(3):
-        disks.append(diskwright.open(uri.replace("NAME", "c"), format="raw"))
-        assert disks[-1].read_at(0, 1) == b"c"
+    disks, counts = [], []
+    for name in "cabccc":  # the first four are greeted by others, the last two are not
+        disks.append(diskwright.open(uri.replace("NAME", name), format="raw"))
+        assert disks[-1].read_at(0, 1) == name.encode()
         counts.append(descriptors())
-    assert [after - before for before, after in pairwise(counts)] == [3, 1, 1]
     for found in disks:
         found.close()
-    wait_for(lambda: descriptors() == counts[0], "the end of the relay")
+    assert [counts[4] - counts[3], counts[5] - counts[4]] == [1, 1]
+    wait_for(lambda: descriptors() == counts[3] - 4 * 3, "the end of the relays")
     assert server.end() == (0, "")
 
 
