@@ -170,6 +170,25 @@ def test_a_size_that_clients_were_told(tmp_path: Path) -> None:
         client.do("blockdev-reopen", options=[{**raw, "size": 1 << 20}])
 
 
+def test_an_export_that_can_only_be_read(tmp_path: Path) -> None:
+    """With auto-read-only a node is what the server offers."""
+    server = {"type": "unix", "path": "s"}
+    far = {"driver": "nbd", "node-name": "far", "server": server, "export": "n"}
+    with daemon(OURS, tmp_path) as (_, (client,)):
+        client.do("blockdev-add", driver="null-co", node_name="n", size=1 << 20)
+        client.do("nbd-server-start", addr={"type": "unix", "data": {"path": "s"}})
+        client.do("block-export-add", type="nbd", id="e", node_name="n")
+        found = client.send("blockdev-add", far)
+        assert "for reading only" in found["error"]["desc"]
+        far["auto-read-only"] = True
+        client.do("blockdev-add", **far)
+        client.do("blockdev-reopen", options=[far])
+        writer = {"type": "nbd", "id": "w", "node-name": "far", "writable": True}
+        found = client.send("block-export-add", writer)
+        assert found["error"]["desc"] == "Cannot export read-only node as writable"
+        client.do("blockdev-del", node_name="far")
+
+
 def test_files_follow_their_writers(tmp_path: Path) -> None:
     """With auto-read-only a file is open for writing while somebody writes."""
     found: dict[str, list[Any]] = {}

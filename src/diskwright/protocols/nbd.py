@@ -156,7 +156,7 @@ async def open_nbd(driver: BaseDriver, options: dict[str, Any]) -> NbdNode:
         given.get("timeout", 0),
     )
     node = NbdNode(driver, settings, context)
-    await node.open(not options.get("read-only"))
+    await node.open(not options.get("read-only"), bool(options.get("auto-read-only")))
     return node
 
 

@@ -43,14 +43,17 @@ class NbdNode(Leaf):
         """Changes that were answered, and of these what a flush has covered."""
         self._flush_error: OSError | None = None
 
-    async def open(self, writable: bool) -> None:
-        """Connect.  Raises PeerError."""
+    async def open(self, writable: bool, auto_read_only: bool = False) -> None:
+        """Connect.  Raises PeerError; with ``auto_read_only`` not for an export that can only be
+        read."""
         links = self.links
         await links.open()
         try:
             agreed = self.agreed = links.agreed
             if writable and agreed.flags & c.READ_ONLY:
-                raise PeerError("the server offers this export for reading only", errno.EACCES)
+                writable = False
+                if not auto_read_only:
+                    raise PeerError("the server offers this export for reading only", errno.EACCES)
             own = self.context.encode() if self.context != _ALLOCATION else b""
             if own and own not in agreed.contexts.values():
                 raise PeerError(f"the server does not offer '{self.context}'", errno.EINVAL)
@@ -334,11 +337,15 @@ class NbdNode(Leaf):
             return
         raise NotSupported(f"Cannot {'grow' if self.fixed_end else 'resize'} NBD nodes")
 
-    async def reopen(self, *, writable: bool | None = None, **unused: object) -> None:
-        """Flush, and go on for reading or for writing.  Raises OSError."""
+    async def reopen(
+        self, *, writable: bool | None = None, auto_read_only: bool = False, **unused: object
+    ) -> None:
+        """Flush, and go on for reading or for writing; see :meth:`open`.  Raises OSError."""
         self.check_open()
         if writable and self._can(c.READ_ONLY):
-            raise OSError(errno.EACCES, "the server offers this export for reading only")
+            writable = False
+            if not auto_read_only:
+                raise OSError(errno.EACCES, "the server offers this export for reading only")
         if not self.read_only:
             await self.flush()
         if writable is not None:
