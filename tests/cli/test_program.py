@@ -16,12 +16,13 @@ import pytest
 
 import diskwright
 from cli.support import SOURCE, command, environment, ours, real
+from diskwright.cli.output import printable
 
 Peer = Callable[[str], str]
 MIB = 1 << 20
 
 
-@pytest.mark.parametrize("name", ["qemu-img", "qemu-io", "qemu-nbd"])
+@pytest.mark.parametrize("name", ["qemu-img", "qemu-io", "qemu-nbd", "qemu-storage-daemon"])
 def test_version_under_a_tools_name_is_what_scripts_parse(name: str) -> None:
     text = ours("--version", name=name).out.decode()
     number = "10.0" if name == "qemu-nbd" else "version 10.0"  # as they say it
@@ -32,6 +33,17 @@ def test_version_under_a_tools_name_is_what_scripts_parse(name: str) -> None:
 @pytest.mark.parametrize("name", ["diskwright", "dw"])
 def test_version_under_our_own_name(name: str) -> None:
     assert ours("--version", name=name).out == f"diskwright {diskwright.__version__}\n".encode()
+
+
+def test_a_format_that_is_not_here_is_said_to_be_that() -> None:
+    for words in (["create", "-f", "vpc", "new.vhd", "1M"], ["measure", "-O", "vdi", "--size=1M"]):
+        found = ours(*words)
+        assert found.status == 1
+        assert b"' is not supported by this version" in found.err
+
+
+def test_bytes_of_a_name_that_are_not_text_are_shown_as_bytes() -> None:
+    assert printable("b\udcff\x1b\u200b") == "b\\xff\\x1b\\x200b"
 
 
 @pytest.mark.parametrize("name", ["qemu-img", "diskwright", "dw"])

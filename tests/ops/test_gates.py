@@ -33,6 +33,14 @@ def test_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         gate_of()
 
 
+def test_an_unreadable_configuration_file_stops_and_tells_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISKWRIGHT_CONFIG", str(tmp_path))  # a folder
+    with pytest.raises(UsageError, match=r"read: [^\[/]* \(DISKWRIGHT_CONFIG names another one"):
+        gate_of()
+
+
 def test_on_the_command_line(tmp_path: Path) -> None:
     assert ours("create", "-f", "raw", "a", "1M", cwd=tmp_path).status == 0
     words = ("info", "-f", "raw", "--map-path", "C:\\=/c", "--map-path=D:\\=/d", "a")

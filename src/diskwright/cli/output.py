@@ -84,7 +84,12 @@ def to_stderr(text: str) -> None:
 
 def printable(text: str) -> str:
     """``text`` of anybody's making, for a terminal: without control characters."""
-    return "".join(char if char.isprintable() else f"\\x{ord(char):02x}" for char in text)
+    return "".join(char if char.isprintable() else f"\\x{_byte(char):02x}" for char in text)
+
+
+def _byte(char: str) -> int:
+    """The number of a character; of half a pair, as names have them, the byte it stands for."""
+    return ord(char) - 0xDC00 if "\udc80" <= char <= "\udcff" else ord(char)
 
 
 def reason(error: BaseException) -> str:

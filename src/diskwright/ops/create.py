@@ -18,6 +18,9 @@ from ..units import SECTOR, align_up
 JOURNAL = ".resume"
 """What the journal of a conversion that can be resumed is called behind the name of its target."""
 
+# Formats that QEMU, too, can only read: here they get its words.
+_READ_ONLY = ("bochs", "cloop", "dmg")
+
 # What `Formatting` lines show, in qemu-img's order (measured with 10.0).
 _COMMON = (
     "cluster_size", "extended_l2", "preallocation", "compression_type", "size", "compat",
@@ -95,8 +98,10 @@ def creatable(name: str) -> Any:
     """
     try:
         found = registry.driver(name)
-    except NotSupported:
-        raise UsageError(f"Format driver '{name}' does not support image creation") from None
+    except NotSupported as error:
+        if name in _READ_ONLY:
+            raise UsageError(f"Format driver '{name}' does not support image creation") from None
+        raise UsageError(str(error)) from None
     except DiskError:
         raise UsageError(f"Unknown file format '{name}'") from None
     if found.create is None:

@@ -118,7 +118,10 @@ def settings() -> Settings:
             CONFIG_VARIABLE not in os.environ
         ):
             return Settings()
-        raise UsageError(f"The configuration file '{path}' cannot be read: {error}") from error
+        raise UsageError(
+            f"The configuration file '{path}' cannot be read: {error.strerror} "
+            f"({CONFIG_VARIABLE} names another one; where it is empty, there is none)"
+        ) from error
     if file is None:
         return Settings()
     import tomllib
