@@ -7,8 +7,8 @@ A page is a session: its blocks run in their order, in one folder, Python ones i
   space for any other.  A command ends with status 0, or as ``# exit status N`` behind it says.
 - ``python`` is executed.  A ``text`` block right behind it is what it prints.
 - ``toml`` and ``json`` are parsed; ``text`` is shown and nothing else.
-- A command that ends with ``&`` is a server: of the daemon, and of ``serve`` with ``-t``, the end
-  is asked for behind the last block.
+- A command that ends with ``&``, or has ``--fork``, is a server: of the daemon, and of
+  ``serve`` with ``-t``, the end is asked for behind the last block.
 - A comment ``<!-- setup`` has commands that readers do not see; ``<!-- not run: WHY -->`` before a
   block says why it is not run.
 """
@@ -150,8 +150,9 @@ class Session:
         for name in PEERS:
             if re.search(rf"\b{name}\b", line):
                 self.peer(name)
-        if line.endswith(" &"):
-            self._serve(shlex.split(line[:-2]))
+        if line.endswith(" &") or " --fork " in line:
+            words = shlex.split(line.removesuffix(" &"))
+            self._serve([word for word in words if word != "--fork"])
             return
         if line.startswith("diskwright ") and not _SHELL.search(line):
             done = called("diskwright", shlex.split(line)[1:], self.folder, self.environment)
