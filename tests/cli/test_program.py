@@ -42,6 +42,13 @@ def test_a_format_that_is_not_here_is_said_to_be_that() -> None:
         assert b"' is not supported by this version" in found.err
 
 
+def test_a_disk_is_mounted_over_a_file_that_is_there(tmp_path: Path) -> None:
+    found = ours("mount", "disk.qcow2", "disk.raw", cwd=tmp_path, name="diskwright")
+    assert (found.status, found.err.decode()) == (
+        1, "diskwright: There is no file 'disk.raw' to mount over: 'touch' it first\n"
+    )  # fmt: skip
+
+
 def test_bytes_of_a_name_that_are_not_text_are_shown_as_bytes() -> None:
     assert printable("b\udcff\x1b\u200b") == "b\\xff\\x1b\\x200b"
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from ..errors import UsageError
 from .images import arguments, gate, new_driver, secrets, served, warn_if_guessed
 from .options import FORCE_SHARE, FORMAT, GATE, IMAGE_OPTS, OBJECT, Args, Opt
 from .output import Call, UsageProblem, reason
@@ -39,6 +41,8 @@ def main(call: Call, argv: list[str]) -> int:
         return 0
     if len(args.operands) != 2:
         raise UsageProblem("Expecting an image file name and a file to mount it over")
+    if not os.path.lexists(args.operands[1]):
+        raise UsageError(f"There is no file '{args.operands[1]}' to mount over: 'touch' it first")
     if "fork" in args:
         from .background import in_background
 
