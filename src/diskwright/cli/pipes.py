@@ -36,7 +36,9 @@ def source(args: Args, image: ImageSpec) -> ImageSpec | Pipe:
     if os.isatty(STDIN):
         raise UsageError("Standard input is a terminal, and no disk")
     if image.format is None:
-        raise UsageError("The format of what comes through standard input must be said: -f raw")
+        raise UsageError(
+            "The format of what comes through standard input must be said (-f raw, -f qcow2, ...)"
+        )
     return Pipe(STDIN, image, size)
 
 
