@@ -13,6 +13,7 @@ from types import ModuleType
 import pytest
 from hypothesis import settings
 
+from nbd.pki import make_certificates
 from peers import find_peer, missing
 
 # Whoever runs the tests may have a configuration of their own.
@@ -80,6 +81,15 @@ def peer() -> Callable[[str], str]:
         return found[name]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def certificates(peer: Callable[[str], str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of them; see :func:`nbd.pki.make_certificates`.  Nobody changes it."""
+    peer("openssl")
+    folder = tmp_path_factory.mktemp("pki")
+    make_certificates(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,6 @@ from diskwright.monitor import nodes
 from diskwright.monitor.daemon import Daemon
 from monitor.running import OURS, THEIRS, Client, daemon, needs_qsd, needs_unix
 from monitor.test_daemon import DISK, NBD, TOP, images, normal
-from nbd.pki import make_certificates
 
 pytestmark = [
     needs_unix,
@@ -238,15 +237,11 @@ def test_overlays(tmp_path: Path) -> None:
             assert main("qemu-img", ["check", "-q", path]) == 0
 
 
-def test_objects_tls_and_bitmaps(tmp_path: Path) -> None:
-    for program in ("openssl", "nbdinfo"):
-        if not shutil.which(program):
-            pytest.skip(f"{program} is not installed")
-    pki = tmp_path / "pki"
-    pki.mkdir()
-    make_certificates(pki)
+def test_objects_tls_and_bitmaps(tmp_path: Path, certificates: Path) -> None:
+    if not shutil.which("nbdinfo"):
+        pytest.skip("nbdinfo is not installed")
     add, start, export = "object-add", "nbd-server-start", "block-export-add"
-    tls = {"qom-type": "tls-creds-x509", "dir": str(pki)}
+    tls = {"qom-type": "tls-creds-x509", "dir": str(certificates)}
     rule = {"match": "*CN=me", "policy": "allow", "format": "glob"}
     nbd = {"type": "nbd", "node-name": "disk"}
     both = {**nbd, "id": "e", "writable": True, "bitmaps": ["b", {"node": "disk", "name": "c"}],
@@ -287,7 +282,7 @@ def test_objects_tls_and_bitmaps(tmp_path: Path) -> None:
         ("block-dirty-bitmap-disable", {"node": "disk", "name": "b"}),
         ("block-dirty-bitmap-remove", {"node": "disk", "name": "c"}),
         ("query-named-block-nodes", {"flat": True}),
-        ("nbdinfo", pki),
+        ("nbdinfo", certificates),
         (export, {**nbd, "id": "f", "iothread": "missing"}),
         (export, {**nbd, "id": "f", "iothread": "io", "fixed-iothread": True}),
         (export, {**nbd, "id": "g", "name": "g", "writethrough": True}),

@@ -20,7 +20,6 @@ from diskwright.export.metrics_workers import WorkersMetrics
 from diskwright.export.nbd_front import Front, Worker
 from export.test_metrics import scraped, value
 from nbd.peer import Client
-from nbd.pki import make_certificates
 from nbd.serving import Serve, wait_for
 from nbd.test_serve import need, run
 from nbd.test_serve_modes import MIB, disk
@@ -95,15 +94,6 @@ def test_the_last_client_ends_all_workers(tmp_path: Path) -> None:
 
 
 # -- TLS
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An authority, a server called localhost, and a client."""
-    need("openssl")
-    folder = tmp_path_factory.mktemp("pki")
-    make_certificates(folder)
-    return folder
-
-
 def secure(folder: Path, certificates: Path, *options: str) -> tuple[Serve, str]:
     """A server of three images in as many workers, and the URI of ``NAME``."""
     server, _ = several(

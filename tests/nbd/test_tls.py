@@ -13,7 +13,6 @@ import diskwright
 from diskwright.errors import PeerError
 from diskwright.wire import nbd_const as c
 from nbd import peer
-from nbd.pki import make_certificates
 from nbd.serving import Serve
 from nbd.test_machine import EXPORT, Fed, replies
 from nbd.test_serve import need, run
@@ -50,15 +49,6 @@ def test_nothing_before_tls() -> None:
 def test_what_comes_in_the_clear_is_not_believed(clear: bytes) -> None:
     fed = secure().feed(struct.pack(">I", 3) + clear)
     assert fed.machine.closed and fed.machine.export is None
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An authority, a server called localhost, and a client, by the names that qemu gives files."""
-    need("openssl")
-    folder = tmp_path_factory.mktemp("pki")
-    make_certificates(folder)
-    return folder
 
 
 def test_certificates(tmp_path: Path, certificates: Path) -> None:

@@ -1,10 +1,8 @@
-"""The NBD client over TLS, with nbdkit and qemu-nbd; certificates are made here."""
+"""The NBD client over TLS, with nbdkit and qemu-nbd."""
 
 from __future__ import annotations
 
 import random
-import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,32 +15,6 @@ from diskwright.secrets import Secrets
 
 from .nbd_servers import nbdkit, qemu_nbd
 from .test_nbd import PLAIN, run
-
-
-def _openssl(folder: Path, *words: str) -> None:
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        pytest.skip("openssl is not installed")
-    subprocess.run([openssl, *words], cwd=folder, check=True, capture_output=True)
-
-
-@pytest.fixture(scope="module")
-def certificates(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An authority, a server called localhost and a client, by the names that qemu gives files."""
-    folder = tmp_path_factory.mktemp("pki")
-    curve = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
-    for name in ("ca", "server", "client"):
-        about = ["-subj", f"/CN={'localhost' if name == 'server' else name}"]
-        about += ["-keyout", f"{name}-key.pem", "-out", f"{name}-cert.pem", "-days", "9"]
-        if name == "ca":
-            usage = ["-addext", "keyUsage=critical,keyCertSign"]
-        else:
-            about += ["-CA", "ca-cert.pem", "-CAkey", "ca-key.pem"]
-            usage = ["-addext", "basicConstraints=critical,CA:false"]
-        if name == "server":
-            usage += ["-addext", "subjectAltName=DNS:localhost"]
-        _openssl(folder, "req", "-x509", *curve, *about, *usage)
-    return folder
 
 
 def test_nbdkit(driver: BaseDriver, tmp_path: Path, certificates: Path) -> None:
