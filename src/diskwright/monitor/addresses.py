@@ -17,28 +17,18 @@ from ..export.listening import (
     listen_vsock,
     listening,
 )
-from ..protocols.sockets import family_of
+from ..protocols.sockets import MEMBERS, family_of
 from ..records import NamedTuple
 from .types import BOOL, SIZE, STR, Member, Struct
 
-ADDRESSES: Mapping[str, Struct] = {
-    "inet": Struct(
-        (
-            Member("host", STR),
-            Member("port", STR),
-            Member("numeric", BOOL, True),
-            Member("to", SIZE, True),
-            Member("ipv4", BOOL, True),
-            Member("ipv6", BOOL, True),
-            Member("keep-alive", BOOL, True),
-            Member("mptcp", BOOL, True),
-        )
-    ),
-    "unix": Struct(
-        (Member("path", STR), Member("abstract", BOOL, True), Member("tight", BOOL, True))
-    ),
-    "vsock": Struct((Member("cid", STR), Member("port", STR))),
-    "fd": Struct((Member("str", STR),)),
+
+def _member(name: str, needed: bool) -> Member:
+    return Member(name, STR if needed else SIZE if name == "to" else BOOL, not needed)
+
+
+ADDRESSES = {
+    kind: Struct(tuple(_member(name, needed) for name, needed in members.items()))
+    for kind, members in MEMBERS.items()
 }
 """The members of an address by its type."""
 

@@ -8,10 +8,12 @@ from ..engine.node import Buffer, Node
 from ..errors import NodeClosed
 from ..extents import Data, Extent, Zero
 
-__all__ = ["Buffer", "Leaf", "PERMISSIONS", "clear"]
+__all__ = ["Buffer", "Leaf", "PERMISSIONS", "WRITING", "clear"]
 
 # In the order of their lock bytes.
 PERMISSIONS = ("consistent-read", "write", "write-unchanged", "resize")
+WRITING = frozenset(PERMISSIONS[1:])
+"""Those for which a file must be open for writing."""
 
 _ZEROES = bytes(1 << 16)
 

@@ -16,7 +16,7 @@ from ..errors import UsageError
 from ..extents import Data, Extent, Zero
 from ..hints import TYPE_CHECKING
 from ..units import align_up
-from .base import PERMISSIONS
+from .base import PERMISSIONS, WRITING
 from .fileio import FileIO
 from .locks import ImageLocks
 from .opening import CACHE_MODES, open_descriptor
@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from .reopening import Reopened
 
 _EVERYTHING = frozenset(PERMISSIONS)
-_WRITING = frozenset(PERMISSIONS[1:])
 _QUIET = frozenset({"consistent-read", "write-unchanged"})
 _ZERO_STEP = 1 << 20
 _COPY_STEP = 64 << 20
@@ -343,7 +342,7 @@ class FileNode(FileIO):
             follow(self, perms, shared)
         else:
             self.locks.set(perms, shared)
-        self.has_writers = not _WRITING.isdisjoint(perms)
+        self.has_writers = not WRITING.isdisjoint(perms)
 
     async def reopen(
         self,

@@ -15,7 +15,7 @@ from ..wire.nbd_uri import PORT
 from .nbd_connect import Address, Security
 from .nbd_links import Settings
 from .nbdnode import NbdNode
-from .sockets import family_of, inherited_socket
+from .sockets import MEMBERS, family_of, inherited_socket
 
 if TYPE_CHECKING:
     import socket
@@ -23,18 +23,6 @@ if TYPE_CHECKING:
 CONNECTIONS = 4
 _LEGACY = ("path", "host", "port")
 _OWN_TLS = ("tls-certificates", "tls-psk-file", "tls-username", "tls-verify-peer")
-
-
-_MEMBERS: Mapping[str, Mapping[str, bool]] = {
-    "unix": {"path": True, "abstract": False, "tight": False},
-    "inet": {
-        "host": True, "port": True, "numeric": False, "to": False, "ipv4": False, "ipv6": False,
-        "keep-alive": False, "mptcp": False,
-    },
-    "vsock": {"cid": True, "port": True},
-    "fd": {"str": True},
-}  # fmt: skip
-"""What an address has by its type, and whether it must."""
 
 
 def normalised(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -54,8 +42,8 @@ def normalised(options: Mapping[str, Any]) -> dict[str, Any]:
     kind = out.get("server.type")
     if kind is None:
         raise UsageError("NBD server address missing")
-    wanted = _MEMBERS[kind]
-    for key in dict.fromkeys(name for members in _MEMBERS.values() for name in members):
+    wanted = MEMBERS[kind]
+    for key in dict.fromkeys(name for members in MEMBERS.values() for name in members):
         given = f"server.{key}" in out
         if wanted.get(key) and not given:
             raise UsageError(f"Parameter '{key}' is missing")

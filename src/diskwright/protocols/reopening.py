@@ -13,13 +13,12 @@ from contextlib import suppress
 
 from ..errors import UsageError
 from ..hints import TYPE_CHECKING
-from .base import PERMISSIONS
+from .base import WRITING
 from .opening import CACHE_MODES, open_flags
 
 if TYPE_CHECKING:
     from .filenode import FileNode
 
-_WRITING = frozenset(PERMISSIONS[1:])
 _STATE = (
     "read_only", "auto_read_only", "for_writing", "cache", "limits", "_bounce", "_write_through",
     "_no_flush", "_space", "_fast_read", "_cached_only", "_flush_error", "_claim_fd",
@@ -107,7 +106,7 @@ def follow(node: FileNode, perms: Collection[str], shared: Collection[str]) -> N
 
     Raises OSError and :class:`~diskwright.errors.ImageInUse`, and changes nothing then.
     """
-    wanted = not (node.read_only or _WRITING.isdisjoint(perms))
+    wanted = not (node.read_only or WRITING.isdisjoint(perms))
     if wanted == node.for_writing:
         node.locks.set(perms, shared)
         return

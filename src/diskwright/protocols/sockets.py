@@ -5,8 +5,20 @@ from __future__ import annotations
 import errno
 import os
 import socket
+from collections.abc import Mapping
 
 from ..errors import UsageError
+
+MEMBERS: Mapping[str, Mapping[str, bool]] = {
+    "inet": {
+        "host": True, "port": True, "numeric": False, "to": False, "ipv4": False, "ipv6": False,
+        "keep-alive": False, "mptcp": False,
+    },
+    "unix": {"path": True, "abstract": False, "tight": False},
+    "vsock": {"cid": True, "port": True},
+    "fd": {"str": True},
+}  # fmt: skip
+"""What an address has by its type, and whether it must."""
 
 _PATH = 108
 """Bytes of a unix socket's address on Linux."""
